@@ -1,0 +1,1 @@
+//! What an object is: the schema of every kind and the rules that hold for it.

@@ -1,0 +1,1 @@
+//! The API server: authentication, authorization, admission, registry, watch cache, discovery, proxies.

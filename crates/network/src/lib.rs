@@ -1,0 +1,1 @@
+//! Pod network and service proxy.

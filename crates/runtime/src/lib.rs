@@ -1,0 +1,1 @@
+//! Containers: the built-in runtime and the CRI client.

@@ -1,0 +1,1 @@
+//! The revisioned, watchable key-value store.

@@ -1,0 +1,3 @@
+//! A static test image: servers, clients, eaters of memory and CPU, signal and exit-code games.
+
+fn main() {}
