@@ -4,7 +4,10 @@
 
 pub mod schema;
 
+pub mod apply;
 pub mod decode;
+pub mod fieldset;
+pub mod patch;
 pub mod defaults;
 pub mod selector;
 
