@@ -25,7 +25,10 @@ use tokio::task::AbortHandle;
 #[derive(Debug)]
 pub enum Change<K> {
     Added(Arc<K>),
-    Updated { old: Arc<K>, new: Arc<K> },
+    Updated {
+        old: Arc<K>,
+        new: Arc<K>,
+    },
     /// The last state known; after a lost watch this may not be the very last one.
     Deleted(Arc<K>),
 }
@@ -180,7 +183,8 @@ impl Informers {
             return Informer::clone(informer);
         }
         let informer = Informer::new();
-        let events = watcher(Api::<K>::all(self.client()), selection.config());
+        let (api, config) = (Api::<K>::all(self.client()), selection.config());
+        let events = move || watcher(api.clone(), config.clone());
         let task = tokio::spawn(drive(informer.clone(), events)).abort_handle();
         let meta = MetaInformer(Arc::new(informer.clone()));
         entries.insert(key, Entry { informer: Box::new(informer.clone()), meta, task });
@@ -203,8 +207,11 @@ impl Informers {
         }
         let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(self.client(), resource);
         let informer = Informer::<PartialObjectMeta<DynamicObject>>::new();
-        let events = watcher(api, watcher::Config::default())
-            .map(|event| event.map(|event| event.modify(|object| keep_graph_fields(&mut object.metadata))));
+        let events = move || {
+            watcher(api.clone(), watcher::Config::default()).map(|event| {
+                event.map(|event| event.modify(|object| keep_graph_fields(&mut object.metadata)))
+            })
+        };
         let task = tokio::spawn(drive(informer.clone(), events)).abort_handle();
         let meta = MetaInformer(Arc::new(informer.clone()));
         entries.insert(key, Entry { informer: Box::new(informer), meta: meta.clone(), task });
@@ -229,11 +236,22 @@ fn keep_graph_fields(meta: &mut ObjectMeta) {
     meta.generate_name = None;
 }
 
-/// Feeds a watch into a cache until the stream ends (it never does) or the task is aborted.
-async fn drive<K: Cached>(informer: Informer<K>, events: impl Stream<Item = watcher::Result<watcher::Event<K>>>)
+/// Feeds watches into a cache until the task is aborted.
+async fn drive<K: Cached, S>(informer: Informer<K>, watch: impl Fn() -> S)
 where
-    K::DynamicType: Send,
+    S: Stream<Item = watcher::Result<watcher::Event<K>>>,
 {
+    loop {
+        follow(&informer, watch()).await;
+    }
+}
+
+/// Feeds one watch into a cache. Returns when the watch has to start over with a list: some servers answer a watch
+/// from a forgotten version with HTTP 410 instead of an error event, which the watcher would repeat for ever.
+async fn follow<K: Cached>(
+    informer: &Informer<K>,
+    events: impl Stream<Item = watcher::Result<watcher::Event<K>>>,
+) {
     let events = events.default_backoff();
     let mut events = std::pin::pin!(events);
     let mut relist: Option<BTreeMap<ObjectKey, K>> = None;
@@ -245,8 +263,16 @@ where
             }
             Ok(watcher::Event::InitDone) => informer.inner.replace(relist.take().unwrap_or_default()),
             Ok(watcher::Event::Apply(object)) => informer.inner.apply(object),
-            Ok(watcher::Event::Delete(object)) => informer.inner.delete(&ObjectKey::of(&object), Some(object)),
-            Err(error) => tracing::debug!(kind = std::any::type_name::<K>(), %error, "watch failed, retrying"),
+            Ok(watcher::Event::Delete(object)) => {
+                informer.inner.delete(&ObjectKey::of(&object), Some(object))
+            }
+            Err(error) => {
+                tracing::debug!(kind = std::any::type_name::<K>(), %error, "watch failed, retrying");
+                if matches!(&error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 410)
+                {
+                    return;
+                }
+            }
         }
     }
 }
@@ -335,10 +361,9 @@ impl<K: Cached> Inner<K> {
         let key = ObjectKey::of(&object);
         let new = Arc::new(object);
         let mut state = self.state.write();
-        let same = state
-            .objects
-            .get(&key)
-            .is_some_and(|old| old.meta().resource_version == new.meta().resource_version && same_uid(&**old, &*new));
+        let same = state.objects.get(&key).is_some_and(|old| {
+            old.meta().resource_version == new.meta().resource_version && same_uid(&**old, &*new)
+        });
         if same {
             return None;
         }

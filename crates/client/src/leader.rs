@@ -67,7 +67,10 @@ pub struct Record {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Write the lease with us as holder; `transitions` counts up when the holder changes.
-    Take { transitions: i32, renewal: bool },
+    Take {
+        transitions: i32,
+        renewal: bool,
+    },
     Wait,
     Stop,
 }

@@ -11,28 +11,28 @@ mod clock;
 mod error;
 mod key;
 
-/// Typed caches of the cluster's objects, one watch per kind for the whole process.
-pub mod informer;
-/// Keys waiting for work: de-duplicated, serialised per key, with back-off.
-pub mod workqueue;
+/// Building a `kube::Client` from a kubeconfig or an in-process service.
+pub mod connect;
 /// The runner of a control loop: watches → keys → reconcile.
 pub mod controller;
 /// Creates and deletes of ours that the cache has not shown yet.
 pub mod expectations;
+/// Typed caches of the cluster's objects, one watch per kind for the whole process.
+pub mod informer;
+/// Leader election by Lease.
+pub mod leader;
 /// Owner references, adoption and release.
 pub mod owner;
 /// Patches, retry on conflict, finalizers.
 pub mod patch;
-/// Label selectors, evaluated.
-pub mod selector;
 /// Events about objects, aggregated and rate limited.
 pub mod recorder;
-/// Leader election by Lease.
-pub mod leader;
-/// Building a `kube::Client` from a kubeconfig or an in-process service.
-pub mod connect;
+/// Label selectors, evaluated.
+pub mod selector;
 /// An in-memory API for tests of loops.
 pub mod testing;
+/// Keys waiting for work: de-duplicated, serialised per key, with back-off.
+pub mod workqueue;
 
 pub use clock::Clock;
 pub use controller::{Controller, Reconcile, Requeue};

@@ -92,7 +92,10 @@ pub fn claim(owner: &ObjectMeta, object: &ObjectMeta, matches: bool) -> Claim {
 pub async fn adopt<O, K>(client: &Client, owner: &O, child: &K) -> Result<K>
 where
     O: Resource<DynamicType = ()>,
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug,
 {
     let key = ObjectKey::of(child);
     let mut references = child.meta().owner_references.clone().unwrap_or_default();
@@ -109,7 +112,10 @@ where
 /// Removes `owner_uid` from `child`'s owners. A child that is gone or no longer ours needs no release.
 pub async fn release<K>(client: &Client, owner_uid: &str, child: &K) -> Result<()>
 where
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug,
 {
     let key = ObjectKey::of(child);
     let mut references = child.meta().owner_references.clone().unwrap_or_default();

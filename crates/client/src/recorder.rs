@@ -191,7 +191,8 @@ async fn create(
     let about = &observation.about;
     let nanos = clock.now().as_nanosecond();
     let name = format!("{}.{nanos:x}", about.name.as_deref().unwrap_or_default());
-    let annotations = (!observation.annotations.is_empty()).then(|| observation.annotations.iter().cloned().collect());
+    let annotations =
+        (!observation.annotations.is_empty()).then(|| observation.annotations.iter().cloned().collect());
     let host = (!observation.host.is_empty()).then(|| observation.host.clone());
     let event = Event {
         metadata: ObjectMeta {
@@ -389,7 +390,8 @@ mod tests {
     #[test]
     fn a_source_that_floods_is_cut_and_earns_one_event_every_five_minutes() {
         let mut correlator = Correlator::default();
-        let written = (0..100).filter(|_| correlator.observe(observation("pod", "same"), 0).is_some()).count();
+        let written =
+            (0..100).filter(|_| correlator.observe(observation("pod", "same"), 0).is_some()).count();
         assert_eq!(written, 25);
         assert!(correlator.observe(observation("pod", "same"), 299).is_none());
         assert!(correlator.observe(observation("pod", "same"), 301).is_some());

@@ -73,9 +73,9 @@ fn requirement(requirement: &LabelSelectorRequirement) -> Result<Requirement> {
         other => return refuse(format!("{other:?} is not a valid label selector operator")),
     };
     match operator {
-        Operator::In | Operator::NotIn if values.is_empty() => {
-            refuse("values: Invalid value: []: for 'in', 'notin' operators, values set can't be empty".to_owned())
-        }
+        Operator::In | Operator::NotIn if values.is_empty() => refuse(
+            "values: Invalid value: []: for 'in', 'notin' operators, values set can't be empty".to_owned(),
+        ),
         _ => Ok(Requirement { key: requirement.key.clone(), operator, values }),
     }
 }

@@ -177,7 +177,9 @@ impl FakeApi {
         let state = self.shared.state.lock();
         let of_kind = state.objects.iter().filter(|(id, _)| id.0 == group && id.1 == plural);
         of_kind
-            .map(|(_, object)| serde_json::from_value(object.clone()).expect("stored objects have their kind's shape"))
+            .map(|(_, object)| {
+                serde_json::from_value(object.clone()).expect("stored objects have their kind's shape")
+            })
             .collect()
     }
 
@@ -234,7 +236,11 @@ impl Target {
     }
 
     fn api_version(&self) -> String {
-        if self.group.is_empty() { self.version.to_owned() } else { format!("{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            self.version.to_owned()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
     }
 }
 
@@ -256,17 +262,21 @@ async fn serve(shared: &Arc<Shared>, request: Request<Body>) -> Response<Answere
     let (parts, body) = request.into_parts();
     let path = parts.uri.path().trim_matches('/').to_owned();
     let query: HashMap<String, String> = parts.uri.query().map(parse_query).unwrap_or_default();
-    let Ok(body) = body.collect_bytes().await else { return error_response(400, "BadRequest", "unreadable body") };
+    let Ok(body) = body.collect_bytes().await else {
+        return error_response(400, "BadRequest", "unreadable body");
+    };
     if let Some(document) = discovery(&path) {
         return respond(Ok(document));
     }
     let Some(target) = parse_path(&path) else {
         return error_response(404, "NotFound", "the server could not find the requested resource");
     };
-    if parts.method == Method::GET && query.get("watch").is_some_and(|value| value == "true" || value == "1") {
+    if parts.method == Method::GET && query.get("watch").is_some_and(|value| value == "true" || value == "1")
+    {
         return watch_response(shared.clone(), target, query);
     }
-    let body: Value = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap_or(Value::Null) };
+    let body: Value =
+        if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap_or(Value::Null) };
     let content_type = parts.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or("");
     let answer = {
         let mut state = shared.state.lock();
@@ -315,7 +325,8 @@ impl State {
                 let items = self.list(target, query)["items"].as_array().cloned().unwrap_or_default();
                 for item in items {
                     let namespace = text(&item["metadata"]["namespace"]);
-                    let one = Target { name: text(&item["metadata"]["name"]), namespace, ..target_of(target) };
+                    let one =
+                        Target { name: text(&item["metadata"]["name"]), namespace, ..target_of(target) };
                     self.delete(&one, &body)?;
                 }
                 Ok(json!({"kind": "Status", "apiVersion": "v1", "status": "Success", "metadata": {}}))
@@ -370,7 +381,11 @@ impl State {
         if text(&object["metadata"]["name"]).is_empty() {
             let prefix = text(&object["metadata"]["generateName"]);
             if prefix.is_empty() {
-                return refuse(422, "Invalid", "metadata.name: Required value: name or generateName is required");
+                return refuse(
+                    422,
+                    "Invalid",
+                    "metadata.name: Required value: name or generateName is required",
+                );
             }
             object["metadata"]["name"] = json!(format!("{prefix}{}", self.suffix()));
         }
@@ -402,7 +417,12 @@ impl State {
                 "unable to create new content in namespace {} because it is being terminated",
                 target.namespace
             );
-            return Err(Refusal { code: 403, reason: "Forbidden", message, causes: vec!["NamespaceTerminating"] });
+            return Err(Refusal {
+                code: 403,
+                reason: "Forbidden",
+                message,
+                causes: vec!["NamespaceTerminating"],
+            });
         }
         Ok(())
     }
@@ -469,7 +489,11 @@ impl State {
             return refuse(409, "Conflict", message);
         }
         if pod["spec"]["schedulingGates"].as_array().is_some_and(|gates| !gates.is_empty()) {
-            return refuse(409, "Conflict", format!("pod {} has non-empty .spec.schedulingGates", target.name));
+            return refuse(
+                409,
+                "Conflict",
+                format!("pod {} has non-empty .spec.schedulingGates", target.name),
+            );
         }
         pod["spec"]["nodeName"] = json!(node);
         let scheduled = json!({"type": "PodScheduled", "status": "True", "lastTransitionTime": now()});
@@ -487,7 +511,11 @@ impl State {
         for field in ["uid", "resourceVersion"] {
             let wanted = text(&options["preconditions"][field]);
             if !wanted.is_empty() && wanted != text(&object["metadata"][field]) {
-                return refuse(409, "Conflict", format!("the {field} in the precondition ({wanted}) does not match"));
+                return refuse(
+                    409,
+                    "Conflict",
+                    format!("the {field} in the precondition ({wanted}) does not match"),
+                );
             }
         }
         let finalizer = match options["propagationPolicy"].as_str() {
@@ -616,7 +644,8 @@ fn grace_is_over(object: &Value) -> bool {
 
 fn has_finalizers(object: &Value) -> bool {
     let filled = |list: &Value| list.as_array().is_some_and(|list| !list.is_empty());
-    filled(&object["metadata"]["finalizers"]) || (object["kind"] == "Namespace" && filled(&object["spec"]["finalizers"]))
+    filled(&object["metadata"]["finalizers"])
+        || (object["kind"] == "Namespace" && filled(&object["spec"]["finalizers"]))
 }
 
 fn add_finalizer(object: &mut Value, finalizer: &str) {
@@ -662,7 +691,7 @@ fn watch_response(shared: Arc<Shared>, target: Target, query: HashMap<String, St
         (state.epoch, from < state.compacted)
     };
     if gone {
-        return error_response(410, "Expired", "too old resource version");
+        return expired();
     }
     let watcher = Watcher { revision: shared.revision.subscribe(), shared, target, query, from, epoch };
     let frames = futures::stream::unfold(Some(watcher), |watcher| async move {
@@ -671,7 +700,26 @@ fn watch_response(shared: Arc<Shared>, target: Target, query: HashMap<String, St
         Some((Ok::<_, Infallible>(Frame::data(lines)), go_on.then_some(watcher)))
     });
     let body = StreamBody::new(frames).boxed_unsync();
-    Response::builder().status(200).header("content-type", "application/json").body(body).expect("valid response")
+    Response::builder()
+        .status(200)
+        .header("content-type", "application/json")
+        .body(body)
+        .expect("valid response")
+}
+
+/// As upstream: the watch starts and its first event is the error.
+fn expired() -> Response<Answered> {
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 410,
+        "reason": "Expired", "message": "too old resource version",
+    });
+    let body =
+        Full::new(Bytes::from(format!("{}\n", json!({"type": "ERROR", "object": status})))).boxed_unsync();
+    Response::builder()
+        .status(200)
+        .header("content-type", "application/json")
+        .body(body)
+        .expect("valid response")
 }
 
 struct Watcher {
@@ -799,7 +847,8 @@ fn discovery(path: &str) -> Option<Value> {
 }
 
 fn api_groups() -> Value {
-    let names: std::collections::BTreeSet<&str> = KINDS.iter().map(|kind| kind.0).filter(|g| !g.is_empty()).collect();
+    let names: std::collections::BTreeSet<&str> =
+        KINDS.iter().map(|kind| kind.0).filter(|g| !g.is_empty()).collect();
     let groups: Vec<Value> = names
         .into_iter()
         .map(|group| {
@@ -847,7 +896,11 @@ fn refusal_response(refusal: &Refusal) -> Response<Answered> {
 
 fn json_response(code: StatusCode, value: &Value) -> Response<Answered> {
     let body = Full::new(Bytes::from(value.to_string())).boxed_unsync();
-    Response::builder().status(code).header("content-type", "application/json").body(body).expect("valid response")
+    Response::builder()
+        .status(code)
+        .header("content-type", "application/json")
+        .body(body)
+        .expect("valid response")
 }
 
 fn parse_query(query: &str) -> HashMap<String, String> {
@@ -904,7 +957,9 @@ mod tests {
         let patch = json!({"data": {"k": "v"}});
         api.patch("a", &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
         match api.replace("a", &PostParams::default(), &first).await {
-            Err(kube::Error::Api(status)) => assert_eq!((status.code, status.reason.as_str()), (409, "Conflict")),
+            Err(kube::Error::Api(status)) => {
+                assert_eq!((status.code, status.reason.as_str()), (409, "Conflict"))
+            }
             other => panic!("expected a conflict, got {other:?}"),
         }
     }
@@ -957,7 +1012,11 @@ mod tests {
             let expected: Vec<_> = fake.objects::<ConfigMap>();
             let deadline = tokio::time::Instant::now() + WAIT_MAX;
             while informer.list().len() != expected.len() {
-                assert!(tokio::time::Instant::now() < deadline, "waited for the cache to hold {}", expected.len());
+                assert!(
+                    tokio::time::Instant::now() < deadline,
+                    "waited for the cache to hold {}",
+                    expected.len()
+                );
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             assert_eq!(live.lock().len(), expected.len());
@@ -973,7 +1032,8 @@ mod tests {
         let informer = informers.select::<Pod>(crate::informer::Selection::fields("spec.nodeName=n1"));
         informer.wait_synced().await;
         let api: Api<Pod> = Api::namespaced(fake.client(), "ns");
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "a"}, "spec": {"containers": []}})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "a"}, "spec": {"containers": []}})).unwrap();
         api.create(&PostParams::default(), &pod).await.unwrap();
         let binding = json!({"metadata": {"name": "a"}, "target": {"kind": "Node", "name": "n1"}});
         api.create_subresource::<Value, Value>("binding", "a", &PostParams::default(), &binding)
