@@ -15,6 +15,15 @@ mod util;
 
 mod deployment;
 mod replicaset;
+mod endpoints;
+mod endpointslice;
+mod service;
+mod namespace;
+mod service_account;
+mod root_ca;
+mod garbage_collector;
+mod node_lifecycle;
+mod pod_gc;
 
 #[cfg(test)]
 mod harness;

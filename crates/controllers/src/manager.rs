@@ -11,7 +11,16 @@ type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
 const LOOPS: &[(&str, Start)] = &[
     ("deployment", crate::deployment::start),
     ("replicaset", crate::replicaset::start),
+    ("endpoints", crate::endpoints::start),
+    ("endpointslice", crate::endpointslice::start),
+    ("namespace", crate::namespace::start),
+    ("serviceaccount", crate::service_account::start),
+    ("root-ca", crate::root_ca::start),
+    ("node-lifecycle", crate::node_lifecycle::start),
+    ("taint-eviction", crate::node_lifecycle::start_eviction),
+    ("pod-gc", crate::pod_gc::start),
     // Last, so that it shares the typed watches of those above.
+    ("garbage-collector", crate::garbage_collector::start),
 ];
 
 /// All control loops of a cluster.

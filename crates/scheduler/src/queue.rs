@@ -47,9 +47,12 @@ impl Queue {
     /// A new pod, or a pod that changed: it is tried (again).
     pub fn add(&mut self, pod: Arc<PodInfo>, now: Instant) {
         let key = pod.key.clone();
-        let (attempts, last_attempt, age) = match self.entries.get(&key) {
-            // It is being bound: what changed cannot matter any more.
-            Some(entry) if entry.place == Place::InWork => return,
+        let (attempts, last_attempt, age) = match self.entries.get_mut(&key) {
+            // It is being bound: what changed matters only if that fails.
+            Some(entry) if entry.place == Place::InWork => {
+                entry.pod = pod;
+                return;
+            }
             Some(entry) if entry.pod.uid() == pod.uid() => (entry.attempts, entry.last_attempt, entry.rank.1),
             _ => {
                 self.arrivals += 1;
@@ -132,11 +135,6 @@ impl Queue {
         for key in woken {
             self.requeue(&key, now);
         }
-    }
-
-    /// Pods that wait in any of the three queues.
-    pub fn len(&self) -> usize {
-        self.entries.len()
     }
 
     fn requeue(&mut self, key: &ObjectKey, now: Instant) {

@@ -74,15 +74,21 @@ async fn a_rolling_update_keeps_within_surge_and_availability_whatever_goes_wron
         harness.api.wait_for::<Deployment>("the first roll-out", is_done).await;
         let template = json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "b"}]}}}});
         harness.patch::<Deployment>("web", template).await;
-        let keeps_limits = |pods: &[Pod]| {
-            let active = pods.iter().filter(|pod| pods::is_active(pod)).count();
+        // The wish never exceeds the surge; pods on their way out may linger beside it, as upstream.
+        let wished = |sets: &[ReplicaSet]| {
+            let sum: i32 = sets.iter().map(crate::replicaset::replicas).sum();
+            assert!(sum <= 6 + surge, "seed {seed}: {sum} wished, surge {surge}");
+            let new = |set: &&ReplicaSet| annotations::revision(set) == 2;
+            sets.iter().find(new).is_some_and(|set| crate::replicaset::replicas(set) == 6) && sum == 6
+        };
+        let available = |pods: &[Pod]| {
             let ready = pods.iter().filter(|pod| pods::is_active(pod) && pods::is_ready(pod)).count();
-            assert!(active <= 6 + surge as usize, "seed {seed}: {active} pods, surge {surge}");
             assert!(ready >= 6 - unavailable as usize, "seed {seed}: {ready} ready, unavailable {unavailable}");
             let new = |pod: &Pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("b");
             pods.len() == 6 && pods.iter().all(new)
         };
-        harness.api.wait_for::<Pod>("only new pods", keeps_limits).await;
+        let sets = harness.api.wait_for::<ReplicaSet>("the new set at full size", wished);
+        futures::future::join(sets, harness.api.wait_for::<Pod>("only new pods", available)).await;
         harness.api.wait_for::<Deployment>("the second roll-out", is_done).await;
         harness.api.set_faults(Faults::default());
         harness.assert_quiet().await;

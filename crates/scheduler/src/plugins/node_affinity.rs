@@ -3,7 +3,8 @@
 use super::{Cycle, Plugin, Scale, Score, Verdict};
 use crate::pod::PodInfo;
 use crate::table::{NodeTable, Slot};
-use k8s_openapi::api::core::v1::{NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm};
+use k8s_openapi::api::core::v1::NodeAffinity;
+use knarr_client::placement;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeAffinity",
@@ -26,11 +27,7 @@ fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
 
 /// Whether node selector and required node affinity let the pod on the node.
 pub fn matches_node(pod: &PodInfo, table: &NodeTable, slot: Slot) -> bool {
-    let Some(spec) = &pod.pod.spec else { return true };
-    let labels = &table.labels[slot];
-    let selected = spec.node_selector.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));
-    let required = affinity(pod).and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
-    selected && required.is_none_or(|required| required.node_selector_terms.iter().any(|term| holds(term, table, slot)))
+    pod.pod.spec.as_ref().is_none_or(|spec| placement::selects_node(spec, &table.labels[slot], &table.names[slot]))
 }
 
 fn affinity(pod: &PodInfo) -> Option<&NodeAffinity> {
@@ -64,40 +61,5 @@ fn score(cycle: &Cycle, slot: Slot) -> i64 {
         let preference = &term.preference;
         preference.match_expressions.is_some() || preference.match_fields.is_some()
     });
-    terms.filter(|term| holds(&term.preference, cycle.table, slot)).map(|term| i64::from(term.weight)).sum()
-}
-
-/// All expressions and fields of a term hold; an empty term never does.
-fn holds(term: &NodeSelectorTerm, table: &NodeTable, slot: Slot) -> bool {
-    let expressions = term.match_expressions.iter().flatten();
-    let fields = term.match_fields.iter().flatten();
-    if expressions.clone().next().is_none() && fields.clone().next().is_none() {
-        return false;
-    }
-    let labels = &table.labels[slot];
-    let by_label = |requirement: &NodeSelectorRequirement| {
-        meets(requirement, labels.get(&requirement.key).map(String::as_str))
-    };
-    let by_field = |requirement: &NodeSelectorRequirement| {
-        requirement.key == "metadata.name" && meets(requirement, Some(&table.names[slot]))
-    };
-    expressions.into_iter().all(by_label) && fields.into_iter().all(by_field)
-}
-
-fn meets(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bool {
-    let values = requirement.values.as_deref().unwrap_or_default();
-    let listed = value.is_some_and(|value| values.iter().any(|listed| listed == value));
-    let compare = |test: fn(i64, i64) -> bool| {
-        let limit = values.first().and_then(|limit| limit.parse().ok());
-        value.and_then(|value| value.parse().ok()).zip(limit).is_some_and(|(value, limit)| test(value, limit))
-    };
-    match requirement.operator.as_str() {
-        "In" => listed,
-        "NotIn" => !listed,
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        "Gt" => compare(|value, limit| value > limit),
-        "Lt" => compare(|value, limit| value < limit),
-        _ => false,
-    }
+    terms.filter(|term| placement::term_holds(&term.preference, &cycle.table.labels[slot], &cycle.table.names[slot])).map(|term| i64::from(term.weight)).sum()
 }

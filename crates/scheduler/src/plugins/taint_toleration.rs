@@ -3,7 +3,8 @@
 use super::{Cycle, Plugin, Scale, Score, Verdict};
 use crate::pod::PodInfo;
 use crate::table::Slot;
-use k8s_openapi::api::core::v1::{Taint, Toleration};
+use k8s_openapi::api::core::v1::Taint;
+use knarr_client::placement;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "TaintToleration",
@@ -34,26 +35,5 @@ fn score(cycle: &Cycle, slot: Slot) -> i64 {
 /// Whether any toleration of the pod covers the taint.
 pub fn tolerates(pod: &PodInfo, taint: &Taint) -> bool {
     let tolerations = pod.pod.spec.as_ref().and_then(|spec| spec.tolerations.as_ref());
-    tolerations.into_iter().flatten().any(|toleration| covers(toleration, taint))
-}
-
-fn covers(toleration: &Toleration, taint: &Taint) -> bool {
-    let given = |field: &Option<String>| field.clone().unwrap_or_default();
-    let (effect, key) = (given(&toleration.effect), given(&toleration.key));
-    if (!effect.is_empty() && effect != taint.effect) || (!key.is_empty() && key != taint.key) {
-        return false;
-    }
-    let value = given(&toleration.value);
-    let taint_value = taint.value.as_deref().unwrap_or_default();
-    match toleration.operator.as_deref().unwrap_or_default() {
-        "" | "Equal" => value == taint_value,
-        "Exists" => true,
-        "Lt" => numbers(taint_value, &value).is_some_and(|(taint, limit)| taint < limit),
-        "Gt" => numbers(taint_value, &value).is_some_and(|(taint, limit)| taint > limit),
-        _ => false,
-    }
-}
-
-fn numbers(taint: &str, toleration: &str) -> Option<(i64, i64)> {
-    Some((taint.parse().ok()?, toleration.parse().ok()?))
+    placement::tolerates(tolerations, taint)
 }
