@@ -1,6 +1,6 @@
 //! What the loops' tests share: an API, a context on virtual time, and short ways to write objects.
 
-use crate::{Config, Context};
+use crate::{Config, Context, pods};
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::Pod;
 use knarr_client::Clock;
@@ -130,6 +130,32 @@ impl Harness {
         let writes = self.api.take_writes();
         assert!(writes.is_empty(), "a second run writes nothing, but there was {writes:?}");
     }
+}
+
+/// A small kubelet for all pods: makes them ready after a moment and finishes their deletion.
+pub fn run_kubelet(harness: &Harness) {
+    let pods = harness.context.informers.get::<Pod>();
+    let api: Api<Pod> = harness.api_of();
+    let keys = pods.subscribe();
+    let clock = harness.context.clock.clone();
+    tokio::spawn(async move {
+        loop {
+            let key = keys.next().await;
+            let Some(pod) = pods.get_key(&key) else { continue };
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            if pods::is_terminating(&pod) {
+                let _ = api.delete(&key.name, &DeleteParams::default().grace_period(0)).await;
+            } else if !pods::is_ready(&pod) {
+                let ready = json!({"type": "Ready", "status": "True", "lastTransitionTime": clock.time()});
+                let status = json!({"status": {"phase": "Running", "conditions": [ready]}});
+                while api
+                    .patch_status(&key.name, &Default::default(), &kube::api::Patch::Merge(&status))
+                    .await
+                    .is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404))
+                {}
+            }
+        }
+    });
 }
 
 async fn insist<T, F>(mut attempt: impl FnMut() -> F) -> T

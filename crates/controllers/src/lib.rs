@@ -15,6 +15,7 @@ mod util;
 
 mod deployment;
 mod replicaset;
+mod daemonset;
 mod endpoints;
 mod endpointslice;
 mod service;

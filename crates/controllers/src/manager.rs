@@ -11,6 +11,7 @@ type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
 const LOOPS: &[(&str, Start)] = &[
     ("deployment", crate::deployment::start),
     ("replicaset", crate::replicaset::start),
+    ("daemonset", crate::daemonset::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),

@@ -132,8 +132,10 @@ impl Lifecycle {
         let mut health = self.health.lock();
         let fresh = !health.contains_key(&name);
         let entry = health.entry(name.clone()).or_insert_with(|| Health { seen: seen.clone(), since: now });
-        if entry.seen != seen && !is_only_our_verdict(&entry.seen, &seen) {
-            *entry = Health { seen, since: now };
+        if entry.seen != seen {
+            // What we wrote ourselves is remembered, so that the kubelet's next word differs, but it is no sign of life.
+            let since = if is_only_our_verdict(&entry.seen, &seen) { entry.since } else { now };
+            *entry = Health { seen, since };
         }
         let left = grace.saturating_sub(entry.since.elapsed());
         drop(health);

@@ -1,10 +1,9 @@
 //! Roll-outs against an in-memory API in which a small "kubelet" makes pods ready and ends deleted ones.
 
 use super::*;
-use crate::harness::Harness;
+use crate::harness::{Harness, run_kubelet};
 use k8s_openapi::api::core::v1::Event;
 use knarr_client::testing::Faults;
-use kube::api::DeleteParams;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -24,32 +23,6 @@ fn deployment(replicas: i32, image: &str, strategy: Value) -> Value {
 
 fn rolling(surge: i32, unavailable: i32) -> Value {
     json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}})
-}
-
-/// Binds pods, makes them ready after a moment, and finishes their deletion.
-fn run_kubelet(harness: &Harness) {
-    let pods = harness.context.informers.get::<Pod>();
-    let api: Api<Pod> = harness.api_of();
-    let keys = pods.subscribe();
-    let clock = harness.context.clock.clone();
-    tokio::spawn(async move {
-        loop {
-            let key = keys.next().await;
-            let Some(pod) = pods.get_key(&key) else { continue };
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            if pods::is_terminating(&pod) {
-                let _ = api.delete(&key.name, &DeleteParams::default().grace_period(0)).await;
-            } else if !pods::is_ready(&pod) {
-                let ready = json!({"type": "Ready", "status": "True", "lastTransitionTime": clock.time()});
-                let status = json!({"status": {"phase": "Running", "conditions": [ready]}});
-                while api
-                    .patch_status(&key.name, &Default::default(), &kube::api::Patch::Merge(&status))
-                    .await
-                    .is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404))
-                {}
-            }
-        }
-    });
 }
 
 fn is_done(deployments: &[Deployment]) -> bool {
