@@ -16,6 +16,7 @@ mod util;
 mod deployment;
 mod replicaset;
 mod daemonset;
+mod job;
 mod endpoints;
 mod endpointslice;
 mod service;

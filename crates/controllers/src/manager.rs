@@ -12,6 +12,8 @@ const LOOPS: &[(&str, Start)] = &[
     ("deployment", crate::deployment::start),
     ("replicaset", crate::replicaset::start),
     ("daemonset", crate::daemonset::start),
+    ("job", crate::job::start),
+    ("job-ttl", crate::job::start_ttl),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),
