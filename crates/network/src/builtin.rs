@@ -1,8 +1,13 @@
-//! The built-in pod network of one node: a bridge, a cable to each pod, addresses from [`crate::ipam`].
+//! The built-in pod network of one node: a cable to each pod, a route at its end, addresses from
+//! [`crate::ipam`].
 //!
-//! Each pod holds a single address (`/32`) and sends everything to the gateway, the bridge's own address.
-//! So even two pods on one bridge talk through the host's IP layer: the Service proxy can undo its
-//! translation on the way back without `br_netfilter`, and policies see every packet.
+//! Pods do not share a link. Each holds a single address (`/32`) and sends everything to the gateway, an
+//! address on the device `knarr0` that leads nowhere; the node routes each pod's address to its cable. So
+//! packets between pods pass the node's IP layer like all others: the Service proxy can undo its
+//! translation on the way back, policies see everything, a pod can neither forge its source nor answer for
+//! another. A shared bridge would need `br_netfilter` for the first, does something else with it switched on than
+//! off (Docker switches it on, for the whole host), and makes the kernel send redirects that use up the
+//! budget for "port unreachable". Hardware addresses are fixed and known, so nobody ever asks for one.
 //!
 //! The table `knarr_pods` masquerades what leaves the pod ranges and opens host ports. Services are
 //! [`crate::proxy`]'s. Every change to the host goes through the [`Ledger`]; [`purge`] walks it backwards.
@@ -17,9 +22,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{NetworkError, Result};
-use crate::ipam::{Ipam, Lease, Subnet};
+use crate::ipam::{DEVICE_PREFIX, Ipam, Lease, Subnet};
 use crate::ledger::{Change, Ledger};
-use crate::link::{Device, Links};
+use crate::link::{Device, End, Links};
 use crate::nft::{self, Firewall, NftProgram};
 use crate::pod::{HostPort, PodAddresses, PodNetwork, PodRef};
 use crate::{netns, sysctl};
@@ -30,10 +35,14 @@ pub const TABLE: &str = "knarr_pods";
 pub const POD_DEVICE: &str = "eth0";
 /// Used when the host has no default route to take the MTU from.
 const MTU_FALLBACK: u32 = 1500;
+/// Last choice among routes: anything the host already has for the same range wins.
+const SERVICE_ROUTE_METRIC: u32 = 1_000_000;
+/// The node's end of every cable: locally administered, the same for all, so that pods can know it.
+const GATEWAY_HARDWARE: [u8; 6] = [0x0a, 0x58, 0, 0, 0, 1];
 
 /// The network of one node. Cheap to share behind an `Arc`; idle it is one parked task.
-pub struct BridgeNetwork {
-    config: BridgeConfig,
+pub struct RoutedNetwork {
+    config: RoutedConfig,
     mtu: u32,
     links: Links,
     ipam: Ipam,
@@ -43,16 +52,16 @@ pub struct BridgeNetwork {
 /// What the built-in network is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct BridgeConfig {
-    /// The bridge's name, at most 15 bytes: `knarr0`.
-    pub bridge: String,
+pub struct RoutedConfig {
+    /// The device that holds the gateway's addresses, at most 15 bytes: `knarr0`.
+    pub device: String,
     /// Where leases and the ledger live. On a tmpfs, since they describe kernel state: `/run/knarr/network`.
     pub state_dir: PathBuf,
     /// This node's pod ranges (`node.spec.podCIDRs`), at most one per family, first the primary.
     pub pod_cidrs: Vec<Subnet>,
     /// The whole cluster's pod ranges: traffic to them keeps its source address.
     pub cluster_cidrs: Vec<Subnet>,
-    /// The Service ranges. Routed to the bridge as a last resort, so that a host without a default route
+    /// The Service ranges. Routed to `device` as a last resort, so that a host without a default route
     /// reaches Services too.
     pub service_cidrs: Vec<Subnet>,
     /// `None`: that of the default route's device, or 1500.
@@ -68,46 +77,46 @@ pub struct CleanReport {
     pub leftovers: Vec<String>,
 }
 
-impl BridgeNetwork {
-    /// Makes the bridge, the settings and the table be as configured. Safe to call over and over: pods
+impl RoutedNetwork {
+    /// Makes the device, the settings and the table be as configured. Safe to call over and over: pods
     /// attached before stay attached.
     ///
     /// # Errors
-    /// No root, a foreign device of the bridge's name, no `nft`, an unwritable state directory.
-    pub async fn start(config: BridgeConfig) -> Result<BridgeNetwork> {
+    /// No root, a foreign device of the same name, no `nft`, an unwritable state directory.
+    pub async fn start(config: RoutedConfig) -> Result<RoutedNetwork> {
         Self::start_with(config, Arc::new(NftProgram)).await
     }
 
-    /// [`BridgeNetwork::start`] over another firewall.
-    pub async fn start_with(config: BridgeConfig, firewall: Arc<dyn Firewall>) -> Result<BridgeNetwork> {
+    /// [`RoutedNetwork::start`] over another firewall.
+    pub async fn start_with(config: RoutedConfig, firewall: Arc<dyn Firewall>) -> Result<RoutedNetwork> {
         let network = Self::open(config, firewall).await?;
         let ledger = Ledger::new(&network.config.state_dir);
-        network.make_bridge(&ledger).await?;
+        network.make_device(&ledger).await?;
         network.make_settings(&ledger)?;
         ledger.record(Change::Table { name: TABLE.into() })?;
         network.firewall.apply(&table_script(&network.config, &network.leases()?)).await?;
         Ok(network)
     }
 
-    /// Opens a network that [`BridgeNetwork::start`] made, without looking at the host: the CNI plug-in's way.
-    pub async fn open(config: BridgeConfig, firewall: Arc<dyn Firewall>) -> Result<BridgeNetwork> {
+    /// Opens a network that [`RoutedNetwork::start`] made, without looking at the host: the CNI plug-in's way.
+    pub async fn open(config: RoutedConfig, firewall: Arc<dyn Firewall>) -> Result<RoutedNetwork> {
         let links = Links::here()?;
         let mtu = match config.mtu {
             Some(mtu) => mtu,
             None => links.uplink_mtu().await?.unwrap_or(MTU_FALLBACK),
         };
         let ipam = Ipam::new(&config.state_dir, config.pod_cidrs.clone());
-        Ok(BridgeNetwork { config, mtu, links, ipam, firewall })
+        Ok(RoutedNetwork { config, mtu, links, ipam, firewall })
     }
 
-    /// The bridge's addresses, which are the pods' gateways and addresses of the node that every pod can
+    /// The gateways of the pods, which are addresses of the node that every pod can
     /// reach: cluster DNS listens there.
     pub fn gateways(&self) -> Vec<IpAddr> {
         self.config.pod_cidrs.iter().map(Subnet::gateway).collect()
     }
 
     /// What this network was told.
-    pub fn config(&self) -> &BridgeConfig {
+    pub fn config(&self) -> &RoutedConfig {
         &self.config
     }
 
@@ -168,8 +177,8 @@ impl BridgeNetwork {
         Ok(self.ipam.all()?.into_values().collect())
     }
 
-    async fn make_bridge(&self, ledger: &Ledger) -> Result<()> {
-        let name = &self.config.bridge;
+    async fn make_device(&self, ledger: &Ledger) -> Result<()> {
+        let name = &self.config.device;
         match self.links.find(name).await? {
             Some(device) if device.kind != "bridge" => {
                 return Err(NetworkError::ForeignDevice { name: name.clone(), kind: device.kind });
@@ -177,16 +186,18 @@ impl BridgeNetwork {
             Some(_) => {}
             None => {
                 ledger.record(Change::Device { name: name.clone() })?;
-                self.links.add_bridge(name, hardware_address(self.config.pod_cidrs.first()), self.mtu).await?;
+                self.links.add_anchor(name).await?;
             }
         }
-        let bridge = self.links.expect(name).await?.index;
-        self.links.up(bridge).await?;
-        for range in &self.config.pod_cidrs {
-            self.links.add_address(bridge, range.gateway(), range.prefix()).await?;
+        let device = self.links.expect(name).await?.index;
+        self.links.up(device).await?;
+        for gateway in self.gateways() {
+            self.links.add_address(device, gateway, Subnet::host(gateway).prefix()).await?;
         }
         for range in &self.config.service_cidrs {
-            self.links.route_services(*range, bridge).await?;
+            // Never sent there: translated or refused before. But without a route the kernel would refuse
+            // to send before the firewall is asked, or look for the address on the internet.
+            self.links.route(*range, device, None, SERVICE_ROUTE_METRIC).await?;
         }
         Ok(())
     }
@@ -194,10 +205,6 @@ impl BridgeNetwork {
     fn make_settings(&self, ledger: &Ledger) -> Result<()> {
         if self.config.pod_cidrs.iter().any(|range| !range.is_ipv6()) {
             sysctl::ensure(ledger, "net/ipv4/ip_forward", "1")?;
-            // Lets the host reach node ports and host ports as `localhost`: the translated packet carries
-            // 127.0.0.1 until it is masqueraded. It goes with the bridge; the table keeps pods from
-            // reaching the host's loopback this way (the hole known as CVE-2020-8558).
-            sysctl::set(&format!("net/ipv4/conf/{}/route_localnet", self.config.bridge), "1")?;
         }
         if self.config.pod_cidrs.iter().any(Subnet::is_ipv6) {
             sysctl::ensure(ledger, "net/ipv6/conf/all/forwarding", "1")?;
@@ -207,9 +214,7 @@ impl BridgeNetwork {
 
     /// True if both ends of the cable are there and the inner one has its addresses.
     async fn is_wired(&self, lease: &Lease, namespace: &Path, device: &str) -> Result<bool> {
-        let Some(Device { controller: Some(_), up: true, .. }) = self.links.find(&lease.device).await? else {
-            return Ok(false);
-        };
+        let Some(Device { up: true, .. }) = self.links.find(&lease.device).await? else { return Ok(false) };
         let pod = Links::inside(namespace)?;
         let Some(inner) = pod.find(device).await? else { return Ok(false) };
         let has = pod.addresses(inner.index).await?;
@@ -217,26 +222,43 @@ impl BridgeNetwork {
     }
 
     async fn wire(&self, lease: &Lease, namespace: &Path, device: &str) -> Result<()> {
-        let bridge = self.links.expect(&self.config.bridge).await?.index;
         let into = netns::open(namespace)?;
-        self.links.add_cable(&lease.device, device, &into, self.mtu, bridge).await?;
+        let hardware = hardware_address(lease.ips.first());
+        let outer = End { name: &lease.device, hardware: GATEWAY_HARDWARE };
+        let outer = self.links.add_cable(outer, End { name: device, hardware }, &into, self.mtu).await?;
+        self.make_cable_settings(&lease.device, lease)?;
         let pod = Links::inside(namespace)?;
         pod.up(pod.expect("lo").await?.index).await?;
         let inner = pod.expect(device).await?.index;
         pod.up(inner).await?;
-        for ip in &lease.ips {
-            pod.add_address(inner, *ip, if ip.is_ipv4() { 32 } else { 128 }).await?;
-        }
-        for gateway in self.gateways() {
-            pod.route_link(Subnet::host(gateway), inner).await?;
+        for (ip, gateway) in lease.ips.iter().zip(self.gateways()) {
+            let host = Subnet::host(*ip);
+            pod.add_address(inner, *ip, host.prefix()).await?;
+            pod.add_neighbour(inner, gateway, GATEWAY_HARDWARE).await?;
+            pod.route(Subnet::host(gateway), inner, None, 0).await?;
             pod.route_default(gateway, inner).await?;
+            self.links.add_neighbour(outer.index, *ip, hardware).await?;
+            self.links.route(host, outer.index, Some(gateway), 0).await?;
         }
         Ok(())
+    }
+
+    /// Settings of the node's end of a cable; they go with it.
+    fn make_cable_settings(&self, device: &str, lease: &Lease) -> Result<()> {
+        if !lease.ips.iter().any(IpAddr::is_ipv4) {
+            return Ok(());
+        }
+        // A pod may only send from its own address.
+        sysctl::set(&format!("net/ipv4/conf/{device}/rp_filter"), "1")?;
+        // Lets the host reach node ports and host ports as `localhost`: the translated packet carries
+        // 127.0.0.1 until it is masqueraded. The table keeps pods from reaching the host's loopback this
+        // way (the hole known as CVE-2020-8558).
+        sysctl::set(&format!("net/ipv4/conf/{device}/route_localnet"), "1")
     }
 }
 
 #[async_trait]
-impl PodNetwork for BridgeNetwork {
+impl PodNetwork for RoutedNetwork {
     async fn attach(&self, pod: &PodRef, netns: &Path, ports: &[HostPort]) -> Result<PodAddresses> {
         Ok(self.attach_as(&pod.uid, pod, netns, POD_DEVICE, ports).await?.addresses())
     }
@@ -282,15 +304,15 @@ async fn undo(change: &Change, links: &Links) -> Result<()> {
     }
 }
 
-/// Looks for everything this crate ever makes, ledger or no ledger: the bridge, pod cables, both nftables
+/// Looks for everything this crate ever makes, ledger or no ledger: the device, pod cables, both nftables
 /// tables, the state directory.
-pub async fn verify_clean(bridge: &str, state_dir: &Path) -> Result<CleanReport> {
+pub async fn verify_clean(device: &str, state_dir: &Path) -> Result<CleanReport> {
     let mut report = CleanReport::default();
     let links = Links::here()?;
-    report.note(format!("network device {bridge}"), links.find(bridge).await?.is_some());
+    report.note(format!("network device {device}"), links.find(device).await?.is_some());
     let cables = links.list().await?.into_iter().filter(|device| is_ours(&device.name));
     let cables: Vec<String> = cables.map(|device| device.name).collect();
-    report.note(format!("pod cables (kn...): {}", cables.join(" ")), !cables.is_empty());
+    report.note(format!("pod cables ({DEVICE_PREFIX}...): {}", cables.join(" ")), !cables.is_empty());
     for table in [TABLE, crate::proxy::TABLE] {
         report.note(format!("nftables table inet {table}"), nft::table_exists(&NftProgram, table).await?);
     }
@@ -308,25 +330,25 @@ impl CleanReport {
 }
 
 fn is_ours(device: &str) -> bool {
-    device.len() == 13 && device.starts_with("kn") && device[2..].bytes().all(|byte| byte.is_ascii_hexdigit())
+    let rest = device.strip_prefix(DEVICE_PREFIX);
+    rest.is_some_and(|rest| rest.len() == 11 && rest.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// A locally administered hardware address made of the gateway's address.
-fn hardware_address(range: Option<&Subnet>) -> [u8; 6] {
-    let [a, b, c, d] = match range.map(Subnet::gateway) {
+/// A locally administered hardware address made of the pod's address.
+fn hardware_address(ip: Option<&IpAddr>) -> [u8; 6] {
+    let [a, b, c, d] = match ip {
         Some(IpAddr::V4(ip)) => ip.octets(),
         Some(IpAddr::V6(ip)) => {
-            let octets = ip.octets();
-            [octets[5], octets[6], octets[7], octets[15]]
+            let [.., a, b, c, d] = ip.octets();
+            [a, b, c, d]
         }
-        None => [0, 0, 0, 1],
+        None => [0; 4],
     };
     [0x0a, 0x58, a, b, c, d]
 }
 
 /// The whole table, replacing what was there.
-fn table_script(config: &BridgeConfig, leases: &[Lease]) -> String {
-    let bridge = &config.bridge;
+fn table_script(config: &RoutedConfig, leases: &[Lease]) -> String {
     let mut script = nft::remove_table(TABLE);
     let family = |six: bool, list: &[Subnet]| {
         let list: Vec<String> = list.iter().filter(|s| s.is_ipv6() == six).map(Subnet::to_string).collect();
@@ -360,21 +382,14 @@ chain postrouting {{
   type nat hook postrouting priority srcnat + 5;
   ip saddr . ip daddr @hairpin4 ct status dnat masquerade
   ip6 saddr . ip6 daddr @hairpin6 ct status dnat masquerade
-  oifname \"{bridge}\" ip saddr 127.0.0.0/8 masquerade
-  oifname != \"{bridge}\" ip saddr @pods4 ip daddr != @cluster4 masquerade
-  oifname != \"{bridge}\" ip6 saddr @pods6 ip6 daddr != @cluster6 masquerade
+  oifname \"{DEVICE_PREFIX}*\" ip saddr 127.0.0.0/8 masquerade
+  oifname != \"{DEVICE_PREFIX}*\" ip saddr @pods4 ip daddr != @cluster4 masquerade
+  oifname != \"{DEVICE_PREFIX}*\" ip6 saddr @pods6 ip6 daddr != @cluster6 masquerade
 }}
 # Pods must not reach what listens on the host's loopback only.
 chain input {{
   type filter hook input priority filter;
-  iifname \"{bridge}\" ip daddr 127.0.0.0/8 ct state != {{ established, related }} drop
-}}
-# Packets between pods enter and leave by the same device, which makes the kernel advise the sender of a
-# shorter way that the isolated bridge ports do not offer.
-chain advice {{
-  type filter hook output priority filter;
-  oifname \"{bridge}\" icmp type redirect drop
-  oifname \"{bridge}\" icmpv6 type nd-redirect drop
+  iifname \"{DEVICE_PREFIX}*\" ip daddr 127.0.0.0/8 ct state != {{ established, related }} drop
 }}
 }}
 "

@@ -236,6 +236,9 @@ fn clashes(a: &HostPort, b: &HostPort) -> bool {
         && (everywhere(a) || everywhere(b) || a.host_ip == b.host_ip)
 }
 
+/// What every device name of [`device_name`] begins with; nothing else of ours does.
+pub const DEVICE_PREFIX: &str = "knp";
+
 /// A device name that follows from the owner, so that a crash between creating and recording loses nothing.
 /// Linux allows 15 bytes; 11 hexadecimal digits leave a clash among a node's pods out of the question.
 pub fn device_name(owner: &str) -> String {
@@ -243,7 +246,7 @@ pub fn device_name(owner: &str) -> String {
     let hash = owner.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
-    format!("kn{:011x}", hash >> 20)
+    format!("{DEVICE_PREFIX}{:011x}", hash >> 20)
 }
 
 #[cfg(test)]

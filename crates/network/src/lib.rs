@@ -1,7 +1,7 @@
 //! The node's network: addresses for pods, and Services that reach them.
 //!
-//! Read in this order: [`pod`] is the contract the kubelet speaks, [`builtin`] the bridge that keeps it,
-//! [`cni`] the same bridge spoken to as a CNI plug-in (for containerd and CRI-O), [`proxy`] the Service
+//! Read in this order: [`pod`] is the contract the kubelet speaks, [`builtin`] the network that keeps it,
+//! [`cni`] the same spoken to as a CNI plug-in (for containerd and CRI-O), [`proxy`] the Service
 //! proxy. Below them, each usable alone: [`ipam`] (who holds which address), [`ledger`] (every change made
 //! to the host, so that it can be taken back and the taking back proved), [`link`] (devices, by netlink),
 //! [`nft`] (the firewall) and [`conntrack`] (the kernel's connection table).
@@ -29,7 +29,7 @@ mod state;
 mod sysctl;
 mod watch;
 
-pub use builtin::{BridgeConfig, BridgeNetwork, CleanReport};
+pub use builtin::{RoutedConfig, RoutedNetwork, CleanReport};
 pub use error::NetworkError;
 pub use ipam::Subnet;
 pub use pod::{HostPort, PodAddresses, PodNetwork, PodRef, Protocol};

@@ -16,7 +16,7 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::{
-    Error, Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Error, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
 use tokio::task::JoinHandle;
 
@@ -26,8 +26,6 @@ use crate::netns;
 
 /// The protocol number our routes carry (`/etc/iproute2/rt_protos`), so that they can be told apart.
 const ROUTE_PROTOCOL: u8 = 107;
-/// Last choice among routes: anything the host already has for the same range wins.
-const SERVICE_ROUTE_METRIC: u32 = 1_000_000;
 
 /// A netlink conversation with one network namespace.
 pub struct Links {
@@ -43,9 +41,14 @@ pub struct Device {
     /// `bridge`, `veth`, ...; empty for hardware and loopback.
     pub kind: String,
     pub mtu: u32,
-    /// The bridge it is plugged into, by index.
-    pub controller: Option<u32>,
     pub up: bool,
+}
+
+/// One end of a cable to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    pub name: &'a str,
+    pub hardware: [u8; 6],
 }
 
 impl Links {
@@ -94,30 +97,36 @@ impl Links {
         Ok(messages.iter().map(describe).collect())
     }
 
-    /// Makes a bridge. Its hardware address is fixed: a bridge without one takes the lowest of its ports'
-    /// and so changes it under the pods' neighbour tables whenever a pod comes or goes.
-    pub async fn add_bridge(&self, name: &str, hardware: [u8; 6], mtu: u32) -> Result<()> {
-        let bridge = LinkBridge::new(name).forward_delay(0).mcast_snooping(false);
-        let message = bridge.address(hardware.to_vec()).mtu(mtu).up().build();
+    /// Makes a bridge without ports: a device that leads nowhere, as a place for addresses. Every kernel
+    /// that runs containers has bridges; the `dummy` device made for this is missing from small ones.
+    pub async fn add_anchor(&self, name: &str) -> Result<()> {
+        let message = LinkBridge::new(name).mcast_snooping(false).up().build();
         self.handle.link().add(message).execute().await.map_err(|e| failed("add bridge", name, e))
     }
 
-    /// Makes a cable: `host` here, plugged into the bridge and up, the other end as `inner` in the
-    /// namespace. Ports of the bridge are isolated from each other: pods talk through the gateway, where
-    /// the firewall sees them.
-    pub async fn add_cable(&self, host: &str, inner: &str, into: &File, mtu: u32, bridge: u32) -> Result<()> {
-        let peer = LinkMessageBuilder::<LinkUnspec>::new().name(inner).mtu(mtu).setns_by_fd(into.as_raw_fd());
+    /// Makes a cable: `outer` here and up, the other end as `inner` in the namespace, still down. Answers
+    /// the outer end.
+    pub async fn add_cable(&self, outer: End<'_>, inner: End<'_>, into: &File, mtu: u32) -> Result<Device> {
+        let peer = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(inner.name)
+            .address(inner.hardware.to_vec())
+            .mtu(mtu)
+            .setns_by_fd(into.as_raw_fd());
         let message = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build())))
-            .name(host)
+            .name(outer.name)
+            .address(outer.hardware.to_vec())
             .mtu(mtu)
-            .controller(bridge)
             .up()
             .build();
-        self.handle.link().add(message).execute().await.map_err(|e| failed("add veth", host, e))?;
-        let index = self.expect(host).await?.index;
-        let port = LinkBridgePort::new(index).isolated(true).build();
-        self.handle.link().set_port(port).execute().await.map_err(|e| failed("isolate bridge port", host, e))
+        self.handle.link().add(message).execute().await.map_err(|e| failed("add veth", outer.name, e))?;
+        self.expect(outer.name).await
+    }
+
+    /// Writes down which hardware address an address has, for good: nobody needs to ask.
+    pub async fn add_neighbour(&self, index: u32, ip: IpAddr, hardware: [u8; 6]) -> Result<()> {
+        let request = self.handle.neighbours().add(index, ip).link_layer_address(&hardware).replace();
+        request.execute().await.map_err(|e| failed("add neighbour", ip, e))
     }
 
     /// Deletes a device; one that is gone is fine.
@@ -163,36 +172,25 @@ impl Links {
         Ok(messages.iter().flat_map(|message| message.attributes.iter().filter_map(address)).collect())
     }
 
-    /// Routes a range straight onto a device (`ip route add RANGE dev DEVICE scope link`).
-    pub async fn route_link(&self, range: Subnet, index: u32) -> Result<()> {
+    /// Routes a range straight onto a device (`ip route add RANGE dev DEVICE src SOURCE metric METRIC`).
+    pub async fn route(&self, range: Subnet, index: u32, source: Option<IpAddr>, metric: u32) -> Result<()> {
         let message = match range.base() {
             IpAddr::V4(base) => {
                 let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(base, range.prefix());
-                route.output_interface(index).scope(RouteScope::Link).build()
+                let route = route.output_interface(index).scope(RouteScope::Link).priority(metric);
+                match source {
+                    Some(IpAddr::V4(source)) => route.pref_source(source).build(),
+                    _ => route.build(),
+                }
             }
             IpAddr::V6(base) => {
                 let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(base, range.prefix());
-                route.output_interface(index).build()
+                let route = route.output_interface(index).priority(metric);
+                match source {
+                    Some(IpAddr::V6(source)) => route.pref_source(source).build(),
+                    _ => route.build(),
+                }
             }
-        };
-        self.add_route(message, range).await
-    }
-
-    /// The same as a last resort, for ranges that exist in the firewall only: without a route the kernel
-    /// refuses to send before the firewall is asked.
-    pub async fn route_services(&self, range: Subnet, index: u32) -> Result<()> {
-        let message = match range.base() {
-            IpAddr::V4(base) => RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(base, range.prefix())
-                .output_interface(index)
-                .scope(RouteScope::Link)
-                .priority(SERVICE_ROUTE_METRIC)
-                .build(),
-            IpAddr::V6(base) => RouteMessageBuilder::<Ipv6Addr>::new()
-                .destination_prefix(base, range.prefix())
-                .output_interface(index)
-                .priority(SERVICE_ROUTE_METRIC)
-                .build(),
         };
         self.add_route(message, range).await
     }
@@ -244,14 +242,12 @@ fn describe(message: &LinkMessage) -> Device {
         name: String::new(),
         kind: String::new(),
         mtu: 0,
-        controller: None,
         up: message.header.flags.contains(LinkFlags::Up),
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => device.name = name.clone(),
             LinkAttribute::Mtu(mtu) => device.mtu = *mtu,
-            LinkAttribute::Controller(index) => device.controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 let kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.to_string()),

@@ -21,8 +21,7 @@ use crate::pod::Protocol;
 /// Endpoints of one Service port that get traffic; the slot shares the packet mark with [`MASQUERADE_MARK`].
 pub const ENDPOINTS_MAX: usize = 0x3fff;
 /// Marks packets to be masqueraded; upstream's bit.
-const MASQUERADE_MARK: &str = "0x4000";
-const SLOT_MASK: &str = "0x3fff";
+const MASQUERADE_MARK: u16 = 0x4000;
 /// Remembered client/Service pairs per family, for session affinity.
 const AFFINITY_ENTRIES_MAX: u32 = 65_536;
 /// Elements in one `add element` line; keeps single lines (and error texts quoting them) bounded.
@@ -175,7 +174,8 @@ impl Face {
         entries.insert(Key::Frontend { local, at }, Value::Balance(chain));
         let affine = self.affinity_seconds.is_some();
         let key = |slot| Key::Endpoint { local, affine, at, slot };
-        for (slot, endpoint) in (0u16..).zip(arrange(to, |slot| old.get(&key(slot)))) {
+        let first = chain.first_slot();
+        for (slot, endpoint) in (first..).zip(arrange(to, |slot| old.get(&key(first + slot)))) {
             entries.insert(key(slot), Value::Endpoint(endpoint));
         }
     }
@@ -340,6 +340,13 @@ impl fmt::Display for Frontend {
     }
 }
 
+impl Chain {
+    /// Slots of session affinity travel in the packet mark, together with the masquerade bit.
+    fn first_slot(&self) -> u16 {
+        if self.masquerade && self.affinity_seconds.is_some() { MASQUERADE_MARK } else { 0 }
+    }
+}
+
 impl fmt::Display for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = if self.node_port { "np" } else { "lb" };
@@ -368,23 +375,22 @@ fn write_chain(script: &mut String, chain: &Chain) {
     match chain.affinity_seconds {
         None => {
             if chain.masquerade {
-                rules.push(format!("meta mark set meta mark | {MASQUERADE_MARK}"));
+                rules.push(format!("meta mark set meta mark | {MASQUERADE_MARK:#x}"));
             }
             rules.push(format!("dnat {ip} to {at} . {draw} map @endpoints{version}{local}"));
         }
         // Remember a slot for the client unless one is remembered; use the remembered one; should its
-        // endpoint be gone before the memory is corrected, draw afresh.
+        // endpoint be gone before the memory is corrected, draw afresh. The slot travels in the packet mark,
+        // and carries the masquerade bit if there is to be one.
         Some(seconds) => {
-            let who = format!("{ip} saddr . {at}");
-            let slot = format!("meta mark & {SLOT_MASK}");
-            let masquerade = if chain.masquerade { MASQUERADE_MARK } else { "0x0" };
+            let who = format!("{at} . {ip} saddr");
+            let draw = format!("{draw} offset {}", chain.first_slot());
+            let lookup = format!("dnat {ip} to {at} . meta mark map @affine{version}{local}");
             rules.push(format!("update @affinity{version} {{ {who} timeout {seconds}s : {draw} }}"));
             rules.push(format!("meta mark set {who} map @affinity{version}"));
-            rules.push(format!("meta mark set meta mark | {masquerade}"));
-            rules.push(format!("dnat {ip} to {at} . {slot} map @affine{version}{local}"));
+            rules.push(lookup.clone());
             rules.push(format!("meta mark set {draw}"));
-            rules.push(format!("meta mark set meta mark | {masquerade}"));
-            rules.push(format!("dnat {ip} to {at} . {slot} map @affine{version}{local}"));
+            rules.push(lookup);
         }
     }
     _ = writeln!(script, "add chain inet {TABLE} {chain}");
@@ -404,7 +410,7 @@ pub fn clients_of(listing: &serde_json::Value, slots: &HashSet<(Frontend, u32)>)
 fn bound_client(element: &serde_json::Value, slots: &HashSet<(Frontend, u32)>) -> Option<String> {
     // Elements with a timeout are wrapped: `[{"elem": {"val": {"concat": [...]}, "expires": 1}}, slot]`.
     let key = if element[0]["elem"].is_null() { &element[0] } else { &element[0]["elem"]["val"] };
-    let [client, ip, protocol, port] = key["concat"].as_array()?.as_slice() else { return None };
+    let [ip, protocol, port, client] = key["concat"].as_array()?.as_slice() else { return None };
     let protocol = match protocol.as_str()? {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
@@ -417,7 +423,7 @@ fn bound_client(element: &serde_json::Value, slots: &HashSet<(Frontend, u32)>) -
         port: u16::try_from(port.as_u64()?).ok()?,
     };
     let slot = u32::try_from(element[1].as_u64()?).ok()?;
-    slots.contains(&(at, slot)).then(|| Some(format!("{} . {at}", client.as_str()?)))?
+    slots.contains(&(at, slot)).then(|| Some(format!("{at} . {}", client.as_str()?)))?
 }
 
 /// The table without entries, replacing whatever was there.
@@ -457,7 +463,7 @@ map affine{version}{local} {{ type {ip} . inet_proto . inet_service . mark : {ip
     }
     _ = writeln!(
         script,
-        "map affinity{version} {{ typeof {saddr} . {daddr} . meta l4proto . th dport : meta mark; \
+        "map affinity{version} {{ typeof {daddr} . meta l4proto . th dport . {saddr} : meta mark; \
          flags dynamic,timeout; size {AFFINITY_ENTRIES_MAX}; timeout 3h; }}"
     );
 }
@@ -466,6 +472,12 @@ map affine{version}{local} {{ type {ip} . inet_proto . inet_service . mark : {ip
 const CHAINS: &str = r#"
 chain frontends4 { }
 chain frontends6 { }
+# A reset ends the caller's attempt at once. An ICMP error may meet a locked socket, or the kernel's limit of
+# one a second for each peer, and then the caller waits.
+chain refuse {
+  meta l4proto tcp reject with tcp reset
+  reject
+}
 chain refusals4 { }
 chain refusals6 { }
 chain prerouting { type nat hook prerouting priority dstnat; meta nfproto vmap { ipv4 : jump frontends4, ipv6 : jump frontends6 }; }
@@ -474,6 +486,8 @@ chain postrouting {
   type nat hook postrouting priority srcnat;
   ct status dnat ip saddr . ip daddr @hairpin4 masquerade
   ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade
+  ct status dnat ct original ip daddr @services4 ct original ip saddr != @pods4 masquerade fully-random
+  ct status dnat ct original ip6 daddr @services6 ct original ip6 saddr != @pods6 masquerade fully-random
   meta mark & 0x4000 == 0 return
   meta mark set meta mark & 0xffffbfff
   masquerade fully-random
@@ -490,7 +504,6 @@ fn write_lookups(script: &mut String, version: u8, ip: &str, any: &str) {
     _ = write!(
         script,
         "chain frontends{version} {{
-  {ip} saddr != @pods{version} {ip} daddr @services{version} meta mark set meta mark | {MASQUERADE_MARK}
   {outside} {at} vmap @frontends{version}_local
   {at} vmap @frontends{version}
   fib daddr type != local return
@@ -498,9 +511,9 @@ fn write_lookups(script: &mut String, version: u8, ip: &str, any: &str) {
   {node_port} vmap @frontends{version}
 }}
 chain refusals{version} {{
-  {at} @refused{version} reject
-  {ip} daddr @services{version} reject
-  fib daddr type local {node_port} @refused{version} reject
+  {at} @refused{version} goto refuse
+  {ip} daddr @services{version} goto refuse
+  fib daddr type local {node_port} @refused{version} goto refuse
 }}
 "
     );
