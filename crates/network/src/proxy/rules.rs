@@ -457,7 +457,7 @@ fn write_maps(script: &mut String, version: u8, six: bool, cluster: &[Subnet], s
         _ = writeln!(
             script,
             "map frontends{version}{local} {{ type {ip} . inet_proto . inet_service : verdict; }}
-map endpoints{version}{local} {{ typeof {daddr} . meta l4proto . th dport . numgen random mod 65536 : {daddr} . tcp dport; }}
+map endpoints{version}{local} {{ typeof {daddr} . meta l4proto . th dport . numgen random mod 65536 : {daddr} . th dport; }}
 map affine{version}{local} {{ type {ip} . inet_proto . inet_service . mark : {ip} . inet_service; }}"
         );
     }
