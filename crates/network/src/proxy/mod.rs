@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use knarr_client::{Informer, Informers, ObjectKey};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,8 @@ pub const TABLE: &str = "knarr";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Events that come within this time of the first become one transaction.
 const COALESCE: Duration = Duration::from_millis(5);
+/// Events on their way from the informers.
+const EVENTS_MAX: usize = 256;
 /// Wait after a failed transaction, doubled each time up to the second.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
@@ -116,6 +119,18 @@ impl ServiceProxy {
             dirty: HashSet::new(),
             rebuild: true,
         }
+    }
+
+    /// [`ServiceProxy::run`], fed by the process's informers.
+    ///
+    /// # Errors
+    /// As for `run`.
+    pub async fn follow(self, informers: &Informers, shutdown: CancellationToken) -> Result<()> {
+        let (sender, events) = mpsc::channel(EVENTS_MAX);
+        let feeder = tokio::spawn(feed(informers.get(), informers.get(), sender));
+        let result = self.run(events, shutdown).await;
+        feeder.abort();
+        result
     }
 
     /// Works until `shutdown`; the rules stay. A closed event channel ends it too.
@@ -393,6 +408,44 @@ impl ServiceProxy {
                     tracing::debug!(%error, "remembered client was gone already");
                 }
             }
+        }
+    }
+}
+
+/// Turns what informers know into events. The informers de-duplicate keys, so however fast objects change,
+/// no more wait than there are objects.
+async fn feed(
+    services: Informer<core::Service>,
+    slices: Informer<discovery::EndpointSlice>,
+    sender: mpsc::Sender<ProxyEvent>,
+) {
+    let (service_keys, slice_keys) = (services.subscribe(), slices.subscribe());
+    let service_event = |key: ObjectKey| match services.get_key(&key) {
+        Some(object) => ProxyEvent::Service(object),
+        None => ProxyEvent::ServiceGone { namespace: key.namespace, name: key.name },
+    };
+    let slice_event = |key: ObjectKey| match slices.get_key(&key) {
+        Some(object) => ProxyEvent::Slice(object),
+        None => ProxyEvent::SliceGone { namespace: key.namespace, name: key.name },
+    };
+    services.wait_synced().await;
+    slices.wait_synced().await;
+    let first = std::iter::from_fn(|| service_keys.try_next()).map(service_event);
+    for event in first.collect::<Vec<_>>() {
+        _ = sender.send(event).await;
+    }
+    let first = std::iter::from_fn(|| slice_keys.try_next()).map(slice_event);
+    for event in first.collect::<Vec<_>>() {
+        _ = sender.send(event).await;
+    }
+    _ = sender.send(ProxyEvent::Synced).await;
+    loop {
+        let event = tokio::select! {
+            key = service_keys.next() => service_event(key),
+            key = slice_keys.next() => slice_event(key),
+        };
+        if sender.send(event).await.is_err() {
+            return;
         }
     }
 }
