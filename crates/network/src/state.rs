@@ -49,6 +49,7 @@ impl<T: Default + Clone + PartialEq + Serialize + DeserializeOwned> StateFile<T>
     }
 
     /// Where the file is.
+    #[cfg(test)]
     pub fn path(&self) -> &Path {
         &self.path
     }
