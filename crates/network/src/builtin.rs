@@ -240,6 +240,10 @@ impl RoutedNetwork {
             self.links.add_neighbour(outer.index, *ip, hardware).await?;
             self.links.route(host, outer.index, Some(gateway), 0).await?;
         }
+        // A device drops what it is given until the kernel's link watch has seen that its peer is up, and
+        // that would cost the pod's first connection a second. Asking for the device makes it look at once.
+        self.links.expect(&lease.device).await?;
+        pod.expect(device).await?;
         Ok(())
     }
 

@@ -18,10 +18,14 @@ use crate::ipam::Subnet;
 use crate::nft;
 use crate::pod::Protocol;
 
-/// Endpoints of one Service port that get traffic; the slot shares the packet mark with [`MASQUERADE_MARK`].
+/// Endpoints of one Service port that get traffic; the slot shares the lower half of the mark with [`MASQUERADE`].
 pub const ENDPOINTS_MAX: usize = 0x3fff;
-/// Marks packets to be masqueraded; upstream's bit.
-const MASQUERADE_MARK: u16 = 0x4000;
+/// The drawn slot travels in the packet mark, since `nft` cannot describe a map keyed by a random number in a
+/// way it understands again later. The upper half keeps it from being taken for anybody else's mark; it is
+/// cleared when the packet leaves.
+const MARK: u32 = 0x4b4e_0000;
+/// In the mark: to be masqueraded.
+const MASQUERADE: u16 = 0x4000;
 /// Remembered client/Service pairs per family, for session affinity.
 const AFFINITY_ENTRIES_MAX: u32 = 65_536;
 /// Elements in one `add element` line; keeps single lines (and error texts quoting them) bounded.
@@ -247,7 +251,7 @@ impl Transaction {
     /// The slots of session affinity whose endpoint goes or changes.
     pub fn deleted_affine(&self) -> impl Iterator<Item = (Frontend, u32)> {
         self.delete.iter().filter_map(|key| match key {
-            Key::Endpoint { affine: true, at, slot, .. } => Some((*at, u32::from(*slot))),
+            Key::Endpoint { affine: true, at, slot, .. } => Some((*at, MARK | u32::from(*slot))),
             _ => None,
         })
     }
@@ -297,10 +301,7 @@ impl Key {
         let suffix = |local: bool| if local { "_local" } else { "" };
         match self {
             Key::Frontend { local, at } => format!("frontends{}{}", at.version(), suffix(*local)),
-            Key::Endpoint { local, affine: false, at, .. } => {
-                format!("endpoints{}{}", at.version(), suffix(*local))
-            }
-            Key::Endpoint { local, affine: true, at, .. } => format!("affine{}{}", at.version(), suffix(*local)),
+            Key::Endpoint { local, at, .. } => format!("endpoints{}{}", at.version(), suffix(*local)),
             Key::Refused { at } => format!("refused{}", at.version()),
             Key::Hairpin { ip } => format!("hairpin{}", if ip.is_ipv4() { 4 } else { 6 }),
         }
@@ -311,7 +312,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Key::Frontend { at, .. } | Key::Refused { at } => write!(f, "{at}"),
-            Key::Endpoint { at, slot, .. } => write!(f, "{at} . {slot}"),
+            Key::Endpoint { at, slot, .. } => write!(f, "{at} . {}", MARK | u32::from(*slot)),
             Key::Hairpin { ip } => write!(f, "{ip} . {ip}"),
         }
     }
@@ -341,9 +342,9 @@ impl fmt::Display for Frontend {
 }
 
 impl Chain {
-    /// Slots of session affinity travel in the packet mark, together with the masquerade bit.
+    /// Slots carry the masquerade bit.
     fn first_slot(&self) -> u16 {
-        if self.masquerade && self.affinity_seconds.is_some() { MASQUERADE_MARK } else { 0 }
+        if self.masquerade { MASQUERADE } else { 0 }
     }
 }
 
@@ -370,29 +371,20 @@ fn write_chain(script: &mut String, chain: &Chain) {
     let address = if chain.node_port { format!("{ip} daddr & {any}") } else { format!("{ip} daddr") };
     let at = format!("{address} . meta l4proto . th dport");
     let local = if chain.local { "_local" } else { "" };
-    let draw = format!("numgen random mod {}", chain.endpoints);
+    let first = MARK | u32::from(chain.first_slot());
+    let draw = format!("numgen random mod {} offset {first}", chain.endpoints);
+    let lookup = format!("dnat {ip} to {at} . meta mark map @endpoints{version}{local}");
     let mut rules: Vec<String> = Vec::new();
-    match chain.affinity_seconds {
-        None => {
-            if chain.masquerade {
-                rules.push(format!("meta mark set meta mark | {MASQUERADE_MARK:#x}"));
-            }
-            rules.push(format!("dnat {ip} to {at} . {draw} map @endpoints{version}{local}"));
-        }
-        // Remember a slot for the client unless one is remembered; use the remembered one; should its
-        // endpoint be gone before the memory is corrected, draw afresh. The slot travels in the packet mark,
-        // and carries the masquerade bit if there is to be one.
-        Some(seconds) => {
-            let who = format!("{at} . {ip} saddr");
-            let draw = format!("{draw} offset {}", chain.first_slot());
-            let lookup = format!("dnat {ip} to {at} . meta mark map @affine{version}{local}");
-            rules.push(format!("update @affinity{version} {{ {who} timeout {seconds}s : {draw} }}"));
-            rules.push(format!("meta mark set {who} map @affinity{version}"));
-            rules.push(lookup.clone());
-            rules.push(format!("meta mark set {draw}"));
-            rules.push(lookup);
-        }
+    // Remember a slot for the client unless one is remembered; use the remembered one; should its endpoint be
+    // gone before the memory is corrected, draw afresh.
+    if let Some(seconds) = chain.affinity_seconds {
+        let who = format!("{at} . {ip} saddr");
+        rules.push(format!("update @affinity{version} {{ {who} timeout {seconds}s : {draw} }}"));
+        rules.push(format!("meta mark set {who} map @affinity{version}"));
+        rules.push(lookup.clone());
     }
+    rules.push(format!("meta mark set {draw}"));
+    rules.push(lookup);
     _ = writeln!(script, "add chain inet {TABLE} {chain}");
     for rule in rules {
         _ = writeln!(script, "add rule inet {TABLE} {chain} {rule}");
@@ -443,8 +435,6 @@ pub fn base_script(cluster_cidrs: &[Subnet], service_cidrs: &[Subnet]) -> String
 
 fn write_maps(script: &mut String, version: u8, six: bool, cluster: &[Subnet], services: &[Subnet]) {
     let ip = format!("ipv{version}_addr");
-    let daddr = if six { "ip6 daddr" } else { "ip daddr" };
-    let saddr = if six { "ip6 saddr" } else { "ip saddr" };
     let ranges = |list: &[Subnet]| {
         let list: Vec<String> = list.iter().filter(|s| s.is_ipv6() == six).map(Subnet::to_string).collect();
         if list.is_empty() { String::new() } else { format!("elements = {{ {} }}; ", list.join(", ")) }
@@ -457,13 +447,12 @@ fn write_maps(script: &mut String, version: u8, six: bool, cluster: &[Subnet], s
         _ = writeln!(
             script,
             "map frontends{version}{local} {{ type {ip} . inet_proto . inet_service : verdict; }}
-map endpoints{version}{local} {{ typeof {daddr} . meta l4proto . th dport . numgen random mod 65536 : {daddr} . th dport; }}
-map affine{version}{local} {{ type {ip} . inet_proto . inet_service . mark : {ip} . inet_service; }}"
+map endpoints{version}{local} {{ type {ip} . inet_proto . inet_service . mark : {ip} . inet_service; }}"
         );
     }
     _ = writeln!(
         script,
-        "map affinity{version} {{ typeof {daddr} . meta l4proto . th dport . {saddr} : meta mark; \
+        "map affinity{version} {{ type {ip} . inet_proto . inet_service . {ip} : mark; \
          flags dynamic,timeout; size {AFFINITY_ENTRIES_MAX}; timeout 3h; }}"
     );
 }
@@ -488,9 +477,9 @@ chain postrouting {
   ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade
   ct status dnat ct original ip daddr @services4 ct original ip saddr != @pods4 masquerade fully-random
   ct status dnat ct original ip6 daddr @services6 ct original ip6 saddr != @pods6 masquerade fully-random
-  meta mark & 0x4000 == 0 return
-  meta mark set meta mark & 0xffffbfff
-  masquerade fully-random
+  meta mark & 0xffff0000 != 0x4b4e0000 return
+  meta mark & 0x4000 == 0 meta mark set 0 return
+  meta mark set 0 masquerade fully-random
 }
 chain filter_input { type filter hook input priority filter; ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
 chain filter_forward { type filter hook forward priority filter; ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
