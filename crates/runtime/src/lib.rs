@@ -12,3 +12,11 @@ pub mod stream;
 pub use cri::Runtime;
 pub use error::{Error, Kind, Result};
 pub use stream::{Duplex, ExecSession, Reader, TerminalSize, Writer};
+
+pub mod cgroup;
+mod device_filter;
+pub mod image;
+pub mod keeper;
+mod rootdir;
+pub mod spec;
+pub mod user;
