@@ -9,14 +9,18 @@ pub mod cri;
 pub mod error;
 pub mod stream;
 
+pub use builtin::BuiltinRuntime;
 pub use cri::Runtime;
 pub use error::{Error, Kind, Result};
 pub use stream::{Duplex, ExecSession, Reader, TerminalSize, Writer};
 
+pub mod builtin;
 pub mod cgroup;
 mod device_filter;
+pub mod host;
 pub mod image;
 pub mod keeper;
 mod rootdir;
+mod seccomp;
 pub mod spec;
 pub mod user;

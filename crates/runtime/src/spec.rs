@@ -10,12 +10,11 @@ use serde_json::{Value, json};
 
 use crate::cgroup::DeviceRule;
 use crate::error::{Error, Result};
+use crate::host::HostLimits;
 use crate::user::User;
 
 /// The path a process searches for commands when neither image nor pod sets one.
 pub const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Open files a container may have, as most distributions set for container runtimes.
-const OPEN_FILES_MAX: u64 = 1_048_576;
 
 /// Docker's default capabilities, which Kubernetes users expect.
 const DEFAULT_CAPABILITIES: [&str; 14] = [
@@ -108,6 +107,7 @@ pub struct Input<'a> {
     /// Directories under `/sys/fs/cgroup` in the container, by name; sources as the container's maker sees them.
     pub cgroup_mounts: &'a [(String, String)],
     pub cgroup_path: &'a str,
+    pub limits: HostLimits,
     /// An OCI seccomp section, if the container is to be confined.
     pub seccomp: Option<Value>,
 }
@@ -205,6 +205,7 @@ fn process(
     security: &v1::LinuxContainerSecurityContext,
     resources: &v1::LinuxContainerResources,
 ) -> Result<Value> {
+    let open_files = input.limits.open_files_max;
     let mut process = json!({
         "terminal": input.config.tty,
         "args": arguments(input.config, input.image)?,
@@ -216,8 +217,8 @@ fn process(
             "additionalGids": input.user.groups,
         },
         "capabilities": capabilities(security)?,
-        "oomScoreAdj": resources.oom_score_adj,
-        "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": OPEN_FILES_MAX, "soft": OPEN_FILES_MAX }],
+        "oomScoreAdj": resources.oom_score_adj.max(input.limits.oom_score_adj_min),
+        "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files }],
     });
     if security.no_new_privs {
         // Absent, not false, otherwise: libcontainer loads seccomp filters before dropping privileges only then.

@@ -11,3 +11,5 @@ pub mod manifest;
 pub mod pull;
 pub mod reference;
 pub mod store;
+
+pub use layer::Limits;

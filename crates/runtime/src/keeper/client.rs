@@ -120,20 +120,26 @@ impl Client {
 
     /// Sends a request and waits for its answer.
     pub async fn call(&self, op: Op, fds: &[BorrowedFd<'_>]) -> Result<Answered> {
-        let mut connection = self.shared.connection.subscribe();
-        let waited = tokio::time::timeout(CONNECT_TIMEOUT, connection.wait_for(Option::is_some)).await;
-        let connection = match waited {
-            Ok(Ok(connection)) => connection.clone(),
-            _ => None,
-        };
-        let Some(connection) = connection else {
-            return Err(Error::new(Kind::Unavailable, "the keeper of containers does not answer"));
-        };
+        let connection = self.shared.connected().await?;
         self.shared.call_on(&connection, op, fds).await
     }
 }
 
 impl Shared {
+    /// The connection, waiting for one that is being replaced.
+    async fn connected(&self) -> Result<Arc<AsyncFd<OwnedFd>>> {
+        let mut connection = self.connection.subscribe();
+        let wait = async {
+            // The guard must not live across an await of the caller: it is a lock.
+            connection.wait_for(Option::is_some).await.ok().and_then(|connection| connection.clone())
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, wait)
+            .await
+            .ok()
+            .flatten()
+            .ok_or_else(|| Error::new(Kind::Unavailable, "the keeper of containers does not answer"))
+    }
+
     async fn call_on(&self, fd: &AsyncFd<OwnedFd>, op: Op, fds: &[BorrowedFd<'_>]) -> Result<Answered> {
         let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let (sender, receiver) = oneshot::channel();
@@ -311,6 +317,30 @@ async fn start(path: &Path, command: &[String]) -> Result<()> {
             Kind::Unavailable,
             format!("the keeper did not start ({status}); see {}", log.display()),
         ));
+    }
+    Ok(())
+}
+
+/// The process id of the keeper listening on `path`, if one does. Blocking.
+pub fn keeper_pid(path: &Path) -> Option<i32> {
+    let fd = socket::connect(path).ok()?;
+    let credentials = nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::PeerCredentials).ok()?;
+    Some(credentials.pid())
+}
+
+/// Ends the keeper listening on `path`, if one does, and waits until it is gone. Its containers must be dead.
+/// Blocking.
+pub fn dismiss(path: &Path, timeout: Duration) -> Result<()> {
+    let deadline = std::time::Instant::now() + timeout;
+    let mut seq = 0;
+    while let Ok(fd) = socket::connect(path) {
+        seq += 1;
+        // Refused while it has not yet noticed that its containers are dead; asked again until it is gone.
+        let _ = socket::send(fd.as_raw_fd(), &Request { seq, op: Op::Exit }, &[]);
+        std::thread::sleep(Duration::from_millis(5));
+        if std::time::Instant::now() > deadline {
+            return Err(Error::internal(format!("the keeper at {} does not end", path.display())));
+        }
     }
     Ok(())
 }

@@ -17,6 +17,9 @@ pub mod protocol;
 mod server;
 mod socket;
 
+pub(crate) use create::view_path;
+pub(crate) use server::start_ticks;
+
 /// The hidden first argument that makes the binary a keeper.
 pub const ARGUMENT: &str = "keeper";
 

@@ -792,7 +792,7 @@ fn write_exit(bundle: &Path, exit: &ContainerExit) -> io::Result<()> {
 }
 
 /// When a process was started, in clock ticks since boot; 0 if there is none.
-pub(super) fn start_ticks(pid: i32) -> u64 {
+pub fn start_ticks(pid: i32) -> u64 {
     stat_field(pid, 22).and_then(|field| field.parse().ok()).unwrap_or(0)
 }
 
