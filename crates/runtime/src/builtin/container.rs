@@ -209,7 +209,7 @@ impl Inner {
                 let exit = ContainerExit {
                     code: START_ERROR_CODE,
                     finished_at: now(),
-                    reason: "StartError".into(),
+                    reason: super::START_ERROR.into(),
                     message: error.message.clone(),
                     ..Default::default()
                 };
@@ -232,8 +232,8 @@ impl Inner {
         let mut started = false;
         self.change_container(&container.id, |container| {
             // It may have ended already, and its end be recorded.
-            container.started_at = now();
             if container.phase == Phase::Created {
+                container.started_at = now();
                 container.phase = Phase::Running;
                 container.pid = pid;
                 container.start_ticks = start_ticks;
@@ -269,7 +269,7 @@ impl Inner {
                 let exit = ContainerExit {
                     code: START_ERROR_CODE,
                     finished_at: now(),
-                    reason: "Error".into(),
+                    reason: super::START_ERROR.into(),
                     message: "stopped before it was started".into(),
                     ..Default::default()
                 };

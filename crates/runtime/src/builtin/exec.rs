@@ -73,6 +73,10 @@ impl Inner {
             scratch: self.bundle(&container.id),
         });
         let fds: Vec<BorrowedFd<'_>> = theirs.iter().flatten().map(|fd| fd.as_fd()).collect();
+        for fd in &fds {
+            // So that the user can open /dev/stdout again.
+            std::os::unix::fs::fchown(fd, Some(container.user.uid), None).step(|| "give the pipe away".into())?;
+        }
         let (answer, fds) = self.keeper()?.call(op, &fds).await?;
         let Answer::Started { exec, .. } = answer else {
             return Err(Error::internal("the keeper told no number for the command"));

@@ -49,6 +49,8 @@ mod streams;
 
 /// Events a slow subscriber may be behind before it is told to list.
 const EVENTS_MAX: usize = 1024;
+/// Reason of a container whose command could not be run.
+const START_ERROR: &str = "StartError";
 /// A control-group path given by the caller for pods that name none.
 const POD_CGROUPS: &str = "pods";
 
@@ -292,8 +294,13 @@ impl Inner {
         if entry.record.phase == Phase::Exited {
             return;
         }
+        // Its end may be heard of before the answer to its start.
+        let unannounced = entry.record.phase == Phase::Created && exit.reason != START_ERROR;
         entry.record.phase = Phase::Exited;
         entry.record.pid = 0;
+        if unannounced {
+            entry.record.started_at = exit.finished_at;
+        }
         entry.record.exit = Some(exit.clone());
         entry.terminal = None;
         if let Err(error) = record::save(&self.container_record(id), &entry.record) {
@@ -303,6 +310,10 @@ impl Inner {
         let sandbox_id = entry.record.sandbox_id.clone();
         entry.exit.send_replace(Some(exit.clone()));
         drop(state);
+        if unannounced {
+            let (sandbox_id, container_id) = (sandbox_id.clone(), id.to_owned());
+            self.emit(Event::ContainerStarted { sandbox_id, container_id });
+        }
         self.emit(Event::ContainerExited { sandbox_id, container_id: id.to_owned(), exit });
         let (inner, id) = (self.clone(), id.to_owned());
         tokio::task::spawn_blocking(move || inner.tidy_ended(&id));
