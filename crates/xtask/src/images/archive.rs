@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
 
+/// Directories that are links into `/usr`.
+pub const USR_MERGED: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 const EPOCH: &str = "1970-01-01T00:00:00Z";
 
 /// An image to be written.
@@ -57,7 +59,9 @@ impl Tree {
                 let data = path.symlink_metadata()?;
                 let mode = data.permissions().mode() & 0o7777;
                 if data.is_dir() {
-                    tree.directory(name, mode, 0);
+                    if !USR_MERGED.contains(&name) {
+                        tree.directory(name, mode, 0);
+                    }
                     open.push(path);
                 } else if data.is_symlink() {
                     let target = fs::read_link(&path)?;
@@ -74,7 +78,7 @@ impl Tree {
 
     /// Whether the path is taken.
     pub fn has(&self, path: &str) -> bool {
-        self.0.contains_key(path)
+        self.0.contains_key(&merged(path))
     }
 
     /// Adds a directory.
@@ -98,12 +102,19 @@ impl Tree {
     }
 
     fn add(&mut self, path: &str, node: Node) {
+        let path = &merged(path);
         for (slash, _) in path.match_indices('/') {
             let parent = path[..slash].to_owned();
             self.0.entry(parent).or_insert(Node::Directory { mode: 0o755, owner: 0 });
         }
         self.0.insert(path.to_owned(), node);
     }
+}
+
+/// Where a path lies when `/bin` and the like are links into `/usr`, as in every current Debian.
+fn merged(path: &str) -> String {
+    let in_usr = USR_MERGED.iter().any(|dir| path.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/')));
+    if in_usr { format!("usr/{path}") } else { path.to_owned() }
 }
 
 /// Writes the archive, replacing what is there at the end.
@@ -242,6 +253,6 @@ mod tests {
         let mut reader = tar::Archive::new(&bytes[..]);
         let paths: Vec<String> =
             reader.entries().unwrap().map(|e| e.unwrap().path().unwrap().to_str().unwrap().to_owned()).collect();
-        assert_eq!(paths, ["bin/", "bin/sh", "data/", "etc/", "etc/motd"]);
+        assert_eq!(paths, ["data/", "etc/", "etc/motd", "usr/", "usr/bin/", "usr/bin/sh"]);
     }
 }

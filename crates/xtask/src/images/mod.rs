@@ -21,7 +21,7 @@ use recipe::{Base, RECIPES, Recipe};
 use sha2::{Digest, Sha256};
 
 /// Counts up when this code makes other images of the same recipes.
-const GENERATION: u32 = 1;
+const GENERATION: u32 = 2;
 /// Documentation and data that programs do without.
 const UNNEEDED: [&str; 11] = [
     "usr/share/doc",
@@ -112,14 +112,7 @@ fn unpack(archives: &[PathBuf], root: &Path) -> Result<Tree> {
             fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
         }
     }
-    // Newer Debian ships everything below /usr and leaves these links to the installation.
-    let mut tree = Tree::read(root)?;
-    for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
-        if !root.join(link).exists() && root.join(target).is_dir() {
-            tree.link(link, target);
-        }
-    }
-    Ok(tree)
+    Tree::read(root)
 }
 
 /// A shell and the usual small programs, for `exec`; where the image has its own, that one stays.
@@ -136,9 +129,9 @@ fn add_busybox(recipe: &Recipe, packages: &Packages, work: &Path, tree: &mut Tre
     ensure!(listing.status.success(), "busybox --list failed");
     tree.file("bin/busybox", &program, 0o755);
     for applet in String::from_utf8(listing.stdout)?.lines().filter(|applet| !applet.is_empty()) {
-        let elsewhere = ["sbin", "usr/bin", "usr/sbin"].iter().any(|dir| tree.has(&format!("{dir}/{applet}")));
+        let elsewhere = ["sbin", "bin"].iter().any(|dir| tree.has(&format!("{dir}/{applet}")));
         let path = format!("bin/{applet}");
-        if applet != "busybox" && !elsewhere && !tree.has(&path) {
+        if applet != "busybox" && !elsewhere {
             tree.link(&path, "busybox");
         }
     }
@@ -151,6 +144,10 @@ fn add_basics(tree: &mut Tree) {
         [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("root", 0o700), ("tmp", 0o1777), ("var", 0o755)]
     {
         tree.directory(path, mode, 0);
+    }
+    for dir in archive::USR_MERGED {
+        tree.link(dir, &format!("usr/{dir}"));
+        tree.directory(&format!("usr/{dir}"), 0o755, 0);
     }
     tree.directory("var/tmp", 0o1777, 0);
     tree.link("var/run", "/run");
