@@ -366,7 +366,10 @@ fn table_script(config: &RoutedConfig, leases: &[Lease]) -> String {
         _ = writeln!(script, "set pods{version} {{ type {ip}; flags interval; auto-merge; {pods}}}");
         _ = writeln!(script, "set cluster{version} {{ type {ip}; flags interval; auto-merge; {cluster}}}");
         _ = writeln!(script, "set hairpin{version} {{ type {ip} . {ip}; }}");
-        _ = writeln!(script, "map ports{version} {{ type inet_proto . inet_service : {ip} . inet_service; }}");
+        _ = writeln!(
+            script,
+            "map ports{version} {{ type inet_proto . inet_service : {ip} . inet_service; }}"
+        );
         _ = writeln!(
             script,
             "map ports_at{version} {{ type {ip} . inet_proto . inet_service : {ip} . inet_service; }}"
@@ -434,7 +437,10 @@ fn element(script: &mut String, pod: IpAddr, port: &HostPort) {
     let (protocol, from, to) = (port.protocol.as_nft(), port.host_port, port.container_port);
     match port.host_ip.filter(|ip| !ip.is_unspecified()) {
         None => {
-            _ = writeln!(script, "add element inet {TABLE} ports{version} {{ {protocol} . {from} : {pod} . {to} }}");
+            _ = writeln!(
+                script,
+                "add element inet {TABLE} ports{version} {{ {protocol} . {from} : {pod} . {to} }}"
+            );
         }
         Some(host) if host.is_ipv4() == pod.is_ipv4() => {
             _ = writeln!(

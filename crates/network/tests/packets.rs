@@ -19,8 +19,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use knarr_network::nft::NftProgram;
 use knarr_network::proxy::ProxyEvent;
 use knarr_network::{
-    RoutedConfig, RoutedNetwork, HostPort, NetworkError, PodNetwork, PodRef, Protocol, ProxyConfig, ServiceProxy,
-    builtin,
+    HostPort, NetworkError, PodNetwork, PodRef, Protocol, ProxyConfig, RoutedConfig, RoutedNetwork,
+    ServiceProxy, builtin,
 };
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio_util::sync::CancellationToken;
@@ -121,7 +121,8 @@ impl World {
             eprintln!("SKIPPED: needs root to make network namespaces");
             return None;
         }
-        let world = World { node: Namespace::new(), client: Namespace::new(), state: tempfile::tempdir().unwrap() };
+        let world =
+            World { node: Namespace::new(), client: Namespace::new(), state: tempfile::tempdir().unwrap() };
         let client = world.client.path();
         world.node.within(|| {
             run(&format!("ip link add up0 type veth peer name eth0 netns {}", client.display()));
@@ -152,7 +153,8 @@ impl World {
     fn on_node<T: Send>(&self, work: impl AsyncFnOnce(&RoutedNetwork) -> T + Send) -> T {
         self.node.within(|| {
             // Threads inherit the namespace of the one that makes them.
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let network = RoutedNetwork::start(self.config()).await.unwrap();
                 work(&network).await
@@ -212,7 +214,11 @@ fn service(change: impl FnOnce(&mut ServiceSpec)) -> ProxyEvent {
         ..Default::default()
     };
     change(&mut spec);
-    ProxyEvent::Service(Arc::new(Service { metadata: meta("web", &[]), spec: Some(spec), ..Default::default() }))
+    ProxyEvent::Service(Arc::new(Service {
+        metadata: meta("web", &[]),
+        spec: Some(spec),
+        ..Default::default()
+    }))
 }
 
 fn meta(name: &str, labels: &[(&str, &str)]) -> ObjectMeta {

@@ -137,7 +137,11 @@ impl ServiceProxy {
     ///
     /// # Errors
     /// Only if the firewall cannot be watched; failing transactions are logged and retried.
-    pub async fn run(mut self, mut events: mpsc::Receiver<ProxyEvent>, shutdown: CancellationToken) -> Result<()> {
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<ProxyEvent>,
+        shutdown: CancellationToken,
+    ) -> Result<()> {
         let watch = Watch::new(TABLE)?;
         let mut synced = false;
         let mut due: Option<Instant> = None;
@@ -187,7 +191,9 @@ impl ServiceProxy {
                 let name = service_name(object.metadata.namespace.as_ref(), object.metadata.name.as_ref());
                 self.note_service(name, Service::read(&object));
             }
-            ProxyEvent::ServiceGone { namespace, name } => self.note_service(ServiceName { namespace, name }, None),
+            ProxyEvent::ServiceGone { namespace, name } => {
+                self.note_service(ServiceName { namespace, name }, None)
+            }
             ProxyEvent::Slice(object) => self.note_slice(&object),
             ProxyEvent::SliceGone { namespace, name } => self.forget_slice(namespace, name),
             ProxyEvent::Synced => {}
@@ -200,20 +206,19 @@ impl ServiceProxy {
     /// # Errors
     /// The table is as before, and the next call writes it whole.
     pub async fn sync(&mut self) -> Result<Synced> {
-        let mut script = String::new();
-        if self.rebuild {
-            script = rules::base_script(&self.config.cluster_cidrs, &self.config.service_cidrs);
+        let rebuild = std::mem::take(&mut self.rebuild);
+        if rebuild {
             self.forget_applied();
         }
         let transaction = self.plan();
-        script.push_str(&transaction.script(&mut self.chains));
-        if !script.is_empty()
-            && let Err(error) = self.firewall.apply(&script).await
-        {
+        let applied = match rebuild {
+            true => self.write_all(&transaction).await,
+            false => self.write(&transaction).await,
+        };
+        if let Err(error) = applied {
             self.rebuild = true;
             return Err(error);
         }
-        self.rebuild = false;
         let udp = self.udp_frontends(&transaction);
         let flows = if udp.is_empty() { 0 } else { cut_flows(udp).await };
         self.forget_clients(&transaction).await;
@@ -223,6 +228,27 @@ impl ServiceProxy {
     /// Removes the table.
     pub async fn purge(firewall: &dyn Firewall) -> Result<()> {
         firewall.apply(&nft::remove_table(TABLE)).await
+    }
+
+    /// New chains first: unused until the elements lead to them. Then the elements, at once.
+    async fn write(&mut self, transaction: &Transaction) -> Result<()> {
+        let script = transaction.script(&mut self.chains);
+        if !script.is_empty() {
+            self.firewall.apply(&script).await?;
+        }
+        self.firewall.change(TABLE, transaction.changes()).await
+    }
+
+    async fn write_all(&mut self, transaction: &Transaction) -> Result<()> {
+        let mut script = rules::base_script(&self.config.cluster_cidrs, &self.config.service_cidrs);
+        script.push_str(&transaction.script(&mut self.chains));
+        if let Err(error) = self.firewall.apply(&script).await {
+            tracing::info!(%error, table = TABLE, "the table cannot be taken over, making it anew");
+            self.firewall.apply(&(nft::remove_table(TABLE) + &script)).await?;
+        }
+        let mut changes: Vec<nft::Change> = rules::PLACES.map(|set| nft::Change::Flush { set }).to_vec();
+        changes.extend(transaction.changes());
+        self.firewall.change(TABLE, changes).await
     }
 
     fn has_work(&self) -> bool {
@@ -320,7 +346,8 @@ impl ServiceProxy {
             rules::render(service, port, |six| model::choose(port, six, slices), old, &mut entries);
         }
         let taken = |at: &Frontend| self.holders.get(at).filter(|holder| *holder != name);
-        let lost: BTreeSet<Frontend> = entries.keys().filter_map(Key::at).filter(|at| taken(at).is_some()).collect();
+        let lost: BTreeSet<Frontend> =
+            entries.keys().filter_map(Key::at).filter(|at| taken(at).is_some()).collect();
         for at in &lost {
             let holder = taken(at).map(|holder| format!("{}/{}", holder.namespace, holder.name));
             tracing::warn!(
@@ -349,7 +376,12 @@ impl ServiceProxy {
         released && !self.contenders.is_empty()
     }
 
-    fn update_hairpins(&mut self, old: &BTreeSet<IpAddr>, new: &BTreeSet<IpAddr>, transaction: &mut Transaction) {
+    fn update_hairpins(
+        &mut self,
+        old: &BTreeSet<IpAddr>,
+        new: &BTreeSet<IpAddr>,
+        transaction: &mut Transaction,
+    ) {
         for ip in new.difference(old) {
             let count = self.hairpins.entry(*ip).or_default();
             *count += 1;

@@ -113,7 +113,8 @@ impl Tree {
 
 /// Where a path lies when `/bin` and the like are links into `/usr`, as in every current Debian.
 fn merged(path: &str) -> String {
-    let in_usr = USR_MERGED.iter().any(|dir| path.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/')));
+    let in_usr =
+        USR_MERGED.iter().any(|dir| path.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/')));
     if in_usr { format!("usr/{path}") } else { path.to_owned() }
 }
 
@@ -150,7 +151,8 @@ pub fn write(image: &Image, path: &Path) -> Result<()> {
         "manifests": image.names.iter().map(entry).collect::<Vec<_>>(),
     });
     let fresh = path.with_extension("new");
-    let mut archive = Builder::new(File::create(&fresh).with_context(|| format!("write {}", fresh.display()))?);
+    let mut archive =
+        Builder::new(File::create(&fresh).with_context(|| format!("write {}", fresh.display()))?);
     append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     append(&mut archive, "index.json", &serde_json::to_vec(&index)?)?;
     for blob in [&manifest, &config, &layer] {
@@ -186,7 +188,11 @@ fn append_node(archive: &mut Builder<Vec<u8>>, path: &str, node: &Node) -> io::R
                 Source::Path(path) => &fs::read(path)?,
                 Source::Bytes(bytes) => bytes,
             };
-            archive.append_data(&mut header(EntryType::Regular, *mode, content.len() as u64), path, &content[..])
+            archive.append_data(
+                &mut header(EntryType::Regular, *mode, content.len() as u64),
+                path,
+                &content[..],
+            )
         }
     }
 }
@@ -228,7 +234,11 @@ mod tests {
         tree.bytes("etc/motd", b"hello", 0o644);
         tree.directory("data", 0o700, 999);
         tree.link("bin/sh", "busybox");
-        Image { names: vec!["docker.io/library/x:1".into(), "docker.io/library/x:2".into()], tree, config: json!({}) }
+        Image {
+            names: vec!["docker.io/library/x:1".into(), "docker.io/library/x:2".into()],
+            tree,
+            config: json!({}),
+        }
     }
 
     #[test]
@@ -251,8 +261,11 @@ mod tests {
         }
         let bytes = archive.into_inner().unwrap();
         let mut reader = tar::Archive::new(&bytes[..]);
-        let paths: Vec<String> =
-            reader.entries().unwrap().map(|e| e.unwrap().path().unwrap().to_str().unwrap().to_owned()).collect();
+        let paths: Vec<String> = reader
+            .entries()
+            .unwrap()
+            .map(|e| e.unwrap().path().unwrap().to_str().unwrap().to_owned())
+            .collect();
         assert_eq!(paths, ["data/", "etc/", "etc/motd", "usr/", "usr/bin/", "usr/bin/sh"]);
     }
 }

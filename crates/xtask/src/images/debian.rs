@@ -49,8 +49,12 @@ impl Packages {
         let mut all = key.clone();
         all.extend(libraries(names)?);
         let files = self.file_names(&all)?;
-        let missing: Vec<&String> =
-            all.iter().zip(&files).filter(|(_, file)| !self.dir.join(file).exists()).map(|(name, _)| name).collect();
+        let missing: Vec<&String> = all
+            .iter()
+            .zip(&files)
+            .filter(|(_, file)| !self.dir.join(file).exists())
+            .map(|(name, _)| name)
+            .collect();
         if !missing.is_empty() {
             let mut command = Command::new("apt-get");
             command.current_dir(&self.dir).args(["download", "--quiet"]);
@@ -111,7 +115,8 @@ fn dependency(line: &str) -> Option<&str> {
 }
 
 fn is_library(name: &str) -> bool {
-    LIBRARIES.iter().any(|start| name.starts_with(start)) && !NOT_NEEDED.iter().any(|start| name.starts_with(start))
+    LIBRARIES.iter().any(|start| name.starts_with(start))
+        && !NOT_NEEDED.iter().any(|start| name.starts_with(start))
 }
 
 fn run(command: &mut Command) -> Result<String> {
@@ -120,7 +125,11 @@ fn run(command: &mut Command) -> Result<String> {
     if !output.status.success() {
         let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy()).collect();
         let reason = String::from_utf8_lossy(&output.stderr);
-        bail!("{program} {}: {}\nif packages are unknown, run: apt-get update", arguments.join(" "), reason.trim());
+        bail!(
+            "{program} {}: {}\nif packages are unknown, run: apt-get update",
+            arguments.join(" "),
+            reason.trim()
+        );
     }
     let text = String::from_utf8(output.stdout).context("output that is no text")?;
     ensure!(!text.is_empty() || program == "dpkg-deb", "{program} printed nothing");
@@ -135,7 +144,8 @@ mod tests {
     fn only_real_libraries_are_followed() {
         let listing = "nginx\n  Depends: libc6\n |Depends: libfoo1\n  Depends: libbar1\n  Depends: nginx-common\n  \
                        PreDepends: zlib1g\n  Depends: <debconf-2.0>\n  Depends: libnginx-mod-http-geoip\n  Breaks: libold\n";
-        let found: Vec<&str> = listing.lines().filter_map(dependency).filter(|name| is_library(name)).collect();
+        let found: Vec<&str> =
+            listing.lines().filter_map(dependency).filter(|name| is_library(name)).collect();
         assert_eq!(found, ["libc6", "libbar1", "zlib1g"]);
     }
 }

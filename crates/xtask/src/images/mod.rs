@@ -46,7 +46,9 @@ pub fn build(out: &Path, names: &[String]) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
     let work = workspace().join("target/xtask-images");
     let packages = Packages::new(work.join("packages"))?;
-    for recipe in RECIPES.iter().filter(|recipe| names.is_empty() || names.iter().any(|name| name == recipe.name)) {
+    for recipe in
+        RECIPES.iter().filter(|recipe| names.is_empty() || names.iter().any(|name| name == recipe.name))
+    {
         build_one(recipe, &packages, &work, out).with_context(|| format!("image {}", recipe.name))?;
     }
     Ok(())
@@ -64,7 +66,8 @@ fn build_one(recipe: &Recipe, packages: &Packages, work: &Path, out: &Path) -> R
         Base::Toolbox => (vec![build_toolbox(work)?], "1".to_owned()),
     };
     let stamp = stamp(recipe, &inputs)?;
-    let (path, stamp_path) = (out.join(format!("{}.tar", recipe.name)), out.join(format!(".{}.stamp", recipe.name)));
+    let (path, stamp_path) =
+        (out.join(format!("{}.tar", recipe.name)), out.join(format!(".{}.stamp", recipe.name)));
     if path.exists() && fs::read_to_string(&stamp_path).is_ok_and(|known| known == stamp) {
         println!("{:<12} unchanged  {}", recipe.name, path.display());
         return Ok(());
@@ -123,7 +126,8 @@ fn add_busybox(recipe: &Recipe, packages: &Packages, work: &Path, tree: &mut Tre
     let archives = packages.fetch(&["busybox-static"])?;
     let root = work.join("roots/busybox-static");
     unpack(&archives, &root)?;
-    let program = [root.join("bin/busybox"), root.join("usr/bin/busybox")].into_iter().find(|path| path.exists());
+    let program =
+        [root.join("bin/busybox"), root.join("usr/bin/busybox")].into_iter().find(|path| path.exists());
     let program = program.context("the package busybox-static has no busybox")?;
     let listing = Command::new(&program).arg("--list").output().context("run busybox --list")?;
     ensure!(listing.status.success(), "busybox --list failed");
@@ -140,9 +144,15 @@ fn add_busybox(recipe: &Recipe, packages: &Packages, work: &Path, tree: &mut Tre
 
 /// What every root file system has.
 fn add_basics(tree: &mut Tree) {
-    for (path, mode) in
-        [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("root", 0o700), ("tmp", 0o1777), ("var", 0o755)]
-    {
+    for (path, mode) in [
+        ("dev", 0o755),
+        ("proc", 0o555),
+        ("sys", 0o555),
+        ("run", 0o755),
+        ("root", 0o700),
+        ("tmp", 0o1777),
+        ("var", 0o755),
+    ] {
         tree.directory(path, mode, 0);
     }
     for dir in archive::USR_MERGED {
