@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::error::{NetworkError, Result};
 use crate::ipam::{DEVICE_PREFIX, Ipam, Lease, Subnet};
@@ -27,6 +28,7 @@ use crate::ledger::{Change, Ledger};
 use crate::link::{Device, End, Links};
 use crate::nft::{self, Firewall, NftProgram};
 use crate::pod::{HostPort, PodAddresses, PodNetwork, PodRef};
+use crate::watch::Watch;
 use crate::{netns, sysctl};
 
 /// The nftables table (family `inet`) of the pod network.
@@ -96,6 +98,31 @@ impl RoutedNetwork {
         ledger.record(Change::Table { name: TABLE.into() })?;
         network.firewall.apply(&table_script(&network.config, &network.leases()?)).await?;
         Ok(network)
+    }
+
+    /// Restores the table whenever somebody else removes it (a firewall's reload, `nft flush ruleset`), until
+    /// `shutdown`. Nothing is polled.
+    ///
+    /// # Errors
+    /// The firewall cannot be watched. A failed repair is logged and tried again at the next removal.
+    pub async fn keep(&self, shutdown: CancellationToken) -> Result<()> {
+        let watch = Watch::new(TABLE)?;
+        while let Some(deleted) = shutdown.run_until_cancelled(watch.deleted()).await {
+            deleted?;
+            if nft::has_rules(&*self.firewall, TABLE, "postrouting").await {
+                continue;
+            }
+            tracing::warn!(table = TABLE, "firewall rules were removed by somebody else, restoring them");
+            let repaired = match self.leases() {
+                Ok(leases) => self.firewall.apply(&table_script(&self.config, &leases)).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = repaired {
+                tracing::error!(%error, table = TABLE, "restoring firewall rules failed");
+            }
+            watch.drain();
+        }
+        Ok(())
     }
 
     /// Opens a network that [`RoutedNetwork::start`] made, without looking at the host: the CNI plug-in's way.

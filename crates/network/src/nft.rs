@@ -117,6 +117,14 @@ pub async fn table_exists(firewall: &dyn Firewall, name: &str) -> Result<bool> {
     Ok(tables.iter().any(|entry| entry["table"]["family"] == "inet" && entry["table"]["name"] == name))
 }
 
+/// Whether a chain of the `inet` table has rules; false if it cannot be found out.
+pub async fn has_rules(firewall: &dyn Firewall, table: &str, chain: &str) -> bool {
+    let listing = firewall.query(&["list", "chain", "inet", table, chain]).await;
+    listing.is_ok_and(|listing| {
+        listing["nftables"].as_array().is_some_and(|list| list.iter().any(|entry| !entry["rule"].is_null()))
+    })
+}
+
 /// A script that removes the table whether it exists or not (`destroy` needs a newer nft than Debian 12's).
 pub fn remove_table(name: &str) -> String {
     format!("add table inet {name}\ndelete table inet {name}\n")

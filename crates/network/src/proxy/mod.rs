@@ -159,7 +159,7 @@ impl ServiceProxy {
                 }
                 deleted = watch.deleted(), if synced => {
                     deleted?;
-                    if !self.rebuild && !self.is_intact().await {
+                    if !self.rebuild && !nft::has_rules(&*self.firewall, TABLE, "frontends4").await {
                         tracing::warn!(table = TABLE, "firewall rules were removed by somebody else, restoring them");
                         self.rebuild = true;
                         due = Some(Instant::now());
@@ -253,14 +253,6 @@ impl ServiceProxy {
 
     fn has_work(&self) -> bool {
         self.rebuild || !self.dirty.is_empty()
-    }
-
-    async fn is_intact(&self) -> bool {
-        let listing = self.firewall.query(&["list", "chain", "inet", TABLE, "frontends4"]).await;
-        let has_rules = |value: serde_json::Value| {
-            value["nftables"].as_array().is_some_and(|list| list.iter().any(|entry| !entry["rule"].is_null()))
-        };
-        listing.is_ok_and(has_rules)
     }
 
     fn note_service(&mut self, name: ServiceName, service: Option<Service>) {
@@ -528,4 +520,61 @@ fn split_hairpins(entries: &Entries) -> (Entries, BTreeSet<IpAddr>) {
 
 fn service_name(namespace: Option<&String>, name: Option<&String>) -> ServiceName {
     ServiceName { namespace: namespace.cloned().unwrap_or_default(), name: name.cloned().unwrap_or_default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    use super::*;
+    use crate::nft::testing::Recorder;
+
+    fn proxy() -> (ServiceProxy, Arc<Recorder>) {
+        let recorder = Arc::new(Recorder::default());
+        let config = ProxyConfig { node_name: "n1".into(), cluster_cidrs: vec![], service_cidrs: vec![] };
+        (ServiceProxy::new(config, recorder.clone()), recorder)
+    }
+
+    fn service(name: &str, ip: &str, external: &str) -> ProxyEvent {
+        let port = core::ServicePort { port: 80, ..Default::default() };
+        let spec = core::ServiceSpec {
+            cluster_ip: Some(ip.into()),
+            external_ips: Some(vec![external.into()]),
+            ports: Some(vec![port]),
+            ..Default::default()
+        };
+        let metadata = ObjectMeta { name: Some(name.into()), ..Default::default() };
+        ProxyEvent::Service(Arc::new(core::Service { metadata, spec: Some(spec), ..Default::default() }))
+    }
+
+    fn holder(proxy: &ServiceProxy, ip: &str) -> Option<String> {
+        let at = Frontend { ip: ip.parse().unwrap(), protocol: Protocol::Tcp, port: 80 };
+        proxy.holders.get(&at).map(|name| name.name.clone())
+    }
+
+    #[tokio::test]
+    async fn the_first_of_two_claimants_keeps_an_address_and_the_other_gets_it_later() {
+        let (mut proxy, _) = proxy();
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        proxy.sync().await.unwrap();
+        proxy.note(service("b", "10.0.0.2", "192.0.2.1"));
+        proxy.sync().await.unwrap();
+        assert_eq!(holder(&proxy, "192.0.2.1").as_deref(), Some("a"));
+        assert_eq!(holder(&proxy, "10.0.0.2").as_deref(), Some("b"));
+        proxy.note(ProxyEvent::ServiceGone { namespace: String::new(), name: "a".into() });
+        proxy.sync().await.unwrap();
+        assert_eq!(holder(&proxy, "192.0.2.1").as_deref(), Some("b"));
+        assert_eq!(holder(&proxy, "10.0.0.1"), None);
+    }
+
+    #[tokio::test]
+    async fn a_second_sync_changes_nothing() {
+        let (mut proxy, recorder) = proxy();
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        assert_eq!(proxy.sync().await.unwrap().entries, 2);
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        assert_eq!(proxy.sync().await.unwrap().entries, 0);
+        assert_eq!(recorder.scripts.lock().len(), 1, "no new chains");
+        assert_eq!(recorder.changes.lock().last(), Some(&vec![]));
+    }
 }

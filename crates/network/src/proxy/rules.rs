@@ -615,3 +615,127 @@ chain refusals{version} {{
 "
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: ServicePort =
+        ServicePort { name: String::new(), protocol: Protocol::Tcp, port: 80, node_port: Some(30080) };
+
+    fn service(change: impl FnOnce(&mut Service)) -> Service {
+        let mut service = Service { cluster_ips: vec!["10.96.0.1".parse().unwrap()], ..Default::default() };
+        change(&mut service);
+        service
+    }
+
+    fn endpoints(list: &[&str]) -> Vec<SocketAddr> {
+        list.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn rendered(service: &Service, cluster: &[&str], local: &[&str], old: &Entries) -> Entries {
+        let chosen = |six| match six {
+            false => Chosen { cluster: endpoints(cluster), local: endpoints(local) },
+            true => Chosen::default(),
+        };
+        let mut entries = Entries::new();
+        render(service, &PORT, chosen, old, &mut entries);
+        entries
+    }
+
+    fn lines(entries: &Entries) -> Vec<String> {
+        let mut lines: Vec<String> =
+            entries.iter().map(|(key, value)| format!("{} {key}{value}", key.place())).collect();
+        lines.sort();
+        lines
+    }
+
+    #[test]
+    fn services_become_these_entries() {
+        type Case<'a> = (&'a str, Service, &'a [&'a str], &'a [&'a str], &'a [&'a str]);
+        let cases: &[Case] = &[
+            (
+                "plain",
+                service(|_| {}),
+                &["10.1.0.1:8080", "10.1.0.2:8080"],
+                &["10.1.0.1:8080"],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.1 . 8080",
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419393 : 10.1.0.2 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403008 : 10.1.0.1 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403009 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_2_masq",
+                    "frontends4 10.96.0.1 . tcp . 80 : goto lb4_2",
+                    "hairpin4 10.1.0.1 . 10.1.0.1",
+                ],
+            ),
+            (
+                "nobody there",
+                service(|_| {}),
+                &[],
+                &[],
+                &["refused4 0.0.0.0 . tcp . 30080", "refused4 10.96.0.1 . tcp . 80"],
+            ),
+            (
+                "nobody here, both policies local",
+                service(|s| (s.external_local, s.internal_local) = (true, true)),
+                &["10.1.0.2:8080"],
+                &[],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_1_masq",
+                    "frontends4 10.96.0.1 . tcp . 80 : drop",
+                    "frontends4_local 0.0.0.0 . tcp . 30080 : drop",
+                ],
+            ),
+            (
+                "sticky",
+                service(|s| s.affinity_seconds = Some(60)),
+                &["10.1.0.2:8080"],
+                &[],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.2 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403008 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_1_masq_sticky60",
+                    "frontends4 10.96.0.1 . tcp . 80 : goto lb4_1_sticky60",
+                ],
+            ),
+        ];
+        for (name, service, cluster, local, want) in cases {
+            assert_eq!(lines(&rendered(service, cluster, local, &Entries::new())), *want, "{name}");
+        }
+    }
+
+    #[test]
+    fn one_endpoint_going_moves_at_most_one_other() {
+        let service = service(|_| {});
+        let before = ["10.1.0.1:1", "10.1.0.2:1", "10.1.0.3:1", "10.1.0.4:1"];
+        let old = rendered(&service, &before, &[], &Entries::new());
+        let new = rendered(&service, &before[1..], &[], &old);
+        let mut transaction = Transaction::default();
+        transaction.change(&old, &new);
+        // For both frontends: the last endpoint into the hole, its slot away, the balancing chain changed.
+        assert_eq!((transaction.delete.len(), transaction.add.len()), (6, 4));
+    }
+
+    #[test]
+    fn elements_look_to_the_kernel_as_it_wants_them() {
+        let at = Frontend { ip: "10.96.0.1".parse().unwrap(), protocol: Protocol::Udp, port: 53 };
+        let key = Key::Endpoint { local: false, affine: false, at, slot: 1 };
+        let mark = (MARK + 1).to_ne_bytes();
+        assert_eq!(key.bytes(), [&[10, 96, 0, 1, 17, 0, 0, 0, 0, 53, 0, 0], &mark[..]].concat());
+        let value = Value::Endpoint("10.1.0.2:8080".parse().unwrap());
+        assert_eq!(value.data(), Data::Value(vec![10, 1, 0, 2, 0x1f, 0x90, 0, 0]));
+    }
+
+    #[test]
+    fn remembered_clients_of_a_slot_are_found_in_a_listing() {
+        let listing = serde_json::json!({ "nftables": [{ "map": { "elem": [
+            [{ "elem": { "val": { "concat": ["10.96.0.1", "tcp", 80, "10.1.0.9"] }, "expires": 5 } }, 7],
+            [{ "concat": ["10.96.0.1", "tcp", 80, "10.1.0.8"] }, 8],
+            [{ "concat": ["nonsense"] }, 7],
+        ] } }] });
+        let at = Frontend { ip: "10.96.0.1".parse().unwrap(), protocol: Protocol::Tcp, port: 80 };
+        assert_eq!(clients_of(&listing, &HashSet::from([(at, 7)])), ["10.96.0.1 . tcp . 80 . 10.1.0.9"]);
+    }
+}
