@@ -489,6 +489,12 @@ impl<K: Cached> Informer<K> {
         keys.into_iter().flatten().filter_map(|key| state.objects.get(key).cloned()).collect()
     }
 
+    /// How many objects [`Informer::by_index`] would find.
+    pub fn count_index(&self, name: &str, value: &str) -> usize {
+        let state = self.inner.state.read();
+        state.indexes.get(name).and_then(|index| index.keys.get(value)).map_or(0, BTreeSet::len)
+    }
+
     /// Calls `handler` for every object already known (as `Added`) and then for every change, in order, one at a
     /// time. Handlers run on the watch's task: they must be quick and must not add handlers to the same informer.
     pub fn on_change(&self, handler: impl Fn(&Change<K>) + Send + Sync + 'static) {

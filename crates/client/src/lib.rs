@@ -25,6 +25,8 @@ pub mod leader;
 pub mod owner;
 /// Patches, retry on conflict, finalizers.
 pub mod patch;
+/// Tolerations and node selection, evaluated.
+pub mod placement;
 /// Events about objects, aggregated and rate limited.
 pub mod recorder;
 /// Label selectors, evaluated.

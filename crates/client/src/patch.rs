@@ -79,3 +79,64 @@ where
 pub fn is_final_for_create(error: &Error) -> bool {
     error.is_namespace_terminating() || error.is_code(422)
 }
+
+/// The JSON merge patch that turns `old` into `new`: `Null` where nothing differs.
+pub fn merge_diff(old: &Value, new: &Value) -> Value {
+    let (Value::Object(old_fields), Value::Object(new_fields)) = (old, new) else {
+        return if old == new { Value::Null } else { new.clone() };
+    };
+    let mut patch = serde_json::Map::new();
+    for name in old_fields.keys().filter(|name| !new_fields.contains_key(*name)) {
+        patch.insert(name.clone(), Value::Null);
+    }
+    for (name, value) in new_fields {
+        match old_fields.get(name) {
+            None => _ = patch.insert(name.clone(), value.clone()),
+            Some(before) if before == value => {}
+            Some(before) => _ = patch.insert(name.clone(), merge_diff(before, value)),
+        }
+    }
+    if patch.is_empty() { Value::Null } else { Value::Object(patch) }
+}
+
+/// How a status write is protected from others' writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// Only if it is still the same object: for a status with one writer, whose value does not depend on counting.
+    Uid,
+    /// Only if nothing changed since it was read.
+    Version,
+}
+
+/// Writes `new` as the status of `object` if it differs from `old`. `Ok(None)` when there was nothing to write.
+pub async fn write_status<K, S>(
+    api: &Api<K>,
+    object: &K,
+    old: &Option<S>,
+    new: &S,
+    guard: Guard,
+) -> Result<Option<K>>
+where
+    K: Resource + Clone + DeserializeOwned + Debug,
+    S: Serialize,
+{
+    let key = ObjectKey::of(object);
+    let json = |value: serde_json::Result<Value>| {
+        value.map_err(|error| Error::terminal(format!("encode status of {key}"), error.to_string()))
+    };
+    let before = match old {
+        Some(status) => json(serde_json::to_value(status))?,
+        None => json!({}),
+    };
+    let status = merge_diff(&before, &json(serde_json::to_value(new))?);
+    if status.is_null() {
+        return Ok(None);
+    }
+    let meta = object.meta();
+    let mut patch = json!({"metadata": {"uid": meta.uid}, "status": status});
+    if guard == Guard::Version {
+        patch["metadata"]["resourceVersion"] = json!(meta.resource_version);
+    }
+    let patched = api.patch_status(&key.name, &PatchParams::default(), &Patch::Merge(patch)).await;
+    patched.map(Some).during(|| format!("write status of {key}"))
+}

@@ -11,6 +11,7 @@ use kube::{Client, Resource};
 use serde_json::json;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
+use std::sync::atomic::{AtomicI64, Ordering};
 use tokio::sync::mpsc;
 
 /// Events waiting to be written; more are dropped.
@@ -189,8 +190,7 @@ async fn create(
 ) -> Result<Known, kube::Error> {
     let now = clock.time();
     let about = &observation.about;
-    let nanos = clock.now().as_nanosecond();
-    let name = format!("{}.{nanos:x}", about.name.as_deref().unwrap_or_default());
+    let name = format!("{}.{:x}", about.name.as_deref().unwrap_or_default(), unique_nanos(clock));
     let annotations =
         (!observation.annotations.is_empty()).then(|| observation.annotations.iter().cloned().collect());
     let host = (!observation.host.is_empty()).then(|| observation.host.clone());
@@ -215,6 +215,16 @@ async fn create(
     };
     api.create(&PostParams::default(), &event).await?;
     Ok(Known { name, count: 1 })
+}
+
+/// The time in nanoseconds, but never the same twice: it makes event names.
+fn unique_nanos(clock: &Clock) -> i64 {
+    static LAST: AtomicI64 = AtomicI64::new(0);
+    let now = i64::try_from(clock.now().as_nanosecond()).unwrap_or(i64::MAX);
+    let next = |last: i64| Some(now.max(last.saturating_add(1)));
+    match LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) {
+        Ok(last) | Err(last) => now.max(last.saturating_add(1)),
+    }
 }
 
 /// Who speaks about what.

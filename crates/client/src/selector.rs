@@ -42,6 +42,12 @@ impl Selector {
         Selector { equal: labels.clone(), requirements: Vec::new() }
     }
 
+    /// A selector that matches nothing: what an absent `LabelSelector` means to most APIs.
+    pub fn none() -> Self {
+        let nothing = Requirement { key: String::new(), operator: Operator::In, values: Vec::new() };
+        Selector { equal: Labels::new(), requirements: vec![nothing] }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.equal.is_empty() && self.requirements.is_empty()
     }

@@ -680,8 +680,25 @@ fn apply_patch(mut current: Value, content_type: &str, patch: &Value) -> Answer 
             Err(error) => refuse(422, "Invalid", error.to_string()),
         };
     }
-    json_patch::merge(&mut current, patch);
+    let mut patch = patch.clone();
+    if content_type.starts_with("application/strategic-merge-patch+json") {
+        merge_conditions(&current, &mut patch);
+    }
+    json_patch::merge(&mut current, &patch);
     Ok(current)
+}
+
+/// The one list loops patch strategically: conditions, merged by type.
+fn merge_conditions(current: &Value, patch: &mut Value) {
+    let Some(changed) = patch["status"]["conditions"].as_array().cloned() else { return };
+    let mut merged = current["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    for condition in changed {
+        match merged.iter_mut().find(|existing| existing["type"] == condition["type"]) {
+            Some(existing) => json_patch::merge(existing, &condition),
+            None => merged.push(condition),
+        }
+    }
+    patch["status"]["conditions"] = json!(merged);
 }
 
 fn watch_response(shared: Arc<Shared>, target: Target, query: HashMap<String, String>) -> Response<Answered> {
