@@ -6,6 +6,8 @@ pub mod schema;
 
 pub mod apply;
 pub mod decode;
+pub mod rules;
+pub mod kinds;
 pub mod fieldset;
 pub mod patch;
 pub mod defaults;

@@ -225,7 +225,8 @@ impl Collector {
             return Ok(OwnerState::Absent);
         }
         let api = self.metadata_api(&kind, namespace);
-        let live = or_none(api.get(&reference.name).await.during(|| format!("read owner {}", reference.name)))?;
+        let live =
+            or_none(api.get(&reference.name).await.during(|| format!("read owner {}", reference.name)))?;
         match live.filter(|live| live.metadata.uid.as_ref() == Some(&reference.uid)) {
             Some(live) if is_waiting(&live.metadata) => Ok(OwnerState::WaitsForDependents),
             Some(_) => Ok(OwnerState::Solid),
@@ -249,7 +250,12 @@ impl Collector {
         self.patch(identity, live, json!({"ownerReferences": left})).await
     }
 
-    async fn patch(&self, identity: &Identity, live: &ObjectMeta, mut metadata: serde_json::Value) -> Result<()> {
+    async fn patch(
+        &self,
+        identity: &Identity,
+        live: &ObjectMeta,
+        mut metadata: serde_json::Value,
+    ) -> Result<()> {
         metadata["uid"] = json!(live.uid);
         metadata["resourceVersion"] = json!(live.resource_version);
         let api = self.metadata_api(&identity.kind, &identity.namespace);
@@ -294,7 +300,8 @@ impl Collector {
         for uid in dependents {
             let Some(dependent) = self.graph.lock().identity(&uid) else { continue };
             if let Some(meta) = self.read(&dependent).await? {
-                let owned = meta.owner_references.iter().flatten().any(|reference| reference.uid == identity.uid);
+                let owned =
+                    meta.owner_references.iter().flatten().any(|reference| reference.uid == identity.uid);
                 if owned {
                     self.drop_owners(&dependent, &meta, std::slice::from_ref(&identity.uid)).await?;
                 }
@@ -308,7 +315,9 @@ impl Collector {
         finalizers.retain(|name| name != finalizer);
         match self.patch(identity, live, json!({"finalizers": finalizers})).await {
             // Someone changed it meanwhile: look again.
-            Err(error) if error.is_conflict() => Err(Error::not_yet(format!("finalize {identity}"), "it changed")),
+            Err(error) if error.is_conflict() => {
+                Err(Error::not_yet(format!("finalize {identity}"), "it changed"))
+            }
             result => result,
         }
     }
