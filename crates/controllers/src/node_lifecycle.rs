@@ -194,7 +194,12 @@ impl Lifecycle {
         let wanted = self.wanted_taints(node, silent);
         let mut taints: Vec<Taint> = present
             .iter()
-            .filter(|taint| !is_ours(taint) || wanted.iter().any(|wanted| same(wanted, taint)))
+            .filter(|taint| {
+                // A node that never reported keeps the taint it was registered with.
+                let unreported =
+                    taint.key == NOT_READY && taint.effect == NO_SCHEDULE && ready_status(node).is_empty();
+                !is_ours(taint) || unreported || wanted.iter().any(|wanted| same(wanted, taint))
+            })
             .cloned()
             .collect();
         let missing: Vec<_> =

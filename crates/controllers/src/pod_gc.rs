@@ -39,8 +39,12 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
             }
             keys
         })
-        .watch_map(&nodes, move |node| {
-            let name = node.metadata.name.as_deref().unwrap_or_default();
+        .watch_changes(&nodes, move |change| {
+            // Heartbeats concern nobody.
+            if change.old().is_some_and(|old| is_out_of_service(old) == is_out_of_service(change.object())) {
+                return Vec::new();
+            }
+            let name = change.object().metadata.name.as_deref().unwrap_or_default();
             on_nodes.by_index(BY_NODE, name).iter().map(|pod| ObjectKey::of(&**pod)).collect()
         });
     let this = PodGc { context, pods: all_pods, nodes, missing_since: Mutex::default() };

@@ -30,7 +30,8 @@ fn deployment() -> serde_json::Value {
 /// Reports addresses and readiness for pods, as a kubelet would.
 async fn make_all_ready(harness: &Harness) {
     for (index, pod) in harness.api.objects::<Pod>().iter().enumerate() {
-        let ready = json!([{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]);
+        let ready =
+            json!([{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]);
         let status = json!({"phase": "Running", "podIP": format!("10.0.0.{index}"), "conditions": ready});
         harness.patch_status::<Pod>(pod.metadata.name.as_deref().unwrap(), status).await;
     }
@@ -39,7 +40,8 @@ async fn make_all_ready(harness: &Harness) {
 #[tokio::test(start_paused = true)]
 async fn a_namespace_lives_and_dies_with_all_loops_running() {
     for seed in 0..4 {
-        let harness = Harness::new(seed, Faults { conflict: 0.1, error: 0.05, drop_watch: 0.1, duplicate: 0.2 });
+        let harness =
+            Harness::new(seed, Faults { conflict: 0.1, error: 0.05, drop_watch: 0.1, duplicate: 0.2 });
         harness.start(start_all);
         let node = json!({
             "metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]},
