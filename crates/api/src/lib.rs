@@ -5,6 +5,7 @@
 pub mod schema;
 
 pub mod apply;
+pub mod columns;
 pub mod decode;
 pub mod rules;
 pub mod kinds;

@@ -1,0 +1,469 @@
+//! From a CRI container config to an OCI runtime spec (`config.json`). Values in, value out: everything that needs
+//! the host (user names, device numbers) has been looked up before and comes in [`Input`].
+//!
+//! Defaults are containerd's, because images and charts are written against them.
+
+use std::path::Path;
+
+use k8s_cri::v1;
+use serde_json::{Value, json};
+
+use crate::cgroup::DeviceRule;
+use crate::error::{Error, Result};
+use crate::host::HostLimits;
+use crate::user::User;
+
+/// The path a process searches for commands when neither image nor pod sets one.
+pub const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Docker's default capabilities, which Kubernetes users expect.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+const ALL_CAPABILITIES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+const MASKED_PATHS: [&str; 10] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/sys/firmware",
+];
+
+const READONLY_PATHS: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// What a spec is made from.
+pub struct Input<'a> {
+    pub config: &'a v1::ContainerConfig,
+    pub image: &'a ImageDefaults,
+    pub user: &'a User,
+    pub namespaces: &'a Namespaces,
+    pub hostname: &'a str,
+    /// Files every container of the sandbox sees (hostname, resolv.conf, shm), unless the pod mounts its own there.
+    pub sandbox_mounts: &'a [v1::Mount],
+    pub devices: &'a [HostDevice],
+    /// Directories under `/sys/fs/cgroup` in the container, by name; sources as the container's maker sees them.
+    pub cgroup_mounts: &'a [(String, String)],
+    pub cgroup_path: &'a str,
+    pub limits: HostLimits,
+    /// An OCI seccomp section, if the container is to be confined.
+    pub seccomp: Option<Value>,
+}
+
+/// What an image says about the process run from it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ImageDefaults {
+    pub entrypoint: Vec<String>,
+    pub cmd: Vec<String>,
+    pub env: Vec<String>,
+    pub working_dir: String,
+    pub user: String,
+    pub stop_signal: String,
+}
+
+/// Which namespaces the container joins or gets. `None` in an option: the host's.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    pub network: Option<String>,
+    pub ipc: Option<String>,
+    pub uts: Option<String>,
+    pub pid: PidNamespace,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum PidNamespace {
+    #[default]
+    Own,
+    Host,
+    Path(String),
+}
+
+/// A device of the host to show in the container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostDevice {
+    pub container_path: String,
+    pub rule: DeviceRule,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// Builds the spec.
+///
+/// Fails with [`crate::Kind::InvalidArgument`] when there is no command to run, when a mount or working directory
+/// is not absolute, or an environment name is empty.
+pub fn generate(input: &Input<'_>) -> Result<Value> {
+    let linux = input.config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    let resources = linux.resources.unwrap_or_default();
+    let mut spec = json!({
+        "ociVersion": "1.2.0",
+        "hostname": Value::Null,
+        "root": { "path": "rootfs", "readonly": security.readonly_rootfs },
+        "process": process(input, &security, &resources)?,
+        "mounts": mounts(input, &security)?,
+        "linux": {
+            "namespaces": namespaces(input.namespaces),
+            "cgroupsPath": input.cgroup_path,
+            "devices": devices(input.devices),
+            "maskedPaths": paths(&security, &security.masked_paths, &MASKED_PATHS),
+            "readonlyPaths": paths(&security, &security.readonly_paths, &READONLY_PATHS),
+        },
+    });
+    if input.namespaces.uts.is_none() {
+        // In the host's UTS namespace a hostname must not be set.
+        spec.as_object_mut().expect("built as an object above").remove("hostname");
+    } else {
+        spec["hostname"] = input.hostname.into();
+    }
+    if let Some(seccomp) = &input.seccomp {
+        spec["linux"]["seccomp"] = seccomp.clone();
+    }
+    Ok(spec)
+}
+
+/// The process that an exec runs: the container's own, with another command, and a terminal or none.
+pub fn exec_process(spec: &Value, command: &[String], terminal: bool) -> Value {
+    let mut process = spec["process"].clone();
+    process["args"] = json!(command);
+    process["terminal"] = json!(terminal);
+    if terminal && !has_env(&process, "TERM=") {
+        process["env"].as_array_mut().expect("env is always a list").push("TERM=xterm".into());
+    }
+    process
+}
+
+fn has_env(process: &Value, prefix: &str) -> bool {
+    let Some(env) = process["env"].as_array() else { return false };
+    env.iter().any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with(prefix)))
+}
+
+fn process(
+    input: &Input<'_>,
+    security: &v1::LinuxContainerSecurityContext,
+    resources: &v1::LinuxContainerResources,
+) -> Result<Value> {
+    let open_files = input.limits.open_files_max;
+    let mut process = json!({
+        "terminal": input.config.tty,
+        "args": arguments(input.config, input.image)?,
+        "env": environment(input)?,
+        "cwd": working_dir(input)?,
+        "user": {
+            "uid": input.user.uid,
+            "gid": input.user.gid,
+            "additionalGids": input.user.groups,
+        },
+        "capabilities": capabilities(security)?,
+        "oomScoreAdj": resources.oom_score_adj.max(input.limits.oom_score_adj_min),
+        "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files }],
+    });
+    if security.no_new_privs {
+        // Absent, not false, otherwise: libcontainer loads seccomp filters before dropping privileges only then.
+        process["noNewPrivileges"] = true.into();
+    }
+    if let Some(profile) = apparmor_profile(security)? {
+        process["apparmorProfile"] = profile.into();
+    }
+    Ok(process)
+}
+
+/// Kubernetes: `command` replaces the entrypoint and drops the image's `cmd`; `args` replaces `cmd`.
+fn arguments(config: &v1::ContainerConfig, image: &ImageDefaults) -> Result<Vec<String>> {
+    let mut arguments;
+    if config.command.is_empty() {
+        arguments = image.entrypoint.clone();
+        arguments.extend_from_slice(if config.args.is_empty() { &image.cmd } else { &config.args });
+    } else {
+        arguments = config.command.clone();
+        arguments.extend_from_slice(&config.args);
+    }
+    if arguments.first().is_none_or(String::is_empty) {
+        return Err(Error::invalid("no command specified"));
+    }
+    Ok(arguments)
+}
+
+fn environment(input: &Input<'_>) -> Result<Vec<String>> {
+    let mut env: Vec<String> = vec![format!("HOSTNAME={}", input.hostname)];
+    let mut set = |entry: String| {
+        let name = entry.split('=').next().unwrap_or_default().to_owned();
+        env.retain(|have| have.split('=').next() != Some(name.as_str()));
+        env.push(entry);
+    };
+    if input.config.tty {
+        set("TERM=xterm".into());
+    }
+    set(DEFAULT_PATH.into());
+    set(format!("HOME={}", input.user.home));
+    input.image.env.iter().filter(|entry| entry.contains('=')).cloned().for_each(&mut set);
+    for entry in &input.config.envs {
+        if entry.key.is_empty() || entry.key.contains(['=', '\0']) || entry.value.contains('\0') {
+            return Err(Error::invalid(format!("environment variable name {:?} is invalid", entry.key)));
+        }
+        set(format!("{}={}", entry.key, entry.value));
+    }
+    Ok(env)
+}
+
+fn working_dir(input: &Input<'_>) -> Result<String> {
+    let wanted = [&input.config.working_dir, &input.image.working_dir].into_iter().find(|dir| !dir.is_empty());
+    let dir = wanted.map_or("/", String::as_str);
+    if !dir.starts_with('/') {
+        return Err(Error::invalid(format!("working directory {dir:?} must be an absolute path")));
+    }
+    Ok(dir.to_owned())
+}
+
+fn capabilities(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
+    if security.privileged {
+        let all: Vec<&str> = known_capabilities();
+        return Ok(json!({ "bounding": all, "effective": all, "permitted": all }));
+    }
+    let asked = security.capabilities.clone().unwrap_or_default();
+    let has_all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("all"));
+    let mut set: Vec<String> = if has_all(&asked.add_capabilities) {
+        known_capabilities().iter().map(|name| (*name).to_owned()).collect()
+    } else {
+        DEFAULT_CAPABILITIES.iter().map(|name| (*name).to_owned()).collect()
+    };
+    if has_all(&asked.drop_capabilities) && !has_all(&asked.add_capabilities) {
+        set.clear();
+    }
+    for name in plain(&asked.add_capabilities)? {
+        if !set.contains(&name) {
+            set.push(name);
+        }
+    }
+    let dropped = plain(&asked.drop_capabilities)?;
+    set.retain(|name| !dropped.contains(name));
+    let ambient = plain(&asked.add_ambient_capabilities)?;
+    for name in &ambient {
+        if !set.contains(name) {
+            set.push(name.clone());
+        }
+    }
+    let mut value = json!({ "bounding": set, "effective": set, "permitted": set });
+    if !ambient.is_empty() {
+        value["inheritable"] = json!(ambient);
+        value["ambient"] = json!(ambient);
+    }
+    Ok(value)
+}
+
+/// Names without `ALL`, with their prefix, checked.
+fn plain(names: &[String]) -> Result<Vec<String>> {
+    let mut out = Vec::new();
+    for name in names.iter().filter(|name| !name.eq_ignore_ascii_case("all")) {
+        let upper = name.to_ascii_uppercase();
+        let full = if upper.starts_with("CAP_") { upper } else { format!("CAP_{upper}") };
+        if !ALL_CAPABILITIES.contains(&full.as_str()) {
+            return Err(Error::invalid(format!("unknown capability {name:?}")));
+        }
+        out.push(full);
+    }
+    Ok(out)
+}
+
+/// Those of [`ALL_CAPABILITIES`] that this kernel has.
+fn known_capabilities() -> Vec<&'static str> {
+    let last = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")
+        .ok()
+        .and_then(|text| text.trim().parse::<usize>().ok())
+        .unwrap_or(ALL_CAPABILITIES.len() - 1);
+    ALL_CAPABILITIES.iter().copied().take(last + 1).collect()
+}
+
+fn apparmor_profile(security: &v1::LinuxContainerSecurityContext) -> Result<Option<String>> {
+    use v1::security_profile::ProfileType;
+    let Some(profile) = &security.apparmor else { return Ok(None) };
+    if security.privileged || profile.profile_type != ProfileType::Localhost as i32 {
+        return Ok(None);
+    }
+    Ok(Some(profile.localhost_ref.clone()))
+}
+
+fn mounts(input: &Input<'_>, security: &v1::LinuxContainerSecurityContext) -> Result<Vec<Value>> {
+    let own: Vec<&str> =
+        input.config.mounts.iter().map(|mount| mount.container_path.trim_end_matches('/')).collect();
+    let taken = |path: &str| own.contains(&path);
+    let sys = if security.privileged { "rw" } else { "ro" };
+    let mut out = vec![
+        fs_mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        fs_mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        fs_mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        fs_mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        fs_mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys]),
+    ];
+    if !taken("/sys/fs/cgroup") {
+        out.extend(cgroup_mounts(input.cgroup_mounts, sys));
+    }
+    for mount in input.sandbox_mounts {
+        if !taken(&mount.container_path) {
+            out.push(bind(mount, security)?);
+        }
+    }
+    // Parents before children, or a parent would hide its child; otherwise in the pod's order.
+    let mut asked: Vec<&v1::Mount> = input.config.mounts.iter().collect();
+    asked.sort_by_key(|mount| Path::new(&mount.container_path).components().count());
+    for mount in asked {
+        let path = mount.container_path.trim_end_matches('/');
+        out.retain(|have| have["destination"] != path);
+        out.push(bind(mount, security)?);
+    }
+    Ok(out)
+}
+
+fn fs_mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {
+    json!({ "destination": destination, "type": kind, "source": source, "options": options })
+}
+
+/// v1 shows one directory per controller on a small tmpfs, v2 just the container's own group.
+fn cgroup_mounts(views: &[(String, String)], access: &str) -> Vec<Value> {
+    let options = ["bind", "nosuid", "noexec", "nodev", access];
+    let mut out = Vec::new();
+    if views.iter().any(|(name, _)| !name.is_empty()) {
+        out.push(fs_mount("/sys/fs/cgroup", "tmpfs", "tmpfs", &["nosuid", "noexec", "nodev", "mode=755"]));
+    }
+    for (name, source) in views {
+        let destination = Path::new("/sys/fs/cgroup").join(name);
+        out.push(fs_mount(&destination.to_string_lossy(), "bind", source, &options));
+    }
+    out
+}
+
+fn bind(mount: &v1::Mount, security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
+    use v1::MountPropagation;
+    if !mount.container_path.starts_with('/') || mount.container_path.split('/').any(|part| part == "..") {
+        return Err(Error::invalid(format!("mount path {:?} must be absolute", mount.container_path)));
+    }
+    if mount.image.is_some() {
+        return Err(Error::unsupported("image volumes are not supported by the built-in runtime"));
+    }
+    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+        return Err(Error::unsupported("id-mapped mounts are not supported by the built-in runtime"));
+    }
+    let propagation = match MountPropagation::try_from(mount.propagation) {
+        Ok(MountPropagation::PropagationHostToContainer) => "rslave",
+        Ok(MountPropagation::PropagationBidirectional) if security.privileged => "rshared",
+        Ok(MountPropagation::PropagationBidirectional) => {
+            return Err(Error::invalid("bidirectional mount propagation needs a privileged container"));
+        }
+        _ => "rprivate",
+    };
+    let access = match (mount.readonly, mount.recursive_read_only) {
+        (true, true) => "rro",
+        (true, false) => "ro",
+        _ => "rw",
+    };
+    Ok(fs_mount(&mount.container_path, "bind", &mount.host_path, &["rbind", propagation, access]))
+}
+
+fn namespaces(namespaces: &Namespaces) -> Vec<Value> {
+    let mut out = vec![json!({ "type": "mount" })];
+    let joined =
+        [("network", &namespaces.network), ("ipc", &namespaces.ipc), ("uts", &namespaces.uts)];
+    for (kind, path) in joined {
+        if let Some(path) = path {
+            out.push(json!({ "type": kind, "path": path }));
+        }
+    }
+    match &namespaces.pid {
+        PidNamespace::Own => out.push(json!({ "type": "pid" })),
+        PidNamespace::Host => {}
+        PidNamespace::Path(path) => out.push(json!({ "type": "pid", "path": path })),
+    }
+    out
+}
+
+fn devices(devices: &[HostDevice]) -> Vec<Value> {
+    devices
+        .iter()
+        .map(|device| {
+            json!({
+                "path": device.container_path,
+                "type": device.rule.kind.to_string(),
+                "major": device.rule.major,
+                "minor": device.rule.minor,
+                "fileMode": device.mode,
+                "uid": device.uid,
+                "gid": device.gid,
+            })
+        })
+        .collect()
+}
+
+fn paths(security: &v1::LinuxContainerSecurityContext, asked: &[String], standard: &[&str]) -> Vec<String> {
+    match (security.privileged, asked.is_empty()) {
+        (true, _) => Vec::new(),
+        (false, true) => standard.iter().map(|path| (*path).to_owned()).collect(),
+        (false, false) => asked.to_vec(),
+    }
+}
