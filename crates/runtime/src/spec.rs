@@ -278,39 +278,44 @@ fn working_dir(input: &Input<'_>) -> Result<String> {
 }
 
 fn capabilities(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
-    if security.privileged {
-        let all: Vec<&str> = known_capabilities();
-        return Ok(json!({ "bounding": all, "effective": all, "permitted": all }));
-    }
-    let asked = security.capabilities.clone().unwrap_or_default();
-    let has_all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("all"));
-    let mut set: Vec<String> = if has_all(&asked.add_capabilities) {
-        known_capabilities().iter().map(|name| (*name).to_owned()).collect()
-    } else {
-        DEFAULT_CAPABILITIES.iter().map(|name| (*name).to_owned()).collect()
-    };
-    if has_all(&asked.drop_capabilities) && !has_all(&asked.add_capabilities) {
-        set.clear();
-    }
-    for name in plain(&asked.add_capabilities)? {
-        if !set.contains(&name) {
-            set.push(name);
-        }
-    }
-    let dropped = plain(&asked.drop_capabilities)?;
-    set.retain(|name| !dropped.contains(name));
-    let ambient = plain(&asked.add_ambient_capabilities)?;
-    for name in &ambient {
-        if !set.contains(name) {
-            set.push(name.clone());
-        }
-    }
+    let set = capability_names(security)?;
     let mut value = json!({ "bounding": set, "effective": set, "permitted": set });
-    if !ambient.is_empty() {
+    let ambient = plain(&security.capabilities.clone().unwrap_or_default().add_ambient_capabilities)?;
+    if !ambient.is_empty() && !security.privileged {
         value["inheritable"] = json!(ambient);
         value["ambient"] = json!(ambient);
     }
     Ok(value)
+}
+
+/// The capabilities a container gets: docker's default set with what the pod adds and drops, or all.
+pub fn capability_names(security: &v1::LinuxContainerSecurityContext) -> Result<Vec<String>> {
+    let all = || known_capabilities().into_iter().map(str::to_owned).collect::<Vec<_>>();
+    if security.privileged {
+        return Ok(all());
+    }
+    let asked = security.capabilities.clone().unwrap_or_default();
+    let has_all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("all"));
+    let mut set = match (has_all(&asked.add_capabilities), has_all(&asked.drop_capabilities)) {
+        (true, _) => all(),
+        (false, true) => Vec::new(),
+        (false, false) => DEFAULT_CAPABILITIES.map(str::to_owned).to_vec(),
+    };
+    let dropped = plain(&asked.drop_capabilities)?;
+    let added = plain(&asked.add_capabilities)?;
+    let ambient = plain(&asked.add_ambient_capabilities)?;
+    for name in added {
+        if !set.contains(&name) {
+            set.push(name);
+        }
+    }
+    set.retain(|name| !dropped.contains(name));
+    for name in ambient {
+        if !set.contains(&name) {
+            set.push(name);
+        }
+    }
+    Ok(set)
 }
 
 /// Names without `ALL`, with their prefix, checked.

@@ -13,9 +13,9 @@ use knarr_runtime::{Runtime, keeper};
 pub const IMAGE: &str = "docker.io/library/busybox:test";
 /// From the Debian package `busybox-static`.
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 24] = [
+const APPLETS: [&str; 25] = [
     "sh", "true", "false", "echo", "cat", "sleep", "id", "ls", "stat", "head", "tail", "dd", "hostname", "env",
-    "mkdir", "touch", "grep", "ps", "kill", "nc", "tty", "stty", "mount", "wc",
+    "mkdir", "touch", "grep", "ps", "kill", "nc", "tty", "stty", "mount", "wc", "mknod",
 ];
 
 /// Whether containers can be run here; says why not.
