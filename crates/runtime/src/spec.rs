@@ -34,6 +34,7 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
 ];
 
+/// In the kernel's numbering.
 const ALL_CAPABILITIES: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -216,7 +217,7 @@ fn process(
             "gid": input.user.gid,
             "additionalGids": input.user.groups,
         },
-        "capabilities": capabilities(security)?,
+        "capabilities": capabilities(security, &input.limits)?,
         "oomScoreAdj": resources.oom_score_adj.max(input.limits.oom_score_adj_min),
         "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files }],
     });
@@ -277,8 +278,8 @@ fn working_dir(input: &Input<'_>) -> Result<String> {
     Ok(dir.to_owned())
 }
 
-fn capabilities(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
-    let set = capability_names(security)?;
+fn capabilities(security: &v1::LinuxContainerSecurityContext, limits: &HostLimits) -> Result<Value> {
+    let set = capability_names(security, limits)?;
     let mut value = json!({ "bounding": set, "effective": set, "permitted": set });
     let ambient = plain(&security.capabilities.clone().unwrap_or_default().add_ambient_capabilities)?;
     if !ambient.is_empty() && !security.privileged {
@@ -289,8 +290,17 @@ fn capabilities(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
 }
 
 /// The capabilities a container gets: docker's default set with what the pod adds and drops, or all.
-pub fn capability_names(security: &v1::LinuxContainerSecurityContext) -> Result<Vec<String>> {
-    let all = || known_capabilities().into_iter().map(str::to_owned).collect::<Vec<_>>();
+///
+/// What the host does not let us pass on is left out, as containerd does it.
+pub fn capability_names(
+    security: &v1::LinuxContainerSecurityContext,
+    limits: &HostLimits,
+) -> Result<Vec<String>> {
+    let ours = |name: &str| {
+        let number = ALL_CAPABILITIES.iter().position(|have| *have == name);
+        number.is_some_and(|number| limits.capabilities >> number & 1 == 1)
+    };
+    let all = || ALL_CAPABILITIES.map(str::to_owned).into_iter().filter(|name| ours(name)).collect::<Vec<_>>();
     if security.privileged {
         return Ok(all());
     }
@@ -315,6 +325,7 @@ pub fn capability_names(security: &v1::LinuxContainerSecurityContext) -> Result<
             set.push(name);
         }
     }
+    set.retain(|name| ours(name));
     Ok(set)
 }
 
@@ -330,15 +341,6 @@ fn plain(names: &[String]) -> Result<Vec<String>> {
         out.push(full);
     }
     Ok(out)
-}
-
-/// Those of [`ALL_CAPABILITIES`] that this kernel has.
-fn known_capabilities() -> Vec<&'static str> {
-    let last = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")
-        .ok()
-        .and_then(|text| text.trim().parse::<usize>().ok())
-        .unwrap_or(ALL_CAPABILITIES.len() - 1);
-    ALL_CAPABILITIES.iter().copied().take(last + 1).collect()
 }
 
 fn apparmor_profile(security: &v1::LinuxContainerSecurityContext) -> Result<Option<String>> {

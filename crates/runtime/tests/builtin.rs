@@ -273,8 +273,8 @@ async fn the_security_context_is_applied() {
     security(&mut config).capabilities =
         Some(v1::Capability { add_capabilities: vec!["SYS_TIME".into()], ..Default::default() });
     let id = node.run_config(&sandbox, config).await;
-    let status = node.sh(&id, "grep Seccomp: /proc/self/status; sh -c 'echo fork works'").await;
-    assert_eq!(status, "Seccomp:\t2\nfork works\n");
+    let status = node.sh(&id, "grep Seccomp: /proc/1/status /proc/self/status; sh -c 'echo fork works'").await;
+    assert_eq!(status, "/proc/1/status:Seccomp:\t2\n/proc/self/status:Seccomp:\t2\nfork works\n");
     // A node can be made, but what is not on the list cannot be opened: here the kernel's log.
     let denied = node.sh(&id, "mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg 2>&1; head -c 1 /dev/zero | wc -c").await;
     assert_eq!(denied, "head: /tmp/kmsg: Operation not permitted\n1\n");

@@ -46,6 +46,7 @@ state = "{state}"
   sandbox_image = "knarr.test/pause:1"
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
+  restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{cni}"
     conf_dir = "{cni}"

@@ -93,7 +93,7 @@ impl Inner {
             cgroup_mounts: &cgroup_mounts,
             cgroup_path: &cgroup,
             limits: self.limits,
-            seccomp: crate::seccomp::profile(&security, &spec::capability_names(&security)?)?,
+            seccomp: crate::seccomp::profile(&security, &spec::capability_names(&security, &self.limits)?)?,
         })?;
         prepare_rootfs(&rootfs, &spec, &config)?;
         let path = bundle.join("config.json");

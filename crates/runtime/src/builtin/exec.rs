@@ -70,7 +70,7 @@ impl Inner {
             terminal: request.tty,
             streams: theirs.map(|stream| stream.is_some()),
             cgroup_dirs: self.cgroups.dirs(&container.cgroup),
-            scratch: self.bundle(&container.id),
+            bundle: self.bundle(&container.id),
         });
         let fds: Vec<BorrowedFd<'_>> = theirs.iter().flatten().map(|fd| fd.as_fd()).collect();
         for fd in &fds {

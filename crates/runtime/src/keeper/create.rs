@@ -20,7 +20,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::sys::socket::{self, ControlMessageOwned, MsgFlags, UnixAddr};
@@ -140,7 +140,7 @@ fn build_container(start: &StartContainer) -> Result<(i32, Option<OwnedFd>), Fai
     let mut builder = ContainerBuilder::new(start.id.clone(), SyscallType::Linux)
         .with_root_path(&start.oci_root)
         .map_err(|error| internal(chain(&error)))?
-        .with_executor(Command { error_fd: exec_error.write.as_raw_fd() });
+        .with_executor(Command { error_fd: exec_error.write.as_raw_fd(), seccomp: None });
     let console = if start.terminal {
         let (listener, path) = console_socket(&start.bundle)?;
         builder = builder.with_console_socket(Some(path));
@@ -169,14 +169,16 @@ fn build_exec(
     exec: &StartExec,
     streams: [Option<OwnedFd>; 3],
 ) -> Result<(i32, Option<OwnedFd>), Failure> {
+    let spec = Spec::load(exec.bundle.join("config.json")).map_err(|error| internal(chain(&error)))?;
+    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     hide_cgroups(&[]).map_err(|error| internal(format!("hide control groups: {error}")))?;
     let exec_error = ExecPipe::new()?;
     let mut builder = ContainerBuilder::new(exec.id.clone(), SyscallType::Linux)
         .with_root_path(&exec.oci_root)
         .map_err(|error| internal(chain(&error)))?
-        .with_executor(Command { error_fd: exec_error.write.as_raw_fd() });
+        .with_executor(Command { error_fd: exec_error.write.as_raw_fd(), seccomp });
     let console = if exec.terminal {
-        let (listener, path) = console_socket(&exec.scratch)?;
+        let (listener, path) = console_socket(&exec.bundle)?;
         builder = builder.with_console_socket(Some(path));
         Some(listener)
     } else {
@@ -342,6 +344,8 @@ fn take_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
 struct Command {
     /// Closes by itself when the command starts.
     error_fd: RawFd,
+    /// libcontainer confines a container's first process but not what is executed in it later; so we do.
+    seccomp: Option<LinuxSeccomp>,
 }
 
 impl Executor for Command {
@@ -355,7 +359,7 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let error = match execute(spec) {
+        let error = match confine(self.seccomp.as_ref()).and_then(|()| execute(spec)) {
             Ok(never) => match never {},
             Err(error) => error,
         };
@@ -364,6 +368,18 @@ impl Executor for Command {
         let _ = pipe.write_all(error.as_bytes());
         Err(ExecutorError::Other(error))
     }
+}
+
+/// Privileges are dropped by now, so the kernel takes a filter only from a process that can gain none.
+fn confine(seccomp: Option<&LinuxSeccomp>) -> Result<(), String> {
+    let Some(seccomp) = seccomp else { return Ok(()) };
+    // SAFETY: prctl with plain numbers.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
+        return Err(format!("confine the command: {}", io::Error::last_os_error()));
+    }
+    libcontainer::seccomp::initialize_seccomp(seccomp)
+        .map(drop)
+        .map_err(|error| format!("load the seccomp profile: {}", chain(&error)))
 }
 
 fn execute(spec: &Spec) -> Result<std::convert::Infallible, String> {

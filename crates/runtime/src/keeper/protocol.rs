@@ -97,8 +97,8 @@ pub struct StartExec {
     /// Which of stdin, stdout, stderr have a descriptor; the others are `/dev/null`.
     pub streams: [bool; 3],
     pub cgroup_dirs: Vec<PathBuf>,
-    /// A directory for the socket over which the terminal arrives.
-    pub scratch: PathBuf,
+    /// The container's bundle; also holds, for a moment, the socket over which the terminal arrives.
+    pub bundle: PathBuf,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
