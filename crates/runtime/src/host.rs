@@ -21,7 +21,11 @@ impl HostLimits {
         let capabilities = capability_set("CapPrm:") & capability_set("CapBnd:");
         let system_max = read_number("/proc/sys/fs/nr_open").unwrap_or(OPEN_FILES_MAX as i64) as u64;
         if capabilities >> CAP_SYS_RESOURCE & 1 == 1 {
-            return Self { open_files_max: OPEN_FILES_MAX.min(system_max), oom_score_adj_min: -1000, capabilities };
+            return Self {
+                open_files_max: OPEN_FILES_MAX.min(system_max),
+                oom_score_adj_min: -1000,
+                capabilities,
+            };
         }
         let own_max = hard_limit().unwrap_or(1024);
         Self {

@@ -11,8 +11,8 @@ pub mod stream;
 
 pub use builtin::BuiltinRuntime;
 pub use cri::Runtime;
-pub use remote::RemoteRuntime;
 pub use error::{Error, Kind, Result};
+pub use remote::RemoteRuntime;
 pub use stream::{Duplex, ExecSession, Reader, TerminalSize, Writer};
 
 pub mod builtin;

@@ -55,7 +55,8 @@ impl RemoteRuntime {
             )));
         }
         let channel = channel(&path);
-        let limit = |channel: Channel| RuntimeServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+        let limit =
+            |channel: Channel| RuntimeServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
         let remote = Self {
             runtime: limit(channel.clone()),
             images: ImageServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX),
@@ -166,13 +167,19 @@ fn told(event: v1::ContainerEventResponse) -> Vec<Event> {
     }
     let status = event.containers_statuses.into_iter().find(|status| status.id == container_id);
     vec![match kind {
-        Ok(v1::ContainerEventType::ContainerCreatedEvent) => Event::ContainerCreated { sandbox_id, container_id },
-        Ok(v1::ContainerEventType::ContainerStartedEvent) => Event::ContainerStarted { sandbox_id, container_id },
+        Ok(v1::ContainerEventType::ContainerCreatedEvent) => {
+            Event::ContainerCreated { sandbox_id, container_id }
+        }
+        Ok(v1::ContainerEventType::ContainerStartedEvent) => {
+            Event::ContainerStarted { sandbox_id, container_id }
+        }
         Ok(v1::ContainerEventType::ContainerStoppedEvent) => {
             let exit = status.map(exit_of).unwrap_or_default();
             Event::ContainerExited { sandbox_id, container_id, exit }
         }
-        Ok(v1::ContainerEventType::ContainerDeletedEvent) => Event::ContainerRemoved { sandbox_id, container_id },
+        Ok(v1::ContainerEventType::ContainerDeletedEvent) => {
+            Event::ContainerRemoved { sandbox_id, container_id }
+        }
         Err(_) => Event::Resync,
     }]
 }
@@ -200,10 +207,12 @@ async fn by_lists(mut client: RuntimeServiceClient<Channel>, events: broadcast::
     while events.upgrade().is_some() {
         match see(&mut client).await {
             Ok(now) => {
-                let changes = before.as_ref().map_or_else(|| vec![Event::Resync], |before| compare(before, &now));
+                let changes =
+                    before.as_ref().map_or_else(|| vec![Event::Resync], |before| compare(before, &now));
                 for mut event in changes {
                     if let Event::ContainerExited { container_id, exit, .. } = &mut event {
-                        let asked = v1::ContainerStatusRequest { container_id: container_id.clone(), verbose: false };
+                        let asked =
+                            v1::ContainerStatusRequest { container_id: container_id.clone(), verbose: false };
                         if let Ok(answer) = client.container_status(request(asked)).await {
                             *exit = answer.into_inner().status.map(exit_of).unwrap_or_default();
                         }
@@ -219,8 +228,10 @@ async fn by_lists(mut client: RuntimeServiceClient<Channel>, events: broadcast::
 }
 
 async fn see(client: &mut RuntimeServiceClient<Channel>) -> Result<Seen, tonic::Status> {
-    let sandboxes = client.list_pod_sandbox(request(v1::ListPodSandboxRequest::default())).await?.into_inner();
-    let containers = client.list_containers(request(v1::ListContainersRequest::default())).await?.into_inner();
+    let sandboxes =
+        client.list_pod_sandbox(request(v1::ListPodSandboxRequest::default())).await?.into_inner();
+    let containers =
+        client.list_containers(request(v1::ListContainersRequest::default())).await?.into_inner();
     Ok(Seen {
         sandboxes: sandboxes.items.into_iter().map(|one| (one.id, one.state == 0)).collect(),
         containers: containers
@@ -315,7 +326,11 @@ impl Runtime for RemoteRuntime {
         Ok(())
     }
 
-    async fn pod_sandbox_status(&self, sandbox_id: &str, verbose: bool) -> Result<v1::PodSandboxStatusResponse> {
+    async fn pod_sandbox_status(
+        &self,
+        sandbox_id: &str,
+        verbose: bool,
+    ) -> Result<v1::PodSandboxStatusResponse> {
         let message = v1::PodSandboxStatusRequest { pod_sandbox_id: sandbox_id.to_owned(), verbose };
         Ok(self.runtime.clone().pod_sandbox_status(request(message)).await?.into_inner())
     }
@@ -370,7 +385,11 @@ impl Runtime for RemoteRuntime {
         Ok(self.runtime.clone().list_containers(request(message)).await?.into_inner().containers)
     }
 
-    async fn container_status(&self, container_id: &str, verbose: bool) -> Result<v1::ContainerStatusResponse> {
+    async fn container_status(
+        &self,
+        container_id: &str,
+        verbose: bool,
+    ) -> Result<v1::ContainerStatusResponse> {
         let message = v1::ContainerStatusRequest { container_id: container_id.to_owned(), verbose };
         Ok(self.runtime.clone().container_status(request(message)).await?.into_inner())
     }
@@ -448,7 +467,10 @@ impl Runtime for RemoteRuntime {
         answer.stats.ok_or_else(|| lacking("stats"))
     }
 
-    async fn list_container_stats(&self, filter: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>> {
+    async fn list_container_stats(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>> {
         let message = v1::ListContainerStatsRequest { filter };
         Ok(self.runtime.clone().list_container_stats(request(message)).await?.into_inner().stats)
     }
@@ -473,7 +495,13 @@ impl Runtime for RemoteRuntime {
     }
 
     async fn list_images(&self, filter: Option<v1::ImageFilter>) -> Result<Vec<v1::Image>> {
-        Ok(self.images.clone().list_images(request(v1::ListImagesRequest { filter })).await?.into_inner().images)
+        Ok(self
+            .images
+            .clone()
+            .list_images(request(v1::ListImagesRequest { filter }))
+            .await?
+            .into_inner()
+            .images)
     }
 
     async fn image_status(&self, image: v1::ImageSpec, verbose: bool) -> Result<v1::ImageStatusResponse> {
@@ -503,7 +531,10 @@ mod tests {
     fn lists_a_second_apart_become_events() {
         let seen = |sandboxes: &[(&str, bool)], containers: &[(&str, i32)]| Seen {
             sandboxes: sandboxes.iter().map(|(id, ready)| ((*id).to_owned(), *ready)).collect(),
-            containers: containers.iter().map(|(id, state)| ((*id).to_owned(), ("s".to_owned(), *state))).collect(),
+            containers: containers
+                .iter()
+                .map(|(id, state)| ((*id).to_owned(), ("s".to_owned(), *state)))
+                .collect(),
         };
         let kinds = |before: &Seen, now: &Seen| {
             let name = |event: Event| format!("{event:?}").split(' ').next().unwrap().to_owned();

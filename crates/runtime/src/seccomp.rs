@@ -90,7 +90,8 @@ fn default_profile(capabilities: &[String]) -> Value {
     allowed.extend(architecture_calls());
     allowed.sort_unstable();
     allowed.dedup();
-    let allow = |names: Value, args: Value| json!({ "names": names, "action": "SCMP_ACT_ALLOW", "args": args });
+    let allow =
+        |names: Value, args: Value| json!({ "names": names, "action": "SCMP_ACT_ALLOW", "args": args });
     let mut calls = vec![json!({ "names": allowed, "action": "SCMP_ACT_ALLOW" })];
     calls.push(allow(json!(["socket"]), json!([{ "index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_NE" }])));
     for personality in PERSONALITIES {
@@ -125,7 +126,9 @@ fn architectures() -> &'static [&'static str] {
 fn architecture_calls() -> &'static [&'static str] {
     match std::env::consts::ARCH {
         "x86_64" => &["arch_prctl", "modify_ldt"],
-        "aarch64" => &["arm_fadvise64_64", "arm_sync_file_range", "sync_file_range2", "cacheflush", "set_tls"],
+        "aarch64" => {
+            &["arm_fadvise64_64", "arm_sync_file_range", "sync_file_range2", "cacheflush", "set_tls"]
+        }
         "riscv64" => &["riscv_flush_icache"],
         _ => &[],
     }

@@ -92,8 +92,7 @@ const MASKED_PATHS: [&str; 10] = [
     "/sys/firmware",
 ];
 
-const READONLY_PATHS: [&str; 5] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// What a spec is made from.
 pub struct Input<'a> {
@@ -270,7 +269,8 @@ fn environment(input: &Input<'_>) -> Result<Vec<String>> {
 }
 
 fn working_dir(input: &Input<'_>) -> Result<String> {
-    let wanted = [&input.config.working_dir, &input.image.working_dir].into_iter().find(|dir| !dir.is_empty());
+    let wanted =
+        [&input.config.working_dir, &input.image.working_dir].into_iter().find(|dir| !dir.is_empty());
     let dir = wanted.map_or("/", String::as_str);
     if !dir.starts_with('/') {
         return Err(Error::invalid(format!("working directory {dir:?} must be an absolute path")));
@@ -300,7 +300,8 @@ pub fn capability_names(
         let number = ALL_CAPABILITIES.iter().position(|have| *have == name);
         number.is_some_and(|number| limits.capabilities >> number & 1 == 1)
     };
-    let all = || ALL_CAPABILITIES.map(str::to_owned).into_iter().filter(|name| ours(name)).collect::<Vec<_>>();
+    let all =
+        || ALL_CAPABILITIES.map(str::to_owned).into_iter().filter(|name| ours(name)).collect::<Vec<_>>();
     if security.privileged {
         return Ok(all());
     }
@@ -435,8 +436,7 @@ fn bind(mount: &v1::Mount, security: &v1::LinuxContainerSecurityContext) -> Resu
 
 fn namespaces(namespaces: &Namespaces) -> Vec<Value> {
     let mut out = vec![json!({ "type": "mount" })];
-    let joined =
-        [("network", &namespaces.network), ("ipc", &namespaces.ipc), ("uts", &namespaces.uts)];
+    let joined = [("network", &namespaces.network), ("ipc", &namespaces.ipc), ("uts", &namespaces.uts)];
     for (kind, path) in joined {
         if let Some(path) = path {
             out.push(json!({ "type": kind, "path": path }));

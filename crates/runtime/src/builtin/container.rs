@@ -131,7 +131,8 @@ impl Inner {
         for dir in [&rootfs, &upper, &work] {
             fs::create_dir_all(dir).step(|| format!("make {}", dir.display()))?;
         }
-        let mut layers: Vec<PathBuf> = image.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
+        let mut layers: Vec<PathBuf> =
+            image.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
         if layers.is_empty() {
             // An image of nothing; overlayfs wants at least one directory below.
             let empty = bundle.join("empty");
@@ -144,7 +145,11 @@ impl Inner {
         Ok(rootfs)
     }
 
-    fn namespaces(&self, sandbox: &Sandbox, security: &v1::LinuxContainerSecurityContext) -> Result<Namespaces> {
+    fn namespaces(
+        &self,
+        sandbox: &Sandbox,
+        security: &v1::LinuxContainerSecurityContext,
+    ) -> Result<Namespaces> {
         let dir = self.config.sandbox_run(&sandbox.id).join("ns");
         let path = |name: &str| dir.join(name).display().to_string();
         let options = security.namespace_options.clone().unwrap_or_else(|| sandbox.namespace_options());
@@ -200,7 +205,10 @@ impl Inner {
         if container.phase != Phase::Created {
             return Err(Error::new(
                 Kind::FailedPrecondition,
-                format!("container {id} is in state {:?}, only a created one can be started", container.phase),
+                format!(
+                    "container {id} is in state {:?}, only a created one can be started",
+                    container.phase
+                ),
             ));
         }
         match self.launch(&container).await {
@@ -355,7 +363,9 @@ impl Inner {
                 return Ok(());
             }
             if tokio::time::Instant::now() > deadline {
-                return Err(Error::internal(format!("processes {left:?} in {path} do not end after SIGKILL")));
+                return Err(Error::internal(format!(
+                    "processes {left:?} in {path} do not end after SIGKILL"
+                )));
             }
             // v1 has no event for an empty group; exits take a few milliseconds.
             tokio::time::sleep(pause).await;
@@ -368,7 +378,9 @@ impl Inner {
         let records = state.containers.values().map(|entry| &entry.record);
         let mut found: Vec<v1::Container> = records
             .filter(|container| filter.id.is_empty() || container.id.starts_with(&filter.id))
-            .filter(|container| filter.pod_sandbox_id.is_empty() || container.sandbox_id == filter.pod_sandbox_id)
+            .filter(|container| {
+                filter.pod_sandbox_id.is_empty() || container.sandbox_id == filter.pod_sandbox_id
+            })
             .filter(|container| matches(&filter.label_selector, &container.config.labels))
             .map(Container::to_cri)
             .filter(|container| filter.state.as_ref().is_none_or(|wanted| wanted.state == container.state))
@@ -580,7 +592,8 @@ mod tests {
 
     #[test]
     fn updates_leave_what_they_do_not_name() {
-        let mut have = v1::LinuxContainerResources { cpu_shares: 2, memory_limit_in_bytes: 10, ..Default::default() };
+        let mut have =
+            v1::LinuxContainerResources { cpu_shares: 2, memory_limit_in_bytes: 10, ..Default::default() };
         merge(&mut have, &v1::LinuxContainerResources { cpu_shares: 5, ..Default::default() });
         assert_eq!((have.cpu_shares, have.memory_limit_in_bytes), (5, 10));
     }

@@ -26,9 +26,9 @@ use tokio_stream::wrappers::BroadcastStream;
 use crate::cgroup::Cgroups;
 use crate::cri::{ContainerExit, Event, Runtime, no_container, no_sandbox};
 use crate::error::{Context, Error, Kind, Result};
-use crate::image::archive::{self, Imported};
 use crate::host::HostLimits;
 use crate::image::Limits;
+use crate::image::archive::{self, Imported};
 use crate::image::pull::{self, RegistryConfig};
 use crate::image::reference::Reference;
 use crate::image::store::ImageStore;
@@ -151,7 +151,9 @@ enum ExecSlot {
 impl BuiltinRuntime {
     /// Opens the store, finds or starts the keeper, and takes up again whatever ran.
     pub async fn start(config: Config) -> Result<Self> {
-        for dir in [config.sandboxes(), config.containers(), config.oci_root(), config.run_dir.join("sandboxes")] {
+        for dir in
+            [config.sandboxes(), config.containers(), config.oci_root(), config.run_dir.join("sandboxes")]
+        {
             fs::create_dir_all(&dir).step(|| format!("make {}", dir.display()))?;
         }
         restrict(&config.run_dir)?;
@@ -542,7 +544,8 @@ impl Runtime for BuiltinRuntime {
     }
 
     async fn status(&self, verbose: bool) -> Result<v1::StatusResponse> {
-        let condition = |name: &str| v1::RuntimeCondition { r#type: name.into(), status: true, ..Default::default() };
+        let condition =
+            |name: &str| v1::RuntimeCondition { r#type: name.into(), status: true, ..Default::default() };
         let mut info = HashMap::new();
         if verbose {
             info.insert("cgroups".to_owned(), self.inner.cgroups.version().to_owned());
@@ -589,7 +592,11 @@ impl Runtime for BuiltinRuntime {
         self.inner.remove_sandbox(sandbox_id).await
     }
 
-    async fn pod_sandbox_status(&self, sandbox_id: &str, verbose: bool) -> Result<v1::PodSandboxStatusResponse> {
+    async fn pod_sandbox_status(
+        &self,
+        sandbox_id: &str,
+        verbose: bool,
+    ) -> Result<v1::PodSandboxStatusResponse> {
         self.inner.sandbox_status(sandbox_id, verbose)
     }
 
@@ -622,7 +629,11 @@ impl Runtime for BuiltinRuntime {
         Ok(self.inner.list_containers(&filter.unwrap_or_default()))
     }
 
-    async fn container_status(&self, container_id: &str, verbose: bool) -> Result<v1::ContainerStatusResponse> {
+    async fn container_status(
+        &self,
+        container_id: &str,
+        verbose: bool,
+    ) -> Result<v1::ContainerStatusResponse> {
         let container = self.inner.container(container_id)?;
         let mut info = HashMap::new();
         if verbose {
@@ -674,7 +685,10 @@ impl Runtime for BuiltinRuntime {
         blocking(move || inner.container_stats(&container)).await
     }
 
-    async fn list_container_stats(&self, filter: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>> {
+    async fn list_container_stats(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>> {
         let inner = self.inner.clone();
         blocking(move || Ok(inner.list_container_stats(&filter.unwrap_or_default()))).await
     }

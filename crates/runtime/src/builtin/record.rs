@@ -31,10 +31,12 @@ pub struct Sandbox {
 impl Sandbox {
     pub fn namespace_options(&self) -> v1::NamespaceOption {
         let security = self.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
-        security.and_then(|security| security.namespace_options.clone()).unwrap_or_else(|| v1::NamespaceOption {
-            // Without options, a process namespace per container: CRI's zero value would be one per pod.
-            pid: v1::NamespaceMode::Container as i32,
-            ..Default::default()
+        security.and_then(|security| security.namespace_options.clone()).unwrap_or_else(|| {
+            v1::NamespaceOption {
+                // Without options, a process namespace per container: CRI's zero value would be one per pod.
+                pid: v1::NamespaceMode::Container as i32,
+                ..Default::default()
+            }
         })
     }
 

@@ -159,6 +159,8 @@ pub fn select<'a>(manifests: &'a [Descriptor]) -> Result<&'a Descriptor> {
     }
     match manifests {
         [only] if only.platform.is_none() => Ok(only),
-        _ => Err(Error::not_found(format!("no match for platform in manifest: linux/{}", host_architecture()))),
+        _ => {
+            Err(Error::not_found(format!("no match for platform in manifest: linux/{}", host_architecture())))
+        }
     }
 }

@@ -119,7 +119,8 @@ fn join_v1(dirs: &[PathBuf]) -> io::Result<()> {
     for dir in dirs {
         let tasks = dir.join("tasks");
         let write = |path: &Path| OpenOptions::new().write(true).open(path)?.write_all(b"0");
-        write(&tasks).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", tasks.display())))?;
+        write(&tasks)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", tasks.display())))?;
     }
     Ok(())
 }
@@ -165,10 +166,7 @@ fn build_container(start: &StartContainer) -> Result<(i32, Option<OwnedFd>), Fai
     Ok((pid.as_raw(), terminal))
 }
 
-fn build_exec(
-    exec: &StartExec,
-    streams: [Option<OwnedFd>; 3],
-) -> Result<(i32, Option<OwnedFd>), Failure> {
+fn build_exec(exec: &StartExec, streams: [Option<OwnedFd>; 3]) -> Result<(i32, Option<OwnedFd>), Failure> {
     let spec = Spec::load(exec.bundle.join("config.json")).map_err(|error| internal(chain(&error)))?;
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     hide_cgroups(&[]).map_err(|error| internal(format!("hide control groups: {error}")))?;
@@ -213,8 +211,10 @@ fn open_stdio(start: &StartContainer) -> io::Result<[OwnedFd; 3]> {
         Stdin::Null => dev_null()?,
         Stdin::Open => both("stdin")?,
         Stdin::Once => {
-            let file =
-                OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(start.bundle.join("stdin"))?;
+            let file = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(start.bundle.join("stdin"))?;
             set_blocking(&file)?;
             file.into()
         }
@@ -261,10 +261,7 @@ fn hide_cgroups(views: &[PathBuf]) -> io::Result<()> {
         check(libc::unshare(libc::CLONE_NEWNS).into(), "unshare mounts")?;
         // Private first: otherwise the unmount would reach the host.
         let private = libc::MS_REC | libc::MS_PRIVATE;
-        check(
-            libc::mount(none, c"/sys".as_ptr(), none, private, none.cast()).into(),
-            "make /sys private",
-        )?;
+        check(libc::mount(none, c"/sys".as_ptr(), none, private, none.cast()).into(), "make /sys private")?;
         check(libc::umount2(mount_point.as_ptr(), libc::MNT_DETACH).into(), "unmount /sys/fs/cgroup")?;
         let options = c"mode=755".as_ptr().cast();
         check(
@@ -453,10 +450,7 @@ fn internal(message: String) -> Failure {
 }
 
 fn cannot_run(message: String) -> Failure {
-    Failure {
-        kind: FailureKind::CannotRun,
-        message: format!("unable to start container process: {message}"),
-    }
+    Failure { kind: FailureKind::CannotRun, message: format!("unable to start container process: {message}") }
 }
 
 /// The innermost causes, without libcontainer's repetitive wrappers.

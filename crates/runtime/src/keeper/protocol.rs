@@ -32,20 +32,41 @@ pub enum Op {
     /// Runs a command in a container. Descriptors: stdin, stdout, stderr, each as `streams` tells; none with a
     /// terminal. Answer: [`Answer::Started`], with the terminal's descriptor if asked for.
     Exec(StartExec),
-    Signal { id: String, signal: i32 },
-    KillExec { exec: u64 },
+    Signal {
+        id: String,
+        signal: i32,
+    },
+    KillExec {
+        exec: u64,
+    },
     /// Sends a copy of the container's output to the descriptors beside the message.
-    Attach { id: String, stdout: bool, stderr: bool },
+    Attach {
+        id: String,
+        stdout: bool,
+        stderr: bool,
+    },
     /// Lets the container see the end of its input (`stdinOnce`).
-    CloseStdin { id: String },
-    ReopenLog { id: String },
+    CloseStdin {
+        id: String,
+    },
+    ReopenLog {
+        id: String,
+    },
     /// Answer: [`Answer::Done`] with the descriptor.
-    Terminal { id: String },
+    Terminal {
+        id: String,
+    },
     /// Drops a container that has exited.
-    Forget { id: String },
+    Forget {
+        id: String,
+    },
     /// Starts the first process of a pod's shared process namespace. Answer: [`Answer::Started`].
-    StartPodInit { sandbox: String },
-    StopPodInit { sandbox: String },
+    StartPodInit {
+        sandbox: String,
+    },
+    StopPodInit {
+        sandbox: String,
+    },
     /// Ends the keeper. Refused while containers run.
     Exit,
 }
@@ -137,6 +158,12 @@ pub enum FailureKind {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
     /// The record is also in the bundle's `exit.json`, written before this is sent.
-    ContainerExited { id: String, exit: ContainerExit },
-    ExecExited { exec: u64, code: i32 },
+    ContainerExited {
+        id: String,
+        exit: ContainerExit,
+    },
+    ExecExited {
+        exec: u64,
+        code: i32,
+    },
 }
