@@ -474,3 +474,167 @@ fn paths(security: &v1::LinuxContainerSecurityContext, asked: &[String], standar
         (false, false) => asked.to_vec(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HostLimits =
+        HostLimits { open_files_max: 1024, oom_score_adj_min: -1000, capabilities: u64::MAX };
+
+    fn generate_with(config: &v1::ContainerConfig, image: &ImageDefaults) -> Result<Value> {
+        generate(&Input {
+            config,
+            image,
+            user: &User { uid: 0, gid: 0, groups: vec![0], home: "/root".into() },
+            namespaces: &Namespaces { network: Some("/ns/net".into()), ..Default::default() },
+            hostname: "pod",
+            sandbox_mounts: &[v1::Mount {
+                container_path: "/etc/hostname".into(),
+                host_path: "/pod/hostname".into(),
+                ..Default::default()
+            }],
+            devices: &[],
+            cgroup_mounts: &[("memory".into(), "/view0".into())],
+            cgroup_path: "/knarr/pod/id",
+            limits: LIMITS,
+            seccomp: None,
+        })
+    }
+
+    fn image() -> ImageDefaults {
+        ImageDefaults {
+            entrypoint: vec!["/entry".into()],
+            cmd: vec!["cmd".into()],
+            env: vec!["PATH=/image".into(), "A=image".into()],
+            working_dir: "/work".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_plain_container_is_what_containerd_would_make() {
+        let spec = generate_with(&v1::ContainerConfig::default(), &image()).unwrap();
+        assert_eq!(
+            spec["process"],
+            json!({
+                "terminal": false,
+                "args": ["/entry", "cmd"],
+                "env": ["HOSTNAME=pod", "HOME=/root", "PATH=/image", "A=image"],
+                "cwd": "/work",
+                "user": { "uid": 0, "gid": 0, "additionalGids": [0] },
+                "capabilities": {
+                    "bounding": DEFAULT_CAPABILITIES,
+                    "effective": DEFAULT_CAPABILITIES,
+                    "permitted": DEFAULT_CAPABILITIES,
+                },
+                "oomScoreAdj": 0,
+                "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            })
+        );
+        let mounts: Vec<&str> = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|mount| mount["destination"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            mounts,
+            [
+                "/proc",
+                "/dev",
+                "/dev/pts",
+                "/dev/mqueue",
+                "/sys",
+                "/sys/fs/cgroup",
+                "/sys/fs/cgroup/memory",
+                "/etc/hostname"
+            ]
+        );
+        assert_eq!(
+            spec["linux"]["namespaces"],
+            json!([{ "type": "mount" }, { "type": "network", "path": "/ns/net" }, { "type": "pid" }])
+        );
+        assert_eq!(spec["linux"]["maskedPaths"].as_array().unwrap().len(), MASKED_PATHS.len());
+    }
+
+    #[test]
+    fn command_and_args_replace_what_kubernetes_says_they_replace() {
+        let cases: [(&[&str], &[&str], &[&str]); 4] = [
+            (&[], &[], &["/entry", "cmd"]),
+            (&[], &["x"], &["/entry", "x"]),
+            (&["c"], &[], &["c"]),
+            (&["c"], &["x"], &["c", "x"]),
+        ];
+        let owned = |list: &[&str]| list.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+        for (command, args, want) in cases {
+            let config =
+                v1::ContainerConfig { command: owned(command), args: owned(args), ..Default::default() };
+            assert_eq!(generate_with(&config, &image()).unwrap()["process"]["args"], json!(want));
+        }
+        let error = generate_with(&v1::ContainerConfig::default(), &ImageDefaults::default()).unwrap_err();
+        assert_eq!(error.message, "no command specified");
+    }
+
+    #[test]
+    fn mounts_of_the_pod_replace_ours_and_nest() {
+        let mount = |path: &str, propagation: v1::MountPropagation| v1::Mount {
+            container_path: path.into(),
+            host_path: format!("/host{path}"),
+            propagation: propagation as i32,
+            ..Default::default()
+        };
+        use v1::MountPropagation::{
+            PropagationBidirectional, PropagationHostToContainer, PropagationPrivate,
+        };
+        let mut config = v1::ContainerConfig {
+            mounts: vec![
+                mount("/a/b", PropagationHostToContainer),
+                mount("/a", PropagationPrivate),
+                mount("/etc/hostname", PropagationPrivate),
+            ],
+            ..Default::default()
+        };
+        let spec = generate_with(&config, &image()).unwrap();
+        let shown: Vec<String> = spec["mounts"].as_array().unwrap()[7..]
+            .iter()
+            .map(|mount| format!("{} {} {}", mount["source"], mount["destination"], mount["options"][1]))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                r#""/host/a" "/a" "rprivate""#,
+                r#""/host/a/b" "/a/b" "rslave""#,
+                r#""/host/etc/hostname" "/etc/hostname" "rprivate""#
+            ]
+        );
+        config.mounts = vec![mount("/a", PropagationBidirectional)];
+        assert!(generate_with(&config, &image()).unwrap_err().message.contains("privileged"));
+        config.mounts = vec![mount("/a/../b", PropagationPrivate)];
+        assert!(generate_with(&config, &image()).unwrap_err().message.contains("must be absolute"));
+    }
+
+    #[test]
+    fn capabilities_follow_the_pod_within_the_host() {
+        let names = |add: &[&str], drop: &[&str], privileged, capabilities| {
+            let owned = |list: &[&str]| list.iter().map(|item| (*item).to_owned()).collect();
+            let security = v1::LinuxContainerSecurityContext {
+                privileged,
+                capabilities: Some(v1::Capability {
+                    add_capabilities: owned(add),
+                    drop_capabilities: owned(drop),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            capability_names(&security, &HostLimits { capabilities, ..LIMITS })
+        };
+        let all = u64::MAX;
+        assert_eq!(names(&["NET_ADMIN"], &["ALL"], false, all).unwrap(), ["CAP_NET_ADMIN"]);
+        assert_eq!(names(&["ALL"], &["cap_chown"], false, all).unwrap().len(), 40);
+        assert_eq!(names(&[], &["kill", "MKNOD"], false, all).unwrap().len(), 12);
+        assert_eq!(names(&[], &[], true, all).unwrap().len(), 41);
+        assert_eq!(names(&[], &[], true, 0b101).unwrap(), ["CAP_CHOWN", "CAP_DAC_READ_SEARCH"]);
+        assert!(names(&["FLY"], &[], false, all).unwrap_err().message.contains("unknown capability"));
+    }
+}

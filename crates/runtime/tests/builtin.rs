@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use common::{Node, can_run, container, security, wait_for};
 use futures::StreamExt;
-use knarr_runtime::Runtime;
 use knarr_runtime::cri::{Event, v1};
+use knarr_runtime::{BuiltinRuntime, Runtime};
 use knarr_runtime::{Kind, TerminalSize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -464,4 +464,59 @@ async fn a_renamed_log_is_reopened() {
     node.sh(&id, "touch /tmp/go").await;
     node.wait_log("main", "two").await;
     assert_eq!(node.log("main"), "stdout F two\n");
+}
+
+/// Not a test by itself: the server that [`a_killed_server_leaves_containers_running`] kills.
+#[tokio::test]
+#[ignore = "run by another test"]
+async fn the_server_to_kill() {
+    let Ok(dir) = std::env::var("KNARR_TEST_DIR") else { return };
+    let dir = std::path::Path::new(&dir);
+    let runtime = BuiltinRuntime::start(common::config(dir)).await.unwrap();
+    let pod = v1::PodSandboxConfig {
+        metadata: Some(v1::PodSandboxMetadata {
+            name: "kill".into(),
+            uid: "kill".into(),
+            ..Default::default()
+        }),
+        log_directory: dir.join("logs").display().to_string(),
+        ..Default::default()
+    };
+    let sandbox = runtime.run_pod_sandbox(pod, "").await.unwrap();
+    let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.01; done";
+    let config = container("main", &["sh", "-c", script]);
+    let id = runtime.create_container(&sandbox, config, Default::default()).await.unwrap();
+    runtime.start_container(&id).await.unwrap();
+    std::fs::write(dir.join("started"), id).unwrap();
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn a_killed_server_leaves_containers_running() {
+    if !can_run() {
+        return;
+    }
+    let mut node = Node::start().await;
+    let dir = node.logs.parent().unwrap().to_owned();
+    let mut server = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_server_to_kill", "--ignored"])
+        .env("KNARR_TEST_DIR", &dir)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let id = wait_for("the other server", async || std::fs::read_to_string(dir.join("started")).ok()).await;
+    node.wait_log("main", "line 3").await;
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let lines = node.log("main").lines().count();
+    wait_for("the log to grow on", async || (node.log("main").lines().count() > lines + 5).then_some(()))
+        .await;
+    node.restart().await;
+    assert_eq!(node.status(&id).await.state, v1::ContainerState::ContainerRunning as i32);
+    assert_eq!(node.sh(&id, "echo in").await, "in\n");
+    node.runtime.stop_container(&id, Duration::ZERO).await.unwrap();
+    assert_eq!(node.status(&id).await.exit_code, 137);
+    let numbers: Vec<usize> =
+        node.log("main").lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+    assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>(), "no line is lost or doubled");
 }

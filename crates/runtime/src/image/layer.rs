@@ -142,11 +142,8 @@ impl Unpacker {
             EntryType::Link => return self.hard_link(entry, parent, &c_name, path),
             EntryType::Fifo => {
                 // SAFETY: the name is NUL-terminated and outlives the call.
-                check(
-                    unsafe { libc::mkfifoat(parent.as_raw_fd(), c_name.as_ptr(), 0o600) },
-                    path,
-                    "make pipe",
-                )?;
+                let made = unsafe { libc::mkfifoat(parent.as_raw_fd(), c_name.as_ptr(), 0o600) };
+                check(made, path, "make pipe")?;
             }
             EntryType::Char | EntryType::Block => self.device(entry, kind, parent, &c_name, path)?,
             other => return Err(at(path, &format!("entries of type {other:?} are not allowed in a layer"))),
@@ -270,11 +267,8 @@ impl Unpacker {
         if kind == EntryType::Directory && mode == libc::S_IFCHR {
             // A whiteout came first: the new directory must not show what lower layers have there.
             // SAFETY: as above.
-            check(
-                unsafe { libc::mkdirat(parent.as_raw_fd(), c_name.as_ptr(), 0o755) },
-                path,
-                "make directory",
-            )?;
+            let made = unsafe { libc::mkdirat(parent.as_raw_fd(), c_name.as_ptr(), 0o755) };
+            check(made, path, "make directory")?;
             let dir = self
                 .root
                 .open_at(path, libc::O_RDONLY | libc::O_DIRECTORY)

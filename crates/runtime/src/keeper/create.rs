@@ -305,8 +305,7 @@ fn console_socket(dir: &Path) -> Result<(UnixListener, PathBuf), Failure> {
 
 fn take_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
     let take = || -> io::Result<Option<OwnedFd>> {
-        let (stream, address) = listener.accept()?;
-        drop(address);
+        let (stream, _) = listener.accept()?;
         if let Ok(local) = listener.local_addr()
             && let Some(path) = local.as_pathname()
         {
