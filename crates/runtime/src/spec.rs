@@ -181,7 +181,33 @@ pub fn generate(input: &Input<'_>) -> Result<Value> {
     if let Some(seccomp) = &input.seccomp {
         spec["linux"]["seccomp"] = seccomp.clone();
     }
+    if has_option(&spec["mounts"], "rshared") {
+        // Otherwise the whole file system becomes a slave of the host's, and nothing goes back.
+        spec["linux"]["rootfsPropagation"] = "shared".into();
+    }
     Ok(spec)
+}
+
+/// Replaces the sources of binds of host paths that are not bidirectional by `staged(index)`; returns the sources
+/// in that order, each with whether it follows the host's later mounts.
+pub fn stage_mounts(spec: &mut Value, staged: impl Fn(usize) -> String) -> Vec<(String, bool)> {
+    let mut out = Vec::new();
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        let has = |name: &str| has_option(&json!([mount]), name);
+        let (private, slave) = (has("rprivate"), has("rslave"));
+        if !private && !slave {
+            continue;
+        }
+        let source = mount["source"].as_str().unwrap_or_default().to_owned();
+        mount["source"] = staged(out.len()).into();
+        out.push((source, slave));
+    }
+    out
+}
+
+fn has_option(mounts: &Value, name: &str) -> bool {
+    let mounts = mounts.as_array().into_iter().flatten();
+    mounts.flat_map(|mount| mount["options"].as_array().into_iter().flatten()).any(|option| option == name)
 }
 
 /// The process that an exec runs: the container's own, with another command, and a terminal or none.

@@ -520,3 +520,59 @@ async fn a_killed_server_leaves_containers_running() {
         node.log("main").lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
     assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>(), "no line is lost or doubled");
 }
+
+#[tokio::test]
+async fn mounts_propagate_as_asked() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use v1::MountPropagation::{PropagationBidirectional, PropagationHostToContainer, PropagationPrivate};
+    if !can_run() {
+        return;
+    }
+    let node = Node::start().await;
+    let sandbox = node.sandbox("mounts").await;
+    let volume = tempfile::tempdir().unwrap();
+    let (host, none) = (volume.path(), None::<&str>);
+    mount(Some("tmpfs"), host, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, host, none, MsFlags::MS_SHARED, none).unwrap();
+    for name in ["before", "later", "inside"] {
+        std::fs::create_dir(host.join(name)).unwrap();
+    }
+    mount(Some("tmpfs"), &host.join("before"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    std::fs::write(host.join("before/x"), "").unwrap();
+    let bind = |path: &str, propagation: v1::MountPropagation| v1::Mount {
+        container_path: path.into(),
+        host_path: host.display().to_string(),
+        propagation: propagation as i32,
+        ..Default::default()
+    };
+    let mut config = container("plain", &["sleep", "1000"]);
+    config.mounts = vec![bind("/private", PropagationPrivate), bind("/slave", PropagationHostToContainer)];
+    config.mounts.push(v1::Mount {
+        host_path: host.join("made/up").display().to_string(),
+        ..bind("/new", PropagationPrivate)
+    });
+    let plain = node.run_config(&sandbox, config).await;
+    let mut config = container("both", &["sleep", "1000"]);
+    security(&mut config).privileged = true;
+    config.mounts = vec![bind("/both", PropagationBidirectional), bind("/private", PropagationPrivate)];
+    let both = node.run_config(&sandbox, config).await;
+
+    mount(Some("tmpfs"), &host.join("later"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    std::fs::write(host.join("later/x"), "").unwrap();
+    let out =
+        node.sh(&plain, "ls /private/before /private/later /slave/before /slave/later; ls -d /new").await;
+    assert_eq!(
+        out,
+        "/private/before:\nx\n\n/private/later:\n\n/slave/before:\nx\n\n/slave/later:\nx\n/new\n"
+    );
+    node.sh(&both, "ls /both/later/x && mount -t tmpfs none /both/inside && touch /both/inside/y").await;
+    assert!(host.join("inside/y").exists(), "what the container mounts appears on the host");
+    node.sh(&both, "mkdir /private/own && mount -t tmpfs none /private/own && touch /private/own/z").await;
+    assert!(!host.join("own/z").exists());
+    for id in [plain, both] {
+        node.runtime.remove_container(&id).await.unwrap();
+    }
+    for name in ["inside", "later", "before", ""] {
+        umount2(&host.join(name), MntFlags::MNT_DETACH).unwrap();
+    }
+}

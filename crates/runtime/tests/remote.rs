@@ -103,6 +103,12 @@ impl Drop for Containerd {
         let cgroups = Cgroups::detect().unwrap();
         cgroups.kill(GROUP);
         let _ = cgroups.remove(GROUP);
+        // runc makes groups in every hierarchy, also in those that we leave alone.
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let group = hierarchy.path().join(GROUP.trim_start_matches('/'));
+            let _ = std::fs::remove_dir(group.join("pod"));
+            let _ = std::fs::remove_dir(group);
+        }
     }
 }
 

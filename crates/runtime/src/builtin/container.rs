@@ -15,8 +15,8 @@ use crate::cgroup::{DeviceRule, DeviceRules};
 use crate::cri::{ContainerExit, Event};
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::store::Image;
-use crate::keeper::protocol::{Answer, Op};
-use crate::keeper::view_path;
+use crate::keeper::protocol::{Answer, Op, StagedMount};
+use crate::keeper::{staged_path, view_path};
 use crate::rootdir::RootDir;
 use crate::spec::{self, HostDevice, Input, Namespaces, PidNamespace};
 use crate::user;
@@ -82,7 +82,8 @@ impl Inner {
         let views = self.cgroups.views(&cgroup);
         let cgroup_mounts: Vec<(String, String)> =
             views.iter().enumerate().map(|(index, (name, _))| (name.clone(), view_path(index))).collect();
-        let spec = spec::generate(&Input {
+        make_missing_sources(&config)?;
+        let mut spec = spec::generate(&Input {
             config: &config,
             image: &image.defaults,
             user: &user,
@@ -96,6 +97,10 @@ impl Inner {
             seccomp: crate::seccomp::profile(&security, &spec::capability_names(&security, &self.limits)?)?,
         })?;
         prepare_rootfs(&rootfs, &spec, &config)?;
+        let staged = spec::stage_mounts(&mut spec, staged_path)
+            .into_iter()
+            .map(|(source, follows_host)| StagedMount { source: source.into(), follows_host })
+            .collect();
         let path = bundle.join("config.json");
         let bytes = serde_json::to_vec(&spec).step(|| "encode the container's spec".into())?;
         fs::write(&path, bytes).step(|| format!("write {}", path.display()))?;
@@ -119,6 +124,7 @@ impl Inner {
             stop_signal: signal_number(&image.defaults.stop_signal)?,
             cgroup,
             log_path,
+            staged,
             resources: linux.resources.unwrap_or_default(),
             config,
         };
@@ -458,6 +464,23 @@ fn copy_directory_facts(from: &Path, to: &Path) -> Result<()> {
     let step = || format!("set owner and mode of {}", to.display());
     std::os::unix::fs::chown(to, Some(data.uid()), Some(data.gid())).step(step)?;
     fs::set_permissions(to, data.permissions()).step(step)
+}
+
+/// A host path that is not there becomes a directory, as with containerd.
+fn make_missing_sources(config: &v1::ContainerConfig) -> Result<()> {
+    for mount in &config.mounts {
+        let path = Path::new(&mount.host_path);
+        if !path.is_absolute() {
+            return Err(Error::invalid(format!(
+                "host path {:?} of a mount must be absolute",
+                mount.host_path
+            )));
+        }
+        if !path.exists() {
+            fs::create_dir_all(path).step(|| format!("make host path {}", mount.host_path))?;
+        }
+    }
+    Ok(())
 }
 
 /// The working directory is made where the image lacks it, as runc does.

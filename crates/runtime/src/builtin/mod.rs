@@ -278,6 +278,7 @@ impl Inner {
             oci_root: self.config.oci_root(),
             cgroup_dirs: self.cgroups.dirs(&container.cgroup),
             cgroup_views: views.into_iter().map(|(_, dir)| dir).collect(),
+            staged_mounts: container.staged.clone(),
             terminal: container.config.tty,
             stdin: match (container.config.stdin, container.config.stdin_once) {
                 (false, _) => Stdin::Null,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cri::ContainerExit;
 use crate::error::{Context, Result};
+use crate::keeper::protocol::StagedMount;
 use crate::user::User;
 
 /// A sandbox.
@@ -112,6 +113,8 @@ pub struct Container {
     pub stop_signal: i32,
     pub cgroup: String,
     pub log_path: Option<PathBuf>,
+    /// Host paths bound before libcontainer runs, in the order of the spec.
+    pub staged: Vec<StagedMount>,
     /// As last updated.
     pub resources: v1::LinuxContainerResources,
 }

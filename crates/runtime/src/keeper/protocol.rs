@@ -82,12 +82,23 @@ pub struct StartContainer {
     pub cgroup_dirs: Vec<PathBuf>,
     /// Directories shown to the container, in the order of its spec's mounts.
     pub cgroup_views: Vec<PathBuf>,
+    /// Mounts whose propagation libcontainer does not set, in the order of `staged_path`.
+    #[serde(default)]
+    pub staged_mounts: Vec<StagedMount>,
     pub terminal: bool,
     pub stdin: Stdin,
     /// `None`: output is dropped.
     pub log_path: Option<PathBuf>,
     /// Tells how many processes of the container the kernel killed for lack of memory.
     pub oom_file: Option<PathBuf>,
+}
+
+/// A path of the host, bound beforehand where the spec's mount finds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagedMount {
+    pub source: PathBuf,
+    /// Later mounts of the host below it are to appear in the container, too.
+    pub follows_host: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
