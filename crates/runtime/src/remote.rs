@@ -6,13 +6,14 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::stream::{BoxStream, StreamExt};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -42,6 +43,8 @@ pub struct RemoteRuntime {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
     events: broadcast::Sender<Event>,
+    /// Dropped with the last clone, which ends the task that hears events.
+    _alive: Arc<watch::Sender<()>>,
 }
 
 impl RemoteRuntime {
@@ -55,12 +58,14 @@ impl RemoteRuntime {
             )));
         }
         let channel = channel(&path);
+        let (alive, mut dropped) = watch::channel(());
         let limit =
             |channel: Channel| RuntimeServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
         let remote = Self {
             runtime: limit(channel.clone()),
             images: ImageServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX),
             events: broadcast::Sender::new(EVENTS_MAX),
+            _alive: Arc::new(alive),
         };
         let version = remote.version().await.map_err(|error| {
             Error::new(
@@ -76,8 +81,13 @@ impl RemoteRuntime {
             version = version.runtime_version,
             "connected to the container runtime"
         );
-        // Ends with the last clone: the task holds only a clone of the service's client and a weak sender.
-        tokio::spawn(follow(remote.runtime.clone(), remote.events.downgrade()));
+        let following = follow(remote.runtime.clone(), remote.events.downgrade());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = following => {}
+                _ = dropped.changed() => {}
+            }
+        });
         Ok(remote)
     }
 }

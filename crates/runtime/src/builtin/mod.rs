@@ -119,6 +119,8 @@ struct Inner {
     keeper: OnceLock<Client>,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
+    /// Dropped with us, which ends the task that listens to the keeper.
+    _alive: watch::Sender<()>,
 }
 
 #[derive(Default)]
@@ -157,11 +159,13 @@ impl BuiltinRuntime {
             fs::create_dir_all(&dir).step(|| format!("make {}", dir.display()))?;
         }
         restrict(&config.run_dir)?;
-        restrict(&config.containers())?;
+        restrict(&config.data_dir)?;
         let images = ImageStore::open(&config.data_dir.join("images"), config.image_limits)?;
         let state = load(&config)?;
         let (keeper_socket, keeper_command) = (config.keeper_socket(), config.keeper_command.clone());
+        let (alive, dropped) = watch::channel(());
         let inner = Arc::new(Inner {
+            _alive: alive,
             cgroups: Cgroups::detect()?,
             limits: HostLimits::detect(),
             config,
@@ -174,7 +178,7 @@ impl BuiltinRuntime {
         let (client, notices) = Client::start(keeper_socket, keeper_command, holdings).await?;
         let _ = inner.keeper.set(client);
         inner.fetch_terminals().await;
-        tokio::spawn(follow(Arc::downgrade(&inner), notices));
+        tokio::spawn(follow(Arc::downgrade(&inner), notices, dropped));
         Ok(Self { inner })
     }
 
@@ -429,8 +433,17 @@ impl Holdings for Adoption {
 }
 
 /// Hears what the keeper tells, until the runtime is dropped.
-async fn follow(inner: Weak<Inner>, mut notices: mpsc::UnboundedReceiver<Notice>) {
-    while let Some(notice) = notices.recv().await {
+async fn follow(
+    inner: Weak<Inner>,
+    mut notices: mpsc::UnboundedReceiver<Notice>,
+    mut dropped: watch::Receiver<()>,
+) {
+    loop {
+        let notice = tokio::select! {
+            notice = notices.recv() => notice,
+            _ = dropped.changed() => return,
+        };
+        let Some(notice) = notice else { return };
         let Some(inner) = inner.upgrade() else { return };
         match notice {
             Notice::Keeper(KeeperEvent::ContainerExited { id, exit }) => inner.container_ended(&id, exit),
