@@ -1,1 +1,22 @@
 //! What an object is: the schema of every kind and the rules that hold for it.
+//!
+//! Pure: values in, values out. Nothing here knows of storage, sockets or time of day.
+
+pub mod schema;
+
+pub mod apply;
+pub mod columns;
+pub mod decode;
+pub mod rules;
+pub mod kinds;
+pub mod fieldset;
+pub mod patch;
+pub mod defaults;
+pub mod selector;
+
+pub mod field;
+pub mod names;
+pub mod object;
+pub mod quantity;
+pub mod status;
+pub mod time;

@@ -1,1 +1,33 @@
 //! The API server: authentication, authorization, admission, registry, watch cache, discovery, proxies.
+//!
+//! Invariants: only this crate opens the store; the registry knows no kind by name beyond what its rules
+//! and tables say; a request that is refused has changed nothing.
+//!
+//! A request goes: [`server`] → [`api`] (who, what, may they) → [`registry`] (rules, defaults, admission,
+//! ownership) → store → [`respond`]. Watches go [`watch`] → the store's history.
+
+pub mod api;
+pub mod server;
+
+pub mod identity;
+pub mod authn;
+pub mod rbac;
+pub mod request;
+
+pub mod registry;
+pub mod admission;
+pub mod encode;
+pub mod services;
+pub mod subresources;
+pub mod reviews;
+
+pub mod respond;
+pub mod watch;
+pub mod discovery;
+pub mod openapi;
+pub mod proxy;
+
+pub mod bootstrap;
+
+/// The API level served.
+pub const VERSION: &str = "v1.36.0";

@@ -1,1 +1,34 @@
-//! The control loops, one module each.
+//! The control loops, one module each. Every module has the same shape: its documentation says what the loop
+//! keeps true, `start` wires its watches, `reconcile` brings one key closer to the wish, and its tests drive it
+//! against an in-memory API.
+//!
+//! Invariant: loops talk to the API server like any other client and to nothing else; they keep no state that a
+//! restart would lose.
+
+mod context;
+mod manager;
+
+/// What loops share about pods: readiness, creation, deletion, ranking.
+mod pods;
+/// Condition lists and hashes.
+mod util;
+
+mod deployment;
+mod replicaset;
+mod daemonset;
+mod job;
+mod endpoints;
+mod endpointslice;
+mod service;
+mod namespace;
+mod service_account;
+mod root_ca;
+mod garbage_collector;
+mod node_lifecycle;
+mod pod_gc;
+
+#[cfg(test)]
+mod harness;
+
+pub use context::{Config, Context};
+pub use manager::ControllerManager;

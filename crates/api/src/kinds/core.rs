@@ -1,0 +1,373 @@
+//! Strategies of the small kinds of the core group and its neighbours.
+
+use serde_json::{Value, json};
+
+use crate::field;
+use crate::names;
+use crate::object::Object;
+use crate::quantity::Quantity;
+use crate::rules::{Errors, Rules, immutable, labels, one_of};
+
+/// All values of a ConfigMap or Secret together may not be larger.
+const DATA_BYTES_MAX: usize = 1 << 20;
+
+pub const CONFIG_MAP: Rules = Rules {
+    generation: false,
+    validate: |object, errors| {
+        let mut total = 0;
+        for map in ["data", "binaryData"] {
+            for (key, value) in object.map_at(map).into_iter().flatten() {
+                names::config_key(key)
+                    .into_iter()
+                    .for_each(|p| errors.push(field::Error::invalid(field::key(map, key), key.as_str(), p)));
+                if map == "binaryData" && object.at("data").is_some_and(|d| d.get(key).is_some()) {
+                    let detail = "duplicate of key present in data";
+                    errors.push(field::Error::invalid(field::key(map, key), key.as_str(), detail));
+                }
+                total += key.len() + value.as_str().map_or(0, str::len);
+            }
+        }
+        if total > DATA_BYTES_MAX {
+            errors.push(field::Error::too_long("", DATA_BYTES_MAX));
+        }
+    },
+    validate_update: validate_immutable_data,
+    ..Rules::DEFAULT
+};
+
+pub const SECRET: Rules = Rules {
+    generation: false,
+    create: string_data_into_data,
+    update: |new, _| string_data_into_data(new),
+    validate: validate_secret,
+    validate_update: |new, old, errors| {
+        immutable("type", new, old, errors);
+        validate_immutable_data(new, old, errors);
+    },
+    selectable: &["type"],
+    ..Rules::DEFAULT
+};
+
+/// `stringData` is write-only: it becomes `data`.
+fn string_data_into_data(object: &mut Value) {
+    use base64::Engine;
+    let Some(Value::Object(plain)) = object.remove_at("stringData") else { return };
+    for (key, text) in plain {
+        let text = text.as_str().unwrap_or_default();
+        if !object.get("data").is_some_and(Value::is_object) {
+            object["data"] = json!({});
+        }
+        object["data"][key] = base64::engine::general_purpose::STANDARD.encode(text).into();
+    }
+}
+
+fn validate_secret(object: &Value, errors: &mut Errors) {
+    let data = object.map_at("data");
+    let mut total = 0;
+    for (key, value) in data.into_iter().flatten() {
+        names::config_key(key)
+            .into_iter()
+            .for_each(|p| errors.push(field::Error::invalid(field::key("data", key), key.as_str(), p)));
+        total += value.as_str().map_or(0, str::len) / 4 * 3;
+    }
+    if total > DATA_BYTES_MAX {
+        errors.push(field::Error::too_long("data", DATA_BYTES_MAX));
+    }
+    let required: &[&str] = match object.str_at("type") {
+        "kubernetes.io/dockercfg" => &[".dockercfg"],
+        "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
+        "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
+        "kubernetes.io/tls" => &["tls.crt", "tls.key"],
+        _ => &[],
+    };
+    for key in required.iter().filter(|k| !data.is_some_and(|d| d.contains_key(**k))) {
+        errors.push(field::Error::required(field::key("data", key), ""));
+    }
+    if object.str_at("type") == "kubernetes.io/service-account-token" {
+        let at = "metadata.annotations[kubernetes.io/service-account.name]";
+        let annotations = object.map_at("metadata.annotations");
+        if annotations.and_then(|a| a.get("kubernetes.io/service-account.name")).is_none() {
+            errors.push(field::Error::required(at, ""));
+        }
+    }
+}
+
+fn validate_immutable_data(new: &Value, old: &Value, errors: &mut Errors) {
+    if !old.bool_at("immutable") {
+        return;
+    }
+    if !new.bool_at("immutable") {
+        errors.push(field::Error::forbidden("immutable", "field is immutable when `immutable` is set"));
+    }
+    for map in ["data", "binaryData"] {
+        if new.at(map) != old.at(map) {
+            errors.push(field::Error::forbidden(map, "field is immutable when `immutable` is set"));
+        }
+    }
+}
+
+pub const SERVICE_ACCOUNT: Rules = Rules { generation: false, returns_deleted: true, ..Rules::DEFAULT };
+
+pub const NAMESPACE: Rules = Rules {
+    name: names::dns_label,
+    create: |object| {
+        object.set_at("status", json!({ "phase": "Active" }));
+        if !object.list_at("spec.finalizers").iter().any(|f| f == "kubernetes") {
+            let mut finalizers = object.list_at("spec.finalizers").to_vec();
+            finalizers.push(json!("kubernetes"));
+            object.set_at("spec.finalizers", finalizers);
+        }
+    },
+    update: |new, old| {
+        // Only the `finalize` subresource removes finalizers.
+        keep(new, old, "spec.finalizers");
+        keep(new, old, "status");
+    },
+    update_status: |new, old| keep(new, old, "spec"),
+    generation: false,
+    selectable: &["status.phase"],
+    ..Rules::DEFAULT
+};
+
+/// The field stays what it was.
+pub fn keep(new: &mut Value, old: &Value, path: &str) {
+    match old.at(path) {
+        Some(value) => new.set_at(path, value.clone()),
+        None => drop(new.remove_at(path)),
+    }
+}
+
+pub const NODE: Rules = Rules {
+    generation: false,
+    create_on_update: false,
+    validate: |object, errors| {
+        for (index, taint) in object.list_at("spec.taints").iter().enumerate() {
+            let at = field::index("spec.taints", index);
+            for problem in names::qualified_name(taint.str_at("key")) {
+                errors.push(field::Error::invalid(field::child(&at, "key"), taint.str_at("key"), problem));
+            }
+            for problem in names::label_value(taint.str_at("value")) {
+                errors.push(field::Error::invalid(field::child(&at, "value"), taint.str_at("value"), problem));
+            }
+            match taint.str_at("effect") {
+                "" => errors.push(field::Error::required(field::child(&at, "effect"), "")),
+                _ => one_of(&at, taint, "effect", &["NoSchedule", "PreferNoSchedule", "NoExecute"], errors),
+            }
+        }
+    },
+    validate_update: |new, old, errors| {
+        let cidr = old.str_at("spec.podCIDR");
+        if !cidr.is_empty() && new.str_at("spec.podCIDR") != cidr {
+            let detail = "node updates may not change podCIDR except from \"\" to valid";
+            errors.push(field::Error::forbidden("spec.podCIDRs", detail));
+        }
+    },
+    selectable: &["spec.unschedulable"],
+    selectable_value: Some(|object, path| {
+        (path == "spec.unschedulable").then(|| object.bool_at("spec.unschedulable").to_string())
+    }),
+    ..Rules::DEFAULT
+};
+
+pub const EVENT: Rules = Rules {
+    generation: false,
+    create_on_update: true,
+    time_to_live_seconds: Some(3600),
+    validate: |object, errors| {
+        let namespace = object.str_at("involvedObject.namespace");
+        let own = object.namespace();
+        let cluster_scoped = namespace.is_empty() && own == "default";
+        if namespace != own && !cluster_scoped && object.str_at("reportingComponent").is_empty() {
+            let detail = "does not match event.namespace";
+            errors.push(field::Error::invalid("involvedObject.namespace", namespace, detail));
+        }
+    },
+    selectable: &[
+        "involvedObject.kind",
+        "involvedObject.namespace",
+        "involvedObject.name",
+        "involvedObject.uid",
+        "involvedObject.apiVersion",
+        "involvedObject.resourceVersion",
+        "involvedObject.fieldPath",
+        "reason",
+        "reportingComponent",
+        "source",
+        "type",
+    ],
+    selectable_value: Some(|object, path| match path {
+        "source" => {
+            let component = object.str_at("source.component");
+            Some(if component.is_empty() { object.str_at("reportingComponent") } else { component }.to_owned())
+        }
+        _ => None,
+    }),
+    ..Rules::DEFAULT
+};
+
+pub const EVENTS_EVENT: Rules =
+    Rules { generation: false, create_on_update: true, time_to_live_seconds: Some(3600), ..Rules::DEFAULT };
+
+pub const LEASE: Rules = Rules {
+    generation: false,
+    create_on_update: true,
+    validate: |object, errors| {
+        for name in ["leaseDurationSeconds", "leaseTransitions"] {
+            let minimum = i64::from(name == "leaseDurationSeconds");
+            if let Some(number) = object.at("spec").and_then(|s| s.int_at(name)).filter(|n| *n < minimum) {
+                let detail = if minimum == 1 { "must be greater than 0" } else { "must be greater than or equal to 0" };
+                errors.push(field::Error::invalid(format!("spec.{name}"), number, detail));
+            }
+        }
+    },
+    ..Rules::DEFAULT
+};
+
+pub const ENDPOINTS: Rules = Rules {
+    generation: false,
+    create_on_update: true,
+    validate: |object, errors| {
+        for (i, subset) in object.list_at("subsets").iter().enumerate() {
+            let at = field::index("subsets", i);
+            if subset.list_at("addresses").is_empty() && subset.list_at("notReadyAddresses").is_empty() {
+                let detail = "must specify `addresses` or `notReadyAddresses`";
+                errors.push(field::Error::required(at.clone(), detail));
+            }
+            for list in ["addresses", "notReadyAddresses"] {
+                for (j, address) in subset.list_at(list).iter().enumerate() {
+                    ip(&field::child(&field::index(&field::child(&at, list), j), "ip"), address.str_at("ip"), errors);
+                }
+            }
+            for (j, port) in subset.list_at("ports").iter().enumerate() {
+                let at = field::index(&field::child(&at, "ports"), j);
+                let number = port.int_at("port").unwrap_or(0);
+                for problem in names::port_number(number) {
+                    errors.push(field::Error::invalid(field::child(&at, "port"), number, problem));
+                }
+                one_of(&at, port, "protocol", &["SCTP", "TCP", "UDP"], errors);
+            }
+        }
+    },
+    ..Rules::DEFAULT
+};
+
+pub const ENDPOINT_SLICE: Rules = Rules {
+    validate: |object, errors| {
+        match object.str_at("addressType") {
+            "" => errors.push(field::Error::required("addressType", "")),
+            _ => one_of("", object, "addressType", &["FQDN", "IPv4", "IPv6"], errors),
+        }
+        for (i, endpoint) in object.list_at("endpoints").iter().enumerate() {
+            let at = field::child(&field::index("endpoints", i), "addresses");
+            let addresses = endpoint.list_at("addresses");
+            if addresses.is_empty() {
+                errors.push(field::Error::required(at, "must contain at least 1 address"));
+                continue;
+            }
+            for (j, address) in addresses.iter().enumerate().filter(|_| object.str_at("addressType") != "FQDN") {
+                ip(&field::index(&at, j), address.as_str().unwrap_or_default(), errors);
+            }
+        }
+    },
+    validate_update: |new, old, errors| immutable("addressType", new, old, errors),
+    ..Rules::DEFAULT
+};
+
+/// A good IP address.
+pub fn ip(path: &str, text: &str, errors: &mut Errors) {
+    if text.parse::<std::net::IpAddr>().is_err() {
+        let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+        errors.push(field::Error::invalid(path, text, detail));
+    }
+}
+
+pub const LIMIT_RANGE: Rules = Rules {
+    generation: false,
+    validate: |object, errors| {
+        for (index, item) in object.list_at("spec.limits").iter().enumerate() {
+            let at = field::index("spec.limits", index);
+            for (low, high) in [("min", "max"), ("min", "default"), ("default", "max"), ("min", "defaultRequest"), ("defaultRequest", "max"), ("defaultRequest", "default")] {
+                for (name, value) in item.map_at(low).into_iter().flatten() {
+                    let (Some(a), Some(b)) = (quantity(Some(value)), quantity(item.at(high).and_then(|h| h.get(name)))) else { continue };
+                    if a > b {
+                        let detail = format!("{low} value {a} is greater than {high} value {b}");
+                        errors.push(field::Error::invalid(format!("{at}.{low}[{name}]"), value.clone(), detail));
+                    }
+                }
+            }
+        }
+    },
+    ..Rules::DEFAULT
+};
+
+/// The quantity, if there is one.
+pub fn quantity(value: Option<&Value>) -> Option<Quantity> {
+    value?.as_str()?.parse().ok()
+}
+
+pub const RESOURCE_QUOTA: Rules = Rules {
+    generation: false,
+    validate: |object, errors| {
+        for (name, value) in object.map_at("spec.hard").into_iter().flatten() {
+            if quantity(Some(value)).is_some_and(|q| q.is_negative()) {
+                let at = field::key("spec.hard", name);
+                errors.push(field::Error::invalid(at, value.clone(), "must be greater than or equal to 0"));
+            }
+        }
+    },
+    validate_update: |new, old, errors| immutable("spec.scopes", new, old, errors),
+    ..Rules::DEFAULT
+};
+
+pub const PRIORITY_CLASS: Rules = Rules {
+    validate: |object, errors| {
+        let (name, value) = (object.name(), object.int_at("value").unwrap_or(0));
+        let system = ["system-node-critical", "system-cluster-critical"].contains(&name);
+        if name.starts_with("system-") && !system {
+            let detail = "priority class names with 'system-' prefix are reserved for system use only";
+            errors.push(field::Error::forbidden("metadata.name", detail));
+        } else if value > 1_000_000_000 && !system {
+            let detail = "maximum allowed value of a user defined priority is 1000000000";
+            errors.push(field::Error::forbidden("value", detail));
+        }
+        one_of("", object, "preemptionPolicy", &["Never", "PreemptLowerPriority"], errors);
+    },
+    validate_update: |new, old, errors| {
+        for name in ["value", "preemptionPolicy"] {
+            if new.at(name) != old.at(name) {
+                errors.push(field::Error::forbidden(name, "may not be changed in an update."));
+            }
+        }
+    },
+    ..Rules::DEFAULT
+};
+
+pub const PERSISTENT_VOLUME: Rules = Rules {
+    generation: false,
+    returns_deleted: true,
+    validate: |object, errors| {
+        if object.list_at("spec.accessModes").is_empty() {
+            errors.push(field::Error::required("spec.accessModes", ""));
+        }
+        if object.map_at("spec.capacity").is_none_or(|c| c.is_empty()) {
+            errors.push(field::Error::required("spec.capacity", ""));
+        }
+    },
+    ..Rules::DEFAULT
+};
+
+pub const PERSISTENT_VOLUME_CLAIM: Rules = Rules {
+    generation: false,
+    returns_deleted: true,
+    create: |object| object.set_at("status", json!({ "phase": "Pending" })),
+    validate: |object, errors| {
+        if object.list_at("spec.accessModes").is_empty() {
+            errors.push(field::Error::required("spec.accessModes", "at least 1 access mode is required"));
+        }
+        if object.at("spec.resources.requests.storage").is_none() {
+            errors.push(field::Error::required("spec.resources[storage]", ""));
+        }
+        labels("spec.selector.matchLabels", object.at("spec.selector.matchLabels"), errors);
+    },
+    ..Rules::DEFAULT
+};

@@ -1,0 +1,343 @@
+//! The three classic patches: JSON patch (RFC 6902), merge patch (RFC 7386) and Kubernetes' strategic merge.
+//!
+//! Strategic merge is driven by the schema: lists with `patchStrategy: merge` merge by their key. The
+//! directives `$patch`, `$retainKeys`, `$setElementOrder/x` and `$deleteFromPrimitiveList/x` are honoured.
+//! See "strategic-merge-patch.md" of the Kubernetes contributor documentation.
+
+use serde_json::{Map, Value};
+
+use crate::schema::{Field, Schema, Shape, TypeId};
+use crate::status::{Result, Status};
+
+/// How many operations one JSON patch may hold; upstream's limit.
+pub const JSON_PATCH_OPERATIONS_MAX: usize = 10_000;
+
+/// Applies a JSON patch document.
+pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
+    let parsed: Value = serde_json::from_slice(patch)
+        .map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
+    let Value::Array(operations) = &parsed else {
+        let found = if parsed.is_object() { "object" } else { "value" };
+        return Err(Status::bad_request(format!(
+            "json: cannot unmarshal {found} into Go value of type jsonpatch.Patch"
+        )));
+    };
+    if operations.len() > JSON_PATCH_OPERATIONS_MAX {
+        let count = operations.len();
+        return Err(Status::new(
+            413,
+            "RequestEntityTooLarge",
+            format!(
+                "The allowed maximum operations in a JSON patch is {JSON_PATCH_OPERATIONS_MAX}, got {count}"
+            ),
+        ));
+    }
+    let operations: json_patch::Patch = serde_json::from_value(parsed)
+        .map_err(|e| Status::new(422, "Invalid", format!("error decoding patch: {e}")))?;
+    let mut result = target.clone();
+    json_patch::patch(&mut result, &operations).map_err(|error| {
+        let what = match error.kind {
+            json_patch::PatchErrorKind::TestFailed => format!(
+                "testing value {} failed: test failed",
+                error.path.to_string()
+            ),
+            _ => format!("{} operation does not apply: doc is missing path: {:?}: missing value",
+                operation_name(&operations, error.operation), error.path.to_string()),
+        };
+        Status::new(422, "Invalid", format!("the server rejected our request due to an error in our request: {what}"))
+    })?;
+    Ok(result)
+}
+
+fn operation_name(patch: &json_patch::Patch, index: usize) -> &'static str {
+    use json_patch::PatchOperation::*;
+    match patch.0.get(index) {
+        Some(Add(_)) => "add",
+        Some(Remove(_)) => "remove",
+        Some(Replace(_)) => "replace",
+        Some(Move(_)) => "move",
+        Some(Copy(_)) => "copy",
+        Some(Test(_)) => "test",
+        None => "patch",
+    }
+}
+
+/// Applies a merge patch: objects merge, null deletes, everything else replaces.
+pub fn merge(target: &Value, patch: &[u8]) -> Result<Value> {
+    let patch = parse_object(patch)?;
+    let mut result = target.clone();
+    json_patch::merge(&mut result, &patch);
+    Ok(result)
+}
+
+/// Applies a strategic merge patch to an object of the type.
+pub fn strategic(schema: &Schema, type_id: TypeId, target: &Value, patch: &[u8]) -> Result<Value> {
+    let patch = parse_object(patch)?;
+    strategic_value(schema, type_id, target.clone(), patch)
+}
+
+/// The same, on trees.
+pub fn strategic_value(schema: &Schema, type_id: TypeId, target: Value, patch: Value) -> Result<Value> {
+    Strategic { schema }.object(Some(type_id), target, patch)
+}
+
+fn parse_object(patch: &[u8]) -> Result<Value> {
+    let value: Value = serde_json::from_slice(patch)
+        .map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
+    if !value.is_object() {
+        return Err(Status::bad_request("error decoding patch: the patch is not an object"));
+    }
+    Ok(value)
+}
+
+struct Strategic<'s> {
+    schema: &'s Schema,
+}
+
+const DIRECTIVE: &str = "$patch";
+const RETAIN_KEYS: &str = "$retainKeys";
+const SET_ORDER: &str = "$setElementOrder/";
+const DELETE_PRIMITIVES: &str = "$deleteFromPrimitiveList/";
+
+impl Strategic<'_> {
+    /// Merges `patch` into `target`; without a type, everything merges as a merge patch would.
+    fn object(&self, type_id: Option<TypeId>, target: Value, patch: Value) -> Result<Value> {
+        let Value::Object(mut patch) = patch else { return Ok(patch) };
+        match patch.remove(DIRECTIVE).as_ref().map(|d| d.as_str().unwrap_or_default()) {
+            None | Some("merge") => {}
+            Some("replace") => return Ok(Value::Object(patch)),
+            Some("delete") => return Ok(Value::Object(Map::new())),
+            Some(other) => {
+                return Err(Status::bad_request(format!("unknown patch type found: {other}")));
+            }
+        }
+        let mut result = if let Value::Object(map) = target { map } else { Map::new() };
+        if let Some(Value::Array(keep)) = patch.remove(RETAIN_KEYS) {
+            result.retain(|key, _| keep.iter().any(|k| k == key));
+        }
+        let (directives, plain): (Vec<_>, Vec<_>) = patch.into_iter().partition(|(k, _)| k.starts_with('$'));
+        let directives: Map<String, Value> = directives.into_iter().collect();
+        for (name, value) in directives.iter().filter_map(|(k, v)| Some((k.strip_prefix(DELETE_PRIMITIVES)?, v))) {
+            if let (Some(Value::Array(items)), Value::Array(gone)) = (result.get_mut(name), value) {
+                items.retain(|item| !gone.contains(item));
+            }
+        }
+        let mut ordered: Vec<String> = Vec::new();
+        for (name, value) in plain {
+            if value.is_null() {
+                result.remove(&name);
+                continue;
+            }
+            let order = directives.get(&format!("{SET_ORDER}{name}")).and_then(Value::as_array);
+            ordered.push(name.clone());
+            let old = result.remove(&name);
+            let field = type_id.and_then(|id| self.schema.type_of(id).field(&name));
+            let merged = self.field(field, old, value, order.map(Vec::as_slice))?;
+            result.insert(name, merged);
+        }
+        // An order alone reorders the list without changing its items.
+        for (name, order) in directives.iter().filter_map(|(k, v)| Some((k.strip_prefix(SET_ORDER)?, v))) {
+            if ordered.iter().any(|n| n == name) {
+                continue;
+            }
+            let field = type_id.and_then(|id| self.schema.type_of(id).field(name));
+            if let (Some(Value::Array(items)), Value::Array(order)) = (result.get_mut(name), order) {
+                let key = field.and_then(|f| f.merge.as_ref()).and_then(|m| m.key.as_deref());
+                *items = reorder(std::mem::take(items), order, key);
+            }
+        }
+        Ok(Value::Object(result))
+    }
+
+    fn field(
+        &self,
+        field: Option<&Field>,
+        old: Option<Value>,
+        patch: Value,
+        order: Option<&[Value]>,
+    ) -> Result<Value> {
+        match patch {
+            Value::Object(_) => {
+                let inner = field.and_then(|f| match &f.shape {
+                    Shape::Object(id) => Some(*id),
+                    _ => None,
+                });
+                self.object(inner, old.unwrap_or(Value::Null), patch)
+            }
+            Value::Array(items) => {
+                let Some(merge) = field.and_then(|f| f.merge.as_ref()) else {
+                    return Ok(Value::Array(self.without_directives(items)));
+                };
+                let old = if let Some(Value::Array(old)) = old { old } else { Vec::new() };
+                let inner = field.and_then(Field::object_type);
+                let merged = match &merge.key {
+                    Some(key) => self.keyed_list(inner, key, old, items, order)?,
+                    None => primitives(old, items, order),
+                };
+                Ok(Value::Array(merged))
+            }
+            scalar => Ok(scalar),
+        }
+    }
+
+    /// A list that replaces: `$patch: replace` markers are dropped.
+    fn without_directives(&self, items: Vec<Value>) -> Vec<Value> {
+        items.into_iter().filter(|i| i.get(DIRECTIVE).is_none()).collect()
+    }
+
+    fn keyed_list(
+        &self,
+        inner: Option<TypeId>,
+        key: &str,
+        old: Vec<Value>,
+        patch: Vec<Value>,
+        order: Option<&[Value]>,
+    ) -> Result<Vec<Value>> {
+        let directive = |item: &Value| item.get(DIRECTIVE).and_then(Value::as_str).map(str::to_owned);
+        if patch.iter().any(|item| directive(item).as_deref() == Some("replace")) {
+            return Ok(self.without_directives(patch));
+        }
+        let server_order = old.clone();
+        let mut result = old;
+        let mut patched: Vec<Value> = Vec::new();
+        for item in patch {
+            let Some(value) = item.get(key).cloned() else {
+                return Err(Status::bad_request(format!(
+                    "map: {item} does not contain declared merge key: {key}"
+                )));
+            };
+            let position = result.iter().position(|o| o.get(key) == Some(&value));
+            if directive(&item).as_deref() == Some("delete") {
+                result.retain(|o| o.get(key) != Some(&value));
+                continue;
+            }
+            match position {
+                Some(at) => {
+                    let before = result[at].take();
+                    result[at] = self.object(inner, before, item)?;
+                }
+                None => result.push(self.object(inner, Value::Null, item)?),
+            }
+            patched.push(value);
+        }
+        Ok(match order {
+            Some(order) => order_by(result, order, &server_order, Some(key)),
+            None => result,
+        })
+    }
+}
+
+fn primitives(mut old: Vec<Value>, patch: Vec<Value>, order: Option<&[Value]>) -> Vec<Value> {
+    let server_order = old.clone();
+    for item in patch {
+        if !old.contains(&item) {
+            old.push(item);
+        }
+    }
+    match order {
+        Some(order) => order_by(old, order, &server_order, None),
+        None => old,
+    }
+}
+
+fn reorder(items: Vec<Value>, order: &[Value], key: Option<&str>) -> Vec<Value> {
+    let server_order = items.clone();
+    order_by(items, order, &server_order, key)
+}
+
+/// Orders by `$setElementOrder`; items only the server has stay where the server had them relative to the others.
+fn order_by(items: Vec<Value>, order: &[Value], server_order: &[Value], key: Option<&str>) -> Vec<Value> {
+    let identity = |item: &Value| -> Option<Value> {
+        match key {
+            Some(key) => item.get(key).cloned(),
+            None => Some(item.clone()),
+        }
+    };
+    let rank = |list: &[Value], item: &Value| list.iter().position(|o| identity(o) == identity(item));
+    let (mut named, server_only): (Vec<Value>, Vec<Value>) =
+        items.into_iter().partition(|item| rank(order, item).is_some());
+    named.sort_by_key(|item| rank(order, item));
+    let mut result = Vec::with_capacity(named.len() + server_only.len());
+    let (mut left, mut right) = (named.into_iter().peekable(), server_only.into_iter().peekable());
+    while let (Some(l), Some(r)) = (left.peek(), right.peek()) {
+        let left_first = match (rank(server_order, l), rank(server_order, r)) {
+            (Some(l), Some(r)) => l < r,
+            _ => false,
+        };
+        result.extend(if left_first { left.next() } else { right.next() });
+    }
+    result.extend(left);
+    result.extend(right);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn check(target: Value, patch: Value, expected: Value) {
+        let schema = Schema::builtin();
+        let kind = schema.resource("", "v1", "pods").expect("served");
+        let result = strategic_value(schema, kind.type_id, target, patch).expect("applies");
+        assert_eq!(result, expected);
+    }
+
+    #[test]
+    fn containers_merge_by_name() {
+        check(
+            json!({"spec":{"containers":[{"name":"a","image":"x","env":[{"name":"E","value":"1"}]},{"name":"b"}]}}),
+            json!({"spec":{"containers":[{"name":"a","image":"y","env":[{"name":"F","value":"2"}]},{"name":"c"}]}}),
+            json!({"spec":{"containers":[
+                {"name":"a","image":"y","env":[{"name":"E","value":"1"},{"name":"F","value":"2"}]},{"name":"b"},{"name":"c"}]}}),
+        );
+    }
+
+    #[test]
+    fn directives_delete_replace_and_retain() {
+        check(
+            json!({"spec":{"containers":[{"name":"a"},{"name":"b"}]}}),
+            json!({"spec":{"containers":[{"name":"a","$patch":"delete"}]}}),
+            json!({"spec":{"containers":[{"name":"b"}]}}),
+        );
+        check(
+            json!({"spec":{"containers":[{"name":"a"},{"name":"b"}]}}),
+            json!({"spec":{"containers":[{"name":"c"},{"$patch":"replace"}]}}),
+            json!({"spec":{"containers":[{"name":"c"}]}}),
+        );
+        check(
+            json!({"spec":{"volumes":[{"name":"v","emptyDir":{}}]}}),
+            json!({"spec":{"volumes":[{"name":"v","$retainKeys":["name","hostPath"],"hostPath":{"path":"/x"}}]}}),
+            json!({"spec":{"volumes":[{"name":"v","hostPath":{"path":"/x"}}]}}),
+        );
+        check(
+            json!({"metadata":{"finalizers":["a","b"]}}),
+            json!({"metadata":{"$deleteFromPrimitiveList/finalizers":["a"],"finalizers":["c"]}}),
+            json!({"metadata":{"finalizers":["b","c"]}}),
+        );
+    }
+
+    #[test]
+    fn set_element_order_orders_and_keeps_server_items_in_place() {
+        check(
+            json!({"spec":{"containers":[{"name":"a"},{"name":"s"},{"name":"b"}]}}),
+            json!({"spec":{"$setElementOrder/containers":[{"name":"b"},{"name":"a"}],"containers":[{"name":"a","image":"x"}]}}),
+            json!({"spec":{"containers":[{"name":"s"},{"name":"b"},{"name":"a","image":"x"}]}}),
+        );
+    }
+
+    #[test]
+    fn null_deletes_and_merge_patch_follows_the_rfc() {
+        check(json!({"metadata":{"labels":{"a":"1","b":"2"}}}), json!({"metadata":{"labels":{"a":null}}}), json!({"metadata":{"labels":{"b":"2"}}}));
+        let merged = merge(&json!({"a":{"b":1,"c":2}}), br#"{"a":{"b":null,"d":[1]}}"#).expect("applies");
+        assert_eq!(merged, json!({"a":{"c":2,"d":[1]}}));
+    }
+
+    #[test]
+    fn json_patches_apply_or_say_why_not() {
+        let patched = json(&json!({"a":1}), br#"[{"op":"add","path":"/b","value":2}]"#).expect("applies");
+        assert_eq!(patched, json!({"a":1,"b":2}));
+        let refused = json(&json!({}), br#"{"op":"add"}"#).expect_err("no list");
+        assert_eq!(refused.message, "json: cannot unmarshal object into Go value of type jsonpatch.Patch");
+    }
+}

@@ -1,0 +1,450 @@
+//! The schema of every kind: types, fields, list semantics, defaults, and the kinds themselves.
+//!
+//! The built-in schema is parsed once from the compact tables in `tables/`, one file per group and
+//! version; a custom resource brings a schema of the same form. Everything generic (decoding, pruning,
+//! defaulting, patches, server-side apply, OpenAPI, discovery) is driven by what stands here, so a new
+//! kind is a new table, not new code.
+//!
+//! A table is lines of text:
+//!
+//! ```text
+//! group apps apps v1                                      short name, API group ("-" for core), version
+//! kind Deployment deployments namespaced short=deploy sub=scale,status
+//! type ServicePort                                        "atomic": owned and replaced as a whole
+//!   port int32 !                                          "!": always present in upstream's encoding
+//!   ports []ContainerPort map=containerPort,protocol merge=containerPort
+//!   replicas int32 = 1                                     static default, filled in when absent
+//!   protocol string ~ "TCP"                               the same, also when empty or zero
+//! ```
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+/// Index of a type in its [`Schema`].
+pub type TypeId = u32;
+
+/// A closed set of types and the kinds that use them.
+#[derive(Debug, Default)]
+pub struct Schema {
+    types: Vec<Type>,
+    kinds: Vec<Kind>,
+    by_name: HashMap<String, TypeId>,
+}
+
+/// One structure: what Go calls a struct and OpenAPI a definition.
+#[derive(Debug)]
+pub struct Type {
+    /// Unqualified name, as in Go and in error messages: `Container`.
+    pub name: String,
+    /// Qualified name: `core.v1.Container`.
+    pub full: String,
+    /// Server-side apply owns and replaces the value as a whole.
+    pub atomic: bool,
+    /// Sorted by name.
+    pub fields: Vec<Field>,
+}
+
+/// One field of a type.
+#[derive(Debug)]
+pub struct Field {
+    pub name: String,
+    pub shape: Shape,
+    pub required: bool,
+    pub list: ListType,
+    /// Strategic merge patch: lists merge instead of being replaced; by this key when they hold objects.
+    pub merge: Option<Merge>,
+    /// Strategic merge patch: keys not named in the patch's `$retainKeys` are cleared.
+    pub retain_keys: bool,
+    /// The map or object is owned as a whole.
+    pub atomic: bool,
+    pub default: Option<StaticDefault>,
+}
+
+/// A static default.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StaticDefault {
+    pub value: Value,
+    /// Go's zero value counts as absent too: the field is no pointer upstream.
+    pub replaces_zero: bool,
+}
+
+/// How a list or map value may look.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Shape {
+    Bool,
+    Int32,
+    Int64,
+    Double,
+    String,
+    Bytes,
+    Time,
+    MicroTime,
+    Quantity,
+    IntOrString,
+    /// Any JSON: raw extensions, field sets.
+    Any,
+    Object(TypeId),
+    List(Box<Shape>),
+    Map(Box<Shape>),
+}
+
+/// `x-kubernetes-list-type`: how server-side apply merges a list.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum ListType {
+    #[default]
+    Atomic,
+    Set,
+    Map(Vec<String>),
+}
+
+/// `x-kubernetes-patch-strategy: merge` with its key, if the list holds objects.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merge {
+    pub key: Option<String>,
+}
+
+/// One resource: where it is served and under which names.
+#[derive(Debug, Clone)]
+pub struct Kind {
+    pub group: String,
+    pub version: String,
+    pub kind: String,
+    pub plural: String,
+    pub singular: String,
+    pub namespaced: bool,
+    pub short: Vec<String>,
+    pub categories: Vec<String>,
+    pub subresources: Vec<String>,
+    /// Nothing is stored: the request is answered and forgotten (reviews, `bindings`).
+    pub create_only: bool,
+    pub type_id: TypeId,
+}
+
+impl Kind {
+    /// `apps/v1`, or `v1` for the core group.
+    pub fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
+    }
+
+    /// `deployments.apps`, or `pods` for the core group: how messages name the resource.
+    pub fn resource(&self) -> String {
+        if self.group.is_empty() { self.plural.clone() } else { format!("{}.{}", self.plural, self.group) }
+    }
+
+    /// Does the kind have this subresource?
+    pub fn has_sub(&self, name: &str) -> bool {
+        self.subresources.iter().any(|s| s == name)
+    }
+}
+
+impl Type {
+    /// The field of this name.
+    pub fn field(&self, name: &str) -> Option<&Field> {
+        self.fields.binary_search_by(|f| f.name.as_str().cmp(name)).ok().map(|i| &self.fields[i])
+    }
+}
+
+impl Field {
+    /// The type of the objects in this field, be it one, a list or a map of them.
+    pub fn object_type(&self) -> Option<TypeId> {
+        self.shape.object_type()
+    }
+}
+
+impl Shape {
+    /// The type of the objects in this shape, at whatever depth.
+    pub fn object_type(&self) -> Option<TypeId> {
+        match self {
+            Shape::Object(id) => Some(*id),
+            Shape::List(inner) | Shape::Map(inner) => inner.object_type(),
+            _ => None,
+        }
+    }
+}
+
+/// A line of a table that cannot be understood.
+#[derive(Debug, thiserror::Error)]
+#[error("table line {line}: {problem}: {text:?}")]
+pub struct TableError {
+    pub line: usize,
+    pub problem: &'static str,
+    pub text: String,
+}
+
+impl Schema {
+    /// The schema of the built-in kinds, parsed at first use (about a millisecond).
+    pub fn builtin() -> &'static Schema {
+        static BUILTIN: OnceLock<Schema> = OnceLock::new();
+        BUILTIN.get_or_init(|| {
+            Schema::parse(&TABLES.concat()).expect("the built-in tables parse: a unit test keeps them so")
+        })
+    }
+
+    /// Reads tables; references may point forward.
+    pub fn parse(text: &str) -> Result<Schema, TableError> {
+        let mut schema = Schema::default();
+        schema.declare_types(text);
+        let mut scope = Scope::default();
+        for (index, line) in text.lines().enumerate() {
+            schema
+                .read_line(line, &mut scope)
+                .map_err(|problem| TableError { line: index + 1, problem, text: line.to_owned() })?;
+        }
+        schema.types.iter_mut().for_each(|t| t.fields.sort_by(|a, b| a.name.cmp(&b.name)));
+        Ok(schema)
+    }
+
+    pub fn type_of(&self, id: TypeId) -> &Type {
+        &self.types[id as usize]
+    }
+
+    pub fn types(&self) -> &[Type] {
+        &self.types
+    }
+
+    /// The type with this qualified name (`core.v1.Pod`).
+    pub fn type_named(&self, full: &str) -> Option<TypeId> {
+        self.by_name.get(full).copied()
+    }
+
+    pub fn kinds(&self) -> &[Kind] {
+        &self.kinds
+    }
+
+    /// The kind served at group, version and plural.
+    pub fn resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
+        self.kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
+    }
+
+    /// The kind of this group, version and kind name.
+    pub fn kind(&self, group: &str, version: &str, kind: &str) -> Option<&Kind> {
+        self.kinds.iter().find(|k| k.group == group && k.version == version && k.kind == kind)
+    }
+
+    fn declare_types(&mut self, text: &str) {
+        let mut scope = String::new();
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("group") if !line.starts_with(' ') => {
+                    let short = words.next().unwrap_or_default();
+                    let version = words.nth(1).unwrap_or_default();
+                    scope = format!("{short}.{version}");
+                }
+                Some("type") if !line.starts_with(' ') => {
+                    let name = words.next().unwrap_or_default().to_owned();
+                    let full = format!("{scope}.{name}");
+                    self.by_name.insert(full.clone(), self.types.len() as TypeId);
+                    let atomic = words.any(|w| w == "atomic");
+                    self.types.push(Type { name, full, atomic, fields: Vec::new() });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn read_line(&mut self, line: &str, scope: &mut Scope) -> Result<(), &'static str> {
+        let trimmed = line.trim();
+        if trimmed.is_empty() || trimmed.starts_with('#') {
+            return Ok(());
+        }
+        if line.starts_with("  ") {
+            let field = self.read_field(trimmed, scope)?;
+            let current = scope.current.ok_or("a field outside a type")?;
+            self.types[current as usize].fields.push(field);
+            return Ok(());
+        }
+        let words: Vec<&str> = trimmed.split_whitespace().collect();
+        match words[..] {
+            ["group", short, group, version] => {
+                let group = if group == "-" { "" } else { group };
+                *scope = Scope::new(short, group, version);
+                Ok(())
+            }
+            ["type", name, ..] => {
+                scope.current = self.type_named(&format!("{}.{name}", scope.name));
+                scope.current.map(|_| ()).ok_or("a type outside a group")
+            }
+            ["kind", kind, plural, reach, ref options @ ..] => {
+                let kind = self.read_kind(kind, plural, reach, options, scope)?;
+                self.kinds.push(kind);
+                Ok(())
+            }
+            _ => Err("unknown line"),
+        }
+    }
+
+    fn read_kind(
+        &self,
+        kind: &str,
+        plural: &str,
+        reach: &str,
+        options: &[&str],
+        scope: &Scope,
+    ) -> Result<Kind, &'static str> {
+        let list = |name: &str| -> Vec<String> {
+            let found = options.iter().find_map(|o| o.strip_prefix(name)?.strip_prefix('='));
+            found.map(|v| v.split(',').map(str::to_owned).collect()).unwrap_or_default()
+        };
+        Ok(Kind {
+            group: scope.group.clone(),
+            version: scope.version.clone(),
+            kind: kind.to_owned(),
+            plural: plural.to_owned(),
+            singular: kind.to_lowercase(),
+            namespaced: match reach {
+                "namespaced" => true,
+                "cluster" => false,
+                _ => return Err("a kind is `namespaced` or `cluster`"),
+            },
+            short: list("short"),
+            categories: list("categories"),
+            subresources: list("sub"),
+            create_only: options.contains(&"verbs=create"),
+            type_id: self.type_named(&format!("{}.{kind}", scope.name)).ok_or("a kind without its type")?,
+        })
+    }
+
+    fn read_field(&self, line: &str, scope: &Scope) -> Result<Field, &'static str> {
+        let found = line
+            .split_once(" = ")
+            .map(|(facts, json)| (facts, json, false))
+            .or_else(|| line.split_once(" ~ ").map(|(facts, json)| (facts, json, true)));
+        let (facts, default) = match found {
+            Some((facts, json, replaces_zero)) => {
+                let value = serde_json::from_str(json).map_err(|_| "a default is JSON")?;
+                (facts, Some(StaticDefault { value, replaces_zero }))
+            }
+            None => (line, None),
+        };
+        let (name, rest) = facts.split_once(' ').ok_or("a field needs a shape")?;
+        let (shape, options) = self.read_shape(rest, scope)?;
+        let mut field = Field {
+            name: name.to_owned(),
+            shape,
+            required: false,
+            list: ListType::Atomic,
+            merge: None,
+            retain_keys: false,
+            atomic: false,
+            default,
+        };
+        for option in options.split_whitespace() {
+            match option.split_once('=').unwrap_or((option, "")) {
+                ("!", _) => field.required = true,
+                ("set", _) => field.list = ListType::Set,
+                ("map", keys) => field.list = ListType::Map(keys.split(',').map(str::to_owned).collect()),
+                ("atomic", _) => field.atomic = true,
+                ("merge", "") => field.merge = Some(Merge { key: None }),
+                ("merge", key) => field.merge = Some(Merge { key: Some(key.to_owned()) }),
+                // A merge key without the merge strategy only matters to sorting; nothing reads it.
+                ("merge-key", _) => {}
+                ("retain-keys", _) => field.retain_keys = true,
+                _ => return Err("unknown option of a field"),
+            }
+        }
+        Ok(field)
+    }
+
+    /// Reads a shape from the front of `text`; returns it with what follows.
+    fn read_shape<'t>(&self, text: &'t str, scope: &Scope) -> Result<(Shape, &'t str), &'static str> {
+        if let Some(inner) = text.strip_prefix("[]") {
+            let (shape, rest) = self.read_shape(inner, scope)?;
+            return Ok((Shape::List(Box::new(shape)), rest));
+        }
+        if let Some(inner) = text.strip_prefix("map ") {
+            let (shape, rest) = self.read_shape(inner, scope)?;
+            return Ok((Shape::Map(Box::new(shape)), rest));
+        }
+        let (word, rest) = text.split_once(' ').unwrap_or((text, ""));
+        let shape = match word {
+            "bool" => Shape::Bool,
+            "int32" => Shape::Int32,
+            "int64" => Shape::Int64,
+            "double" => Shape::Double,
+            "string" => Shape::String,
+            "bytes" => Shape::Bytes,
+            "time" => Shape::Time,
+            "micro-time" => Shape::MicroTime,
+            "quantity" => Shape::Quantity,
+            "int-or-string" => Shape::IntOrString,
+            "any" => Shape::Any,
+            name => {
+                let full =
+                    if name.contains('.') { name.to_owned() } else { format!("{}.{name}", scope.name) };
+                Shape::Object(self.type_named(&full).ok_or("unknown type")?)
+            }
+        };
+        Ok((shape, rest))
+    }
+}
+
+/// Where the reader stands: the group being read and the type its fields belong to.
+#[derive(Default)]
+struct Scope {
+    name: String,
+    group: String,
+    version: String,
+    current: Option<TypeId>,
+}
+
+impl Scope {
+    fn new(short: &str, group: &str, version: &str) -> Self {
+        Scope {
+            name: format!("{short}.{version}"),
+            group: group.to_owned(),
+            version: version.to_owned(),
+            current: None,
+        }
+    }
+}
+
+const TABLES: &[&str] = &[
+    include_str!("../tables/meta_v1.txt"),
+    include_str!("../tables/core_v1.txt"),
+    include_str!("../tables/admissionregistration_v1.txt"),
+    include_str!("../tables/apiextensions_v1.txt"),
+    include_str!("../tables/apiregistration_v1.txt"),
+    include_str!("../tables/apps_v1.txt"),
+    include_str!("../tables/authentication_v1.txt"),
+    include_str!("../tables/authorization_v1.txt"),
+    include_str!("../tables/autoscaling_v1.txt"),
+    include_str!("../tables/autoscaling_v2.txt"),
+    include_str!("../tables/batch_v1.txt"),
+    include_str!("../tables/certificates_v1.txt"),
+    include_str!("../tables/coordination_v1.txt"),
+    include_str!("../tables/discovery_v1.txt"),
+    include_str!("../tables/events_v1.txt"),
+    include_str!("../tables/flowcontrol_v1.txt"),
+    include_str!("../tables/networking_v1.txt"),
+    include_str!("../tables/node_v1.txt"),
+    include_str!("../tables/policy_v1.txt"),
+    include_str!("../tables/rbac_v1.txt"),
+    include_str!("../tables/resource_v1.txt"),
+    include_str!("../tables/scheduling_v1.txt"),
+    include_str!("../tables/storage_v1.txt"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_builtin_tables_parse_and_know_pods() {
+        let schema = Schema::builtin();
+        let pod = schema.resource("", "v1", "pods").expect("pods are served");
+        assert!(pod.namespaced && pod.has_sub("exec"));
+        let spec = schema.type_of(pod.type_id).field("spec").and_then(Field::object_type).expect("a spec");
+        let containers = schema.type_of(spec).field("containers").expect("containers");
+        assert_eq!(containers.list, ListType::Map(vec!["name".into()]));
+        assert_eq!(containers.merge, Some(Merge { key: Some("name".into()) }));
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let error = Schema::parse("group x - v1\ntype A\n  b Missing\n").expect_err("unknown type");
+        assert_eq!((error.line, error.problem), (3, "unknown type"));
+    }
+}

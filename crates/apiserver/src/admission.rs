@@ -1,0 +1,211 @@
+//! Built-in admission: what may enter the cluster, and what is added on the way in.
+//!
+//! Plugins are twins: a mutating or validating function over the same attributes, one line in the list.
+
+use knarr_api::object::Object;
+use knarr_api::status::{Result, Status};
+use serde_json::{Value, json};
+
+use crate::registry::{Context, Place, Registry, generate_name};
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Operation {
+    Create,
+    Update,
+    Delete,
+}
+
+/// What a plugin sees.
+pub struct Attributes<'a> {
+    pub registry: &'a Registry,
+    pub operation: Operation,
+    pub place: Place<'a>,
+    pub old: Option<&'a Value>,
+    pub context: &'a Context,
+}
+
+type Mutate = fn(&Attributes, &mut Value) -> Result<()>;
+type Validate = fn(&Attributes, &Value) -> Result<()>;
+
+/// In this order, as upstream runs them.
+const MUTATING: &[(&str, Mutate)] = &[
+    ("NamespaceLifecycle", |a, _| namespace_lifecycle(a)),
+    ("ServiceAccount", service_account),
+    ("Priority", priority),
+    ("DefaultTolerationSeconds", default_toleration_seconds),
+];
+
+const VALIDATING: &[(&str, Validate)] = &[("NamespaceLifecycle", |a, _| protect_namespaces(a))];
+
+pub fn mutate(
+    registry: &Registry,
+    operation: Operation,
+    place: Place,
+    object: &mut Value,
+    old: Option<&Value>,
+    context: &Context,
+) -> Result<()> {
+    let attributes = Attributes { registry, operation, place, old, context };
+    MUTATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
+}
+
+pub fn validate(
+    registry: &Registry,
+    operation: Operation,
+    place: Place,
+    object: &Value,
+    old: Option<&Value>,
+    context: &Context,
+) -> Result<()> {
+    let attributes = Attributes { registry, operation, place, old, context };
+    VALIDATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
+}
+
+/// Nothing is created in a namespace that does not exist or is going away.
+fn namespace_lifecycle(a: &Attributes) -> Result<()> {
+    let Place { kind, namespace, .. } = a.place;
+    if a.operation != Operation::Create || !kind.namespaced || namespace.is_empty() {
+        return Ok(());
+    }
+    let Some(found) = a.registry.lookup("", "namespaces", "", namespace) else {
+        let namespaces = a.registry.schema.resource("", "v1", "namespaces").expect("namespaces are built in");
+        return Err(Status::not_found(namespaces, namespace));
+    };
+    // Reviews and the like leave nothing behind.
+    if found.at("metadata.deletionTimestamp").is_none() || kind.create_only {
+        return Ok(());
+    }
+    let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
+    let mut status = Status::forbidden(kind, a.place.name, why);
+    if let Some(details) = &mut status.details {
+        details["causes"] = json!([{ "reason": "NamespaceTerminating",
+            "message": format!("namespace {namespace} is being terminated"), "field": "metadata.namespace" }]);
+    }
+    Err(status)
+}
+
+/// Namespaces the cluster itself needs stay.
+fn protect_namespaces(a: &Attributes) -> Result<()> {
+    let name = a.place.name;
+    let needed = ["default", "kube-system", "kube-public"].contains(&name);
+    if a.operation == Operation::Delete && a.place.kind.resource() == "namespaces" && needed {
+        return Err(Status::forbidden(a.place.kind, name, "this namespace may not be deleted"));
+    }
+    Ok(())
+}
+
+fn is_new_pod(a: &Attributes) -> bool {
+    a.operation == Operation::Create && a.place.kind.resource() == "pods"
+}
+
+const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// Pods run as a service account and find its token where clients look for it.
+fn service_account(a: &Attributes, pod: &mut Value) -> Result<()> {
+    if !is_new_pod(a) || pod.at("metadata.annotations").is_some_and(|m| m.get("kubernetes.io/config.mirror").is_some()) {
+        return Ok(());
+    }
+    if pod.str_at("spec.serviceAccountName").is_empty() {
+        pod.set_at("spec.serviceAccountName", "default");
+    }
+    let name = pod.str_at("spec.serviceAccountName").to_owned();
+    pod.set_at("spec.serviceAccount", name.clone());
+    let namespace = a.place.namespace;
+    let Some(account) = a.registry.lookup("", "serviceaccounts", namespace, &name) else {
+        let why = format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
+        return Err(Status::forbidden(a.place.kind, pod.name(), why));
+    };
+    if pod.list_at("spec.imagePullSecrets").is_empty() && !account.list_at("imagePullSecrets").is_empty() {
+        pod.set_at("spec.imagePullSecrets", account.list_at("imagePullSecrets").to_vec());
+    }
+    let wanted = pod.at("spec.automountServiceAccountToken").or_else(|| account.at("automountServiceAccountToken"));
+    if wanted != Some(&Value::Bool(false)) {
+        mount_token(pod);
+    }
+    Ok(())
+}
+
+fn mount_token(pod: &mut Value) {
+    let volume = generate_name("kube-api-access-");
+    let mut used = false;
+    for list in ["initContainers", "containers"] {
+        let containers = pod.get_mut("spec").and_then(|s| s.get_mut(list)).and_then(Value::as_array_mut);
+        for container in containers.into_iter().flatten() {
+            if container.list_at("volumeMounts").iter().any(|m| m.str_at("mountPath") == TOKEN_PATH) {
+                continue;
+            }
+            let mut mounts = container.list_at("volumeMounts").to_vec();
+            mounts.push(json!({ "name": volume, "readOnly": true, "mountPath": TOKEN_PATH }));
+            container["volumeMounts"] = Value::Array(mounts);
+            used = true;
+        }
+    }
+    if !used {
+        return;
+    }
+    let mut volumes = pod.list_at("spec.volumes").to_vec();
+    volumes.push(json!({ "name": volume, "projected": { "defaultMode": 420, "sources": [
+        { "serviceAccountToken": { "expirationSeconds": 3607, "path": "token" } },
+        { "configMap": { "name": "kube-root-ca.crt", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } },
+        { "downwardAPI": { "items": [{ "path": "namespace",
+            "fieldRef": { "apiVersion": "v1", "fieldPath": "metadata.namespace" } }] } },
+    ] } }));
+    pod.set_at("spec.volumes", volumes);
+}
+
+/// `priorityClassName` becomes a number; pods without one get the global default.
+fn priority(a: &Attributes, pod: &mut Value) -> Result<()> {
+    if !is_new_pod(a) {
+        return Ok(());
+    }
+    let name = pod.str_at("spec.priorityClassName").to_owned();
+    let class = if name.is_empty() {
+        global_default(a.registry)
+    } else {
+        let found = a.registry.lookup("scheduling.k8s.io", "priorityclasses", "", &name);
+        Some(found.ok_or_else(|| {
+            Status::forbidden(a.place.kind, pod.name(), format!("no PriorityClass with name {name} was found"))
+        })?)
+    };
+    let value = class.as_ref().and_then(|c| c.int_at("value")).unwrap_or(0);
+    if let Some(given) = pod.int_at("spec.priority").filter(|p| *p != value) {
+        let why = format!("the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name");
+        return Err(Status::forbidden(a.place.kind, pod.name(), why));
+    }
+    pod.set_at("spec.priority", value);
+    if let Some(class) = &class {
+        if name.is_empty() {
+            pod.set_at("spec.priorityClassName", class.name());
+        }
+    }
+    let policy = class.as_ref().map_or("", |c| c.str_at("preemptionPolicy"));
+    if pod.str_at("spec.preemptionPolicy").is_empty() {
+        pod.set_at("spec.preemptionPolicy", if policy.is_empty() { "PreemptLowerPriority" } else { policy });
+    }
+    Ok(())
+}
+
+fn global_default(registry: &Registry) -> Option<Value> {
+    let listing = registry.store.list("priorityclasses.scheduling.k8s.io", &knarr_store::Range::default()).ok()?;
+    let classes = listing.entries.iter().map(|e| crate::encode::decode(e));
+    classes.filter(|c| c.bool_at("globalDefault")).min_by_key(|c| c.int_at("value"))
+}
+
+/// Pods outlive a short absence of their node.
+fn default_toleration_seconds(a: &Attributes, pod: &mut Value) -> Result<()> {
+    if !is_new_pod(a) {
+        return Ok(());
+    }
+    let mut tolerations = pod.list_at("spec.tolerations").to_vec();
+    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
+        let tolerated = tolerations.iter().any(|t| {
+            (t.str_at("key") == key || t.str_at("key").is_empty())
+                && (t.str_at("effect") == "NoExecute" || t.str_at("effect").is_empty())
+        });
+        if !tolerated {
+            tolerations.push(json!({ "key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 }));
+        }
+    }
+    pod.set_at("spec.tolerations", tolerations);
+    Ok(())
+}

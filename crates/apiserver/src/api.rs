@@ -1,0 +1,692 @@
+//! One request from start to end: who asks, what for, may they, then the registry, then the answer.
+
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Request, header};
+use http_body_util::{BodyExt, Limited};
+use knarr_api::columns::Clock;
+use knarr_api::object::Object;
+use knarr_api::schema::Kind;
+use knarr_api::status::{Result, Status};
+use knarr_api::decode;
+use knarr_store::{Range, ReadError};
+use serde_json::{Value, json};
+
+use crate::authn::{self, Tokens};
+use crate::identity::User;
+use crate::proxy::Dialer;
+use crate::rbac::{Action, Rbac};
+use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry, Selection};
+use crate::request::{Query, RequestInfo, Target};
+use crate::respond::{self, Answer, Body, Encoding, Form, Shape};
+use crate::{discovery, openapi, reviews, subresources, watch};
+
+/// Larger bodies are refused with 413; upstream's limit.
+pub const BODY_BYTES_MAX: usize = 3 << 20;
+
+/// The API server, whatever carries its requests.
+pub struct Api {
+    pub registry: Arc<Registry>,
+    pub rbac: Rbac,
+    pub tokens: Arc<Tokens>,
+    pub dialer: Dialer,
+    /// `host:port` that clients reach the server at.
+    pub address: String,
+}
+
+/// Who is at the other end of the connection.
+#[derive(Debug, Clone)]
+pub enum Peer {
+    /// A network client, with the user of its certificate if it showed one.
+    Remote(Option<User>),
+    /// A loop of this process.
+    InProcess(User),
+}
+
+/// A request on its way through.
+struct Call<'a> {
+    info: &'a RequestInfo,
+    target: &'a Target,
+    kind: &'static Kind,
+    headers: HeaderMap,
+    form: Form,
+    context: Context,
+}
+
+impl Call<'_> {
+    fn query(&self) -> &Query {
+        &self.info.query
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place { kind: self.kind, namespace: self.namespace(), name: &self.target.name }
+    }
+
+    /// Empty for cluster-scoped kinds, even where the path has the object's own name as namespace.
+    fn namespace(&self) -> &str {
+        if self.kind.namespaced { &self.target.namespace } else { "" }
+    }
+}
+
+impl Api {
+    /// Answers a request; never fails, an error is an answer too.
+    pub async fn handle(&self, request: Request<Body>, peer: &Peer) -> Answer {
+        let info = RequestInfo::parse(request.method(), request.uri());
+        let form = Form::negotiate(request.headers(), &info.query);
+        let fallback = form.clone().unwrap_or(Form::JSON);
+        let fallback = Form { shape: Shape::Whole, ..fallback };
+        let result = self.admit(request, &info, form, peer).await;
+        result.unwrap_or_else(|status| respond::refuse(&status, &fallback))
+    }
+
+    async fn admit(&self, request: Request<Body>, info: &RequestInfo, form: Result<Form>, peer: &Peer) -> Result<Answer> {
+        let user = match peer {
+            Peer::InProcess(user) => user.clone(),
+            Peer::Remote(certificate) => {
+                let user = authn::authenticate(request.headers(), certificate.as_ref(), &self.tokens, &self.registry)?;
+                self.impersonate(user, request.headers())?
+            }
+        };
+        self.authorize(&user, info)?;
+        match &info.target {
+            None => self.path(request, info, form),
+            Some(target) => self.resource(request, info, target, form, user).await,
+        }
+    }
+
+    /// `Impersonate-User` and `-Group`, for those who may.
+    fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User> {
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
+        let Some(name) = text("impersonate-user") else { return Ok(user) };
+        let mut groups: Vec<String> =
+            headers.get_all("impersonate-group").iter().filter_map(|v| v.to_str().ok().map(str::to_owned)).collect();
+        let may = |resource, name: &str| {
+            let action = Action { verb: "impersonate", group: "", resource, subresource: "", namespace: "", name, path: None };
+            self.rbac.allows(&user, &action)
+        };
+        if !may("users", name) || groups.iter().any(|g| !may("groups", g)) {
+            let text = format!("users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope", user.name);
+            return Err(Status::new(403, "Forbidden", text));
+        }
+        if let Some(rest) = name.strip_prefix("system:serviceaccount:")
+            && let Some((namespace, account)) = rest.split_once(':')
+            && groups.is_empty()
+        {
+            return Ok(User::service_account(namespace, account, ""));
+        }
+        groups.push(crate::identity::AUTHENTICATED.to_owned());
+        Ok(User { name: name.to_owned(), groups, ..User::default() })
+    }
+
+    fn authorize(&self, user: &User, info: &RequestInfo) -> Result<()> {
+        let (action, target) = match &info.target {
+            None => {
+                let verb = if info.verb.is_empty() { "get" } else { info.verb };
+                let action = Action { verb, group: "", resource: "", subresource: "", namespace: "", name: "", path: Some(&info.path) };
+                (action, None)
+            }
+            Some(t) => {
+                let action = Action {
+                    verb: info.verb,
+                    group: &t.group,
+                    resource: &t.resource,
+                    subresource: &t.subresource,
+                    namespace: &t.namespace,
+                    name: &t.name,
+                    path: None,
+                };
+                (action, Some(t))
+            }
+        };
+        if self.rbac.allows(user, &action) {
+            return Ok(());
+        }
+        let Some(t) = target else {
+            let text = format!("forbidden: User {:?} cannot {} path {:?}", user.name, info.verb, info.path);
+            let mut status = Status::new(403, "Forbidden", text);
+            status.details = Some(json!({}));
+            return Err(status);
+        };
+        let resource = if t.subresource.is_empty() { t.resource.clone() } else { format!("{}/{}", t.resource, t.subresource) };
+        let whereabouts = if t.namespace.is_empty() || t.resource == "namespaces" {
+            "at the cluster scope".to_owned()
+        } else {
+            format!("in the namespace {:?}", t.namespace)
+        };
+        let qualified = if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
+        let subject = if t.name.is_empty() { qualified } else { format!("{qualified} {:?}", t.name) };
+        let text = format!(
+            "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
+            user.name, info.verb, t.group
+        );
+        let mut status = Status::new(403, "Forbidden", text);
+        let mut details = json!({ "kind": t.resource });
+        if !t.name.is_empty() {
+            details["name"] = json!(t.name);
+        }
+        if !t.group.is_empty() {
+            details["group"] = json!(t.group);
+        }
+        status.details = Some(details);
+        Err(status)
+    }
+
+    // ---- paths that are no resource ----
+
+    fn path(&self, request: Request<Body>, info: &RequestInfo, form: Result<Form>) -> Result<Answer> {
+        let schema = self.registry.schema;
+        let accept = request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let segments: Vec<&str> = info.path.split('/').filter(|s| !s.is_empty()).collect();
+        let aggregated = aggregated_version(accept);
+        let value = match (&segments[..], aggregated) {
+            (["healthz" | "livez" | "readyz", check @ ..], _) => return Ok(self.health(segments[0], check, &info.query)),
+            (["version"], _) => version(),
+            (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
+            (["api"], Some(version)) => return Ok(aggregated_answer(schema, true, version)),
+            (["apis"], Some(version)) => return Ok(aggregated_answer(schema, false, version)),
+            (["api"], None) => discovery::core_versions(&self.address),
+            (["apis"], None) => discovery::group_list(schema),
+            (["apis", group], _) => discovery::group(schema, group).ok_or_else(Status::no_such_resource)?,
+            (["api", version], _) => {
+                discovery::resource_list(schema, "", version).ok_or_else(Status::no_such_resource)?
+            }
+            (["apis", group, version], _) => {
+                discovery::resource_list(schema, group, version).ok_or_else(Status::no_such_resource)?
+            }
+            (["openapi", "v2"], _) => openapi::v2_document(schema),
+            (["openapi", "v3"], _) => openapi::v3_index(schema, crate::VERSION),
+            (["openapi", "v3", "api", version], _) => {
+                openapi::v3_document(schema, "", version).ok_or_else(Status::no_such_resource)?
+            }
+            (["openapi", "v3", "apis", group, version], _) => {
+                openapi::v3_document(schema, group, version).ok_or_else(Status::no_such_resource)?
+            }
+            ([".well-known", "openid-configuration"], _) => json!({
+                "issuer": self.tokens.issuer(),
+                "jwks_uri": format!("{}/openid/v1/jwks", self.tokens.issuer()),
+                "response_types_supported": ["id_token"],
+                "subject_types_supported": ["public"],
+                "id_token_signing_alg_values_supported": ["ES256"],
+            }),
+            (["openid", "v1", "jwks"], _) => self.tokens.key_set(),
+            ([], _) => json!({ "paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] }),
+            _ => return Err(Status::no_such_resource()),
+        };
+        let form = Form { shape: Shape::Whole, ..form.unwrap_or(Form::JSON) };
+        Ok(respond::json(200, &value, &form))
+    }
+
+    /// Health in upstream's words: plain `ok`, or a list with `?verbose`.
+    fn health(&self, endpoint: &str, check: &[&str], query: &Query) -> Answer {
+        const CHECKS: [&str; 3] = ["ping", "log", "store"];
+        if let [name] = check {
+            return if CHECKS.contains(name) { respond::text(200, "ok") } else { respond::text(404, "404 page not found\n") };
+        }
+        if query.get("verbose").is_none() {
+            return respond::text(200, "ok");
+        }
+        let excluded = query.all("exclude");
+        let mut lines: String = CHECKS
+            .iter()
+            .map(|c| if excluded.iter().any(|e| e == c) { format!("[+]{c} excluded: ok\n") } else { format!("[+]{c} ok\n") })
+            .collect();
+        lines.push_str(&format!("{endpoint} check passed\n"));
+        respond::text(200, lines)
+    }
+
+    /// Counts of stored objects, under upstream's name.
+    fn metrics(&self) -> String {
+        let mut text = String::from(
+            "# HELP apiserver_storage_objects Number of stored objects at the time of last check, by kind.\n# TYPE apiserver_storage_objects gauge\n",
+        );
+        for kind in self.registry.schema.kinds().iter().filter(|k| !k.create_only) {
+            let count = self.registry.store.count(&crate::registry::partition(kind));
+            text.push_str(&format!("apiserver_storage_objects{{resource=\"{}\"}} {count}\n", kind.resource()));
+        }
+        text
+    }
+
+    // ---- resources ----
+
+    async fn resource(&self, request: Request<Body>, info: &RequestInfo, target: &Target, form: Result<Form>, user: User) -> Result<Answer> {
+        let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
+        let kind = kind.ok_or_else(Status::no_such_resource)?;
+        if !target.subresource.is_empty() && !kind.has_sub(&target.subresource) {
+            return Err(Status::no_such_resource());
+        }
+        match target.subresource.as_str() {
+            "exec" | "attach" | "portforward" | "log" => {
+                return self.dialer.pod_stream(&self.registry, target, &info.query, request).await;
+            }
+            "proxy" => return self.dialer.proxy(&self.registry, target, request).await,
+            _ => {}
+        }
+        let (parts, body) = request.into_parts();
+        let form = match (info.verb, form) {
+            ("watch", Err(status)) | (_, Err(status)) => return Err(status),
+            (_, Ok(form)) => form,
+        };
+        let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
+        context.dry_run = info.query.dry_run()?;
+        context.validation = info.query.field_validation()?;
+        let call = Call { info, target, kind, headers: parts.headers, form, context };
+        let body = match info.verb {
+            "get" | "list" | "watch" => Bytes::new(),
+            _ => read_body(body).await?,
+        };
+        let answer = self.dispatch(&call, &parts.method, body).await;
+        let warnings = std::mem::take(&mut *call.context.warnings.lock());
+        let fallback = Form { shape: Shape::Whole, ..call.form.clone() };
+        let mut answer = answer.unwrap_or_else(|status| respond::refuse(&status, &fallback));
+        for text in warnings {
+            let value = format!("299 - {:?}", text.replace('\n', " "));
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                answer.headers_mut().append(header::WARNING, value);
+            }
+        }
+        Ok(answer)
+    }
+
+    async fn dispatch(&self, call: &Call<'_>, method: &Method, body: Bytes) -> Result<Answer> {
+        match (call.info.verb, call.target.subresource.as_str()) {
+            (verb, "") if call.kind.create_only && verb != "create" => Err(Status::method_not_allowed(call.kind, verb)),
+            ("get", "" | "status") => self.get(call),
+            ("list", "") => self.list(call),
+            ("watch", "") => self.watch(call),
+            ("create", "") if call.kind.create_only => self.review(call, &body).await,
+            ("create", "") if call.target.name.is_empty() => self.create(call, &body).await,
+            ("update", "") => self.update(call, Endpoint::Main, &body).await,
+            ("update", "status") => self.update(call, Endpoint::Status, &body).await,
+            ("patch", "") => self.patch(call, Endpoint::Main, &body).await,
+            ("patch", "status") => self.patch(call, Endpoint::Status, &body).await,
+            ("delete", "") => self.delete(call, &body).await,
+            ("deletecollection", "") => self.delete_collection(call, &body).await,
+            ("get", "scale") => {
+                let object = self.registry.get(call.place())?;
+                self.show(call, 200, &subresources::scale_of(&crate::encode::decode(&object)))
+            }
+            ("update" | "patch", "scale") => self.scale(call, &body).await,
+            ("get", "ephemeralcontainers") => self.get(call),
+            ("update" | "patch", "ephemeralcontainers") => {
+                let config = self.edit_of(call, &body)?;
+                let outcome = subresources::ephemeral_containers(&self.registry, call.place(), &config, &call.context).await?;
+                Ok(self.outcome(call, 200, &outcome))
+            }
+            ("create", "binding") => {
+                let binding = tree(&call.headers, &body)?;
+                let value = subresources::bind(&self.registry, call.place(), &binding, &call.context).await?;
+                self.show(call, 201, &value)
+            }
+            ("create", "eviction") => {
+                let eviction = tree(&call.headers, &body)?;
+                let value = subresources::evict(&self.registry, call.place(), &eviction, &call.context).await?;
+                self.show(call, 201, &value)
+            }
+            ("create", "token") => {
+                let request = tree(&call.headers, &body)?;
+                let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
+                self.show(call, 201, &value)
+            }
+            ("update", "finalize") => {
+                let object = self.decode_body(call, &body)?;
+                let outcome = subresources::finalize(&self.registry, call.place(), &object, &call.context).await?;
+                Ok(self.outcome(call, 200, &outcome))
+            }
+            ("get", "approval") => self.get(call),
+            ("update", "approval") => self.update(call, Endpoint::Status, &body).await,
+            ("patch", "approval") => self.patch(call, Endpoint::Status, &body).await,
+            (_, _) => {
+                let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
+                Err(Status::method_not_allowed(call.kind, verb))
+            }
+        }
+    }
+
+    fn clock(&self) -> Clock {
+        Clock { now: (self.registry.clock)() }
+    }
+
+    /// A made-up object: never the stored form.
+    fn show(&self, call: &Call, code: u16, value: &Value) -> Result<Answer> {
+        let form = Form { shape: Shape::Whole, ..call.form.clone() };
+        Ok(respond::json(code, value, &form))
+    }
+
+    fn outcome(&self, call: &Call, code: u16, outcome: &Outcome) -> Answer {
+        respond::object(code, call.kind, &outcome.bytes(), &call.form, self.clock())
+    }
+
+    fn get(&self, call: &Call) -> Result<Answer> {
+        let wanted = call.query().get("resourceVersion").and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
+        let newest = self.registry.store.revision();
+        if wanted > newest {
+            return Err(watch::read_failed(&ReadError::Future { requested: wanted, newest }));
+        }
+        let entry = self.registry.get(call.place())?;
+        Ok(respond::object(200, call.kind, &entry.bytes, &call.form, self.clock()))
+    }
+
+    fn selection(&self, call: &Call) -> Result<Selection> {
+        let fields = call.query().field_selector()?;
+        let rules = knarr_api::rules::Rules::of(call.kind);
+        for term in &fields.terms {
+            if !rules.is_selectable(&term.field) {
+                let mut known = vec!["metadata.name"];
+                if call.kind.namespaced {
+                    known.push("metadata.namespace");
+                }
+                let known: Vec<String> = known.iter().map(|k| format!("{k:?}")).collect();
+                let text = if rules.selectable.is_empty() {
+                    format!("{:?} is not a known field selector: only {}", term.field, known.join(", "))
+                } else {
+                    format!("field label not supported: {}", term.field)
+                };
+                return Err(Status::bad_request(text));
+            }
+        }
+        Ok(Selection { labels: call.query().label_selector()?, fields })
+    }
+
+    fn list(&self, call: &Call) -> Result<Answer> {
+        let query = call.query();
+        let selection = self.selection(call)?;
+        let mut range = Range { limit: query.number("limit")?.unwrap_or(0).max(0) as usize, ..Range::default() };
+        let version = query.get("resourceVersion").unwrap_or_default();
+        let exact = query.get("resourceVersionMatch");
+        if let Some(token) = query.get("continue").filter(|t| !t.is_empty()) {
+            if !matches!(version, "" | "0") {
+                return Err(Status::bad_request("specifying resource version is not allowed when using continue"));
+            }
+            let (revision, after) = read_continue(token)?;
+            range.at = revision;
+            range.after = Some(after);
+        } else if !matches!(version, "" | "0") {
+            let revision: u64 = version
+                .parse()
+                .map_err(|_| Status::bad_request(format!("Invalid value: {version:?}: strconv.ParseUint: parsing {version:?}: invalid syntax")))?;
+            let newest = self.registry.store.revision();
+            if revision > newest {
+                return Err(watch::read_failed(&ReadError::Future { requested: revision, newest }));
+            }
+            if exact == Some("Exact") || (exact.is_none() && range.limit > 0) {
+                range.at = Some(revision);
+            }
+        } else if exact.is_some() && version.is_empty() {
+            let text = "ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided";
+            return Err(Status::new(422, "Invalid", text));
+        }
+        let page = self.registry.list(call.kind, call.namespace(), &selection, range).map_err(|error| match error {
+            ReadError::Compacted { .. } if query.get("continue").is_some() => Status::expired(
+                "The provided continue parameter is too old to display a consistent list result. You must start a new list without the continue parameter.",
+            ),
+            other => watch::read_failed(&other),
+        })?;
+        let mut metadata = json!({ "resourceVersion": page.revision.to_string() });
+        if page.remaining > 0 && let Some(last) = page.entries.last() {
+            metadata["continue"] = json!(write_continue(page.revision, &last.key));
+            if page.counted {
+                metadata["remainingItemCount"] = json!(page.remaining);
+            }
+        }
+        let items: Vec<Bytes> = page.entries.iter().map(|e| e.bytes.clone()).collect();
+        Ok(respond::list(call.kind, metadata, &items, &call.form, self.clock()))
+    }
+
+    fn watch(&self, call: &Call) -> Result<Answer> {
+        if call.form.encoding == Encoding::Yaml {
+            return Err(Status::not_acceptable("application/json;stream=watch"));
+        }
+        let request = watch::Request {
+            namespace: call.namespace().to_owned(),
+            selection: self.selection(call)?,
+            query: call.query().clone(),
+            form: Form { pretty: false, ..call.form.clone() },
+        };
+        watch::open(&self.registry, call.kind, request)
+    }
+
+    async fn create(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
+        let object = self.decode_body(call, body)?;
+        let namespace = if call.kind.namespaced && call.namespace().is_empty() { "default" } else { call.namespace() };
+        let outcome = self.registry.create(call.kind, namespace, object, &call.context).await?;
+        Ok(self.outcome(call, 201, &outcome))
+    }
+
+    async fn review(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
+        if call.kind.kind == "Binding" {
+            let binding = tree(&call.headers, body)?;
+            let kind = self.registry.schema.resource("", "v1", "pods").expect("pods are built in");
+            let place = Place { kind, namespace: call.namespace(), name: binding.name() };
+            let value = subresources::bind(&self.registry, place, &binding, &call.context).await?;
+            return self.show(call, 201, &value);
+        }
+        let review = self.decode_body(call, body)?;
+        let value = reviews::answer(&self.registry, &self.rbac, &self.tokens, call.kind, call.namespace(), review, &call.context.user)?;
+        self.show(call, 201, &value)
+    }
+
+    async fn update(&self, call: &Call<'_>, endpoint: Endpoint, body: &Bytes) -> Result<Answer> {
+        let edit = Edit::Replace(self.decode_body(call, body)?);
+        if endpoint == Endpoint::Main {
+            let (outcome, created) = self.registry.modify_or_create(call.place(), edit, &call.context).await?;
+            return Ok(self.outcome(call, if created { 201 } else { 200 }, &outcome));
+        }
+        let outcome = self.registry.modify(call.place(), endpoint, &edit, &call.context).await?;
+        Ok(self.outcome(call, 200, &outcome))
+    }
+
+    async fn patch(&self, call: &Call<'_>, endpoint: Endpoint, body: &Bytes) -> Result<Answer> {
+        let edit = self.edit_of(call, body)?;
+        if endpoint == Endpoint::Main && matches!(edit, Edit::Apply { .. }) {
+            let (outcome, created) = self.registry.modify_or_create(call.place(), edit, &call.context).await?;
+            return Ok(self.outcome(call, if created { 201 } else { 200 }, &outcome));
+        }
+        let outcome = self.registry.modify(call.place(), endpoint, &edit, &call.context).await?;
+        Ok(self.outcome(call, 200, &outcome))
+    }
+
+    /// The edit a PUT or PATCH body stands for, by content type.
+    fn edit_of<'b>(&self, call: &Call<'_>, body: &'b Bytes) -> Result<Edit<'b>> {
+        if call.info.verb == "update" {
+            return Ok(Edit::Replace(self.decode_body(call, body)?));
+        }
+        match media_type(&call.headers) {
+            "application/json-patch+json" => Ok(Edit::JsonPatch(body)),
+            "application/merge-patch+json" => Ok(Edit::MergePatch(body)),
+            "application/strategic-merge-patch+json" => Ok(Edit::StrategicPatch(body)),
+            "application/apply-patch+yaml" => {
+                if call.query().get("fieldManager").is_none_or(str::is_empty) {
+                    let text = "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
+                    return Err(Status::new(422, "Invalid", text));
+                }
+                let tree = decode::yaml(body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
+                let config = self.registry.decode(call.kind, tree, &call.context)?;
+                if config.at("metadata.managedFields").is_some() {
+                    return Err(Status::bad_request("metadata.managedFields must be nil"));
+                }
+                let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
+                if !broken.is_empty() {
+                    let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
+                    return Err(Status::new(500, "InternalError", format!("failed to create typed patch object ({}/{}; {}, Kind={}): {}", call.namespace(), call.target.name, call.kind.api_version(), call.kind.kind, texts.join("\n"))));
+                }
+                Ok(Edit::Apply { config, force: call.query().flag("force") })
+            }
+            _ => Err(Status::unsupported_media_type(
+                "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml",
+            )),
+        }
+    }
+
+    async fn scale(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
+        let replace = call.info.verb == "update";
+        let media = media_type(&call.headers);
+        let sent = if replace { Some(tree(&call.headers, body)?) } else { None };
+        let type_id = self.registry.schema.type_named("autoscaling.v1.Scale");
+        let edit = |scale: &Value| -> Result<Value> {
+            match (&sent, media, type_id) {
+                (Some(sent), ..) => Ok(sent.clone()),
+                (None, "application/json-patch+json", _) => knarr_api::patch::json(scale, body),
+                (None, "application/strategic-merge-patch+json", Some(id)) => {
+                    knarr_api::patch::strategic(self.registry.schema, id, scale, body)
+                }
+                (None, "application/apply-patch+yaml", _) => {
+                    let config = decode::yaml(body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
+                    let mut new = scale.clone();
+                    if let Some(replicas) = config.at("spec.replicas") {
+                        new.set_at("spec.replicas", replicas.clone());
+                    }
+                    Ok(new)
+                }
+                _ => knarr_api::patch::merge(scale, body),
+            }
+        };
+        let value = subresources::update_scale(&self.registry, call.place(), &edit, &call.context).await?;
+        self.show(call, 200, &value)
+    }
+
+    async fn delete(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
+        let options = self.delete_options(call, body)?;
+        let (outcome, gone) = self.registry.delete(call.place(), &options, &call.context).await?;
+        let rules = knarr_api::rules::Rules::of(call.kind);
+        if gone && !rules.returns_deleted {
+            let object = outcome.value();
+            let mut details = json!({ "name": call.target.name, "kind": call.kind.plural, "uid": object.uid() });
+            if !call.kind.group.is_empty() {
+                details["group"] = json!(call.kind.group);
+            }
+            let value = json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details });
+            return self.show(call, 200, &value);
+        }
+        Ok(self.outcome(call, 200, &outcome))
+    }
+
+    async fn delete_collection(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
+        let options = self.delete_options(call, body)?;
+        let selection = self.selection(call)?;
+        let page = self
+            .registry
+            .list(call.kind, call.namespace(), &selection, Range::default())
+            .map_err(|e| watch::read_failed(&e))?;
+        let mut deleted = Vec::new();
+        for entry in &page.entries {
+            let (namespace, name) = crate::encode::split_key(&entry.key);
+            let place = Place { kind: call.kind, namespace, name };
+            match self.registry.delete(place, &options, &call.context).await {
+                Ok((outcome, _)) => deleted.push(outcome.bytes()),
+                // Somebody else was faster: gone is what was asked for.
+                Err(status) if status.reason == "NotFound" => {}
+                Err(status) => return Err(status),
+            }
+        }
+        let metadata = json!({ "resourceVersion": self.registry.store.revision().to_string() });
+        Ok(respond::list(call.kind, metadata, &deleted, &call.form, self.clock()))
+    }
+
+    fn delete_options(&self, call: &Call, body: &Bytes) -> Result<DeleteOptions> {
+        let options = if body.is_empty() { Value::Null } else { tree(&call.headers, body)? };
+        DeleteOptions::read(&options, call.query())
+    }
+
+    fn decode_body(&self, call: &Call, body: &Bytes) -> Result<Value> {
+        match media_type(&call.headers) {
+            "application/yaml" => {
+                let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
+                self.registry.decode(call.kind, tree, &call.context)
+            }
+            "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
+            _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
+        }
+    }
+}
+
+async fn read_body(body: Body) -> Result<Bytes> {
+    match Limited::new(body, BODY_BYTES_MAX).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Status::too_large(BODY_BYTES_MAX)),
+        Err(error) => Err(Status::bad_request(format!("cannot read the body: {error}"))),
+    }
+}
+
+fn media_type(headers: &HeaderMap) -> &str {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim()
+}
+
+/// A body as a plain tree.
+fn tree(headers: &HeaderMap, body: &Bytes) -> Result<Value> {
+    match media_type(headers) {
+        "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
+        "application/json" | "" => {
+            serde_json::from_slice(body).map_err(|e| Status::bad_request(format!("couldn't get version/kind; json parse error: {e}")))
+        }
+        _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
+    }
+}
+
+/// `fieldManager`, or the user agent up to its first slash.
+fn field_manager(headers: &HeaderMap, query: &Query) -> String {
+    if let Some(name) = query.get("fieldManager").filter(|n| !n.is_empty()) {
+        return name.to_owned();
+    }
+    let agent = headers.get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or("unknown");
+    agent.split('/').next().unwrap_or(agent).chars().take(128).collect()
+}
+
+fn aggregated_version(accept: &str) -> Option<&'static str> {
+    accept.split(',').find_map(|clause| {
+        let wanted = clause.contains("as=APIGroupDiscoveryList") && clause.contains("g=apidiscovery.k8s.io");
+        match wanted {
+            true if clause.contains("v=v2beta1") => Some("v2beta1"),
+            true => Some("v2"),
+            false => None,
+        }
+    })
+}
+
+fn aggregated_answer(schema: &knarr_api::schema::Schema, core: bool, version: &'static str) -> Answer {
+    let value = discovery::aggregated(schema, core, version);
+    let content_type = match version {
+        "v2beta1" => "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList",
+        _ => "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
+    };
+    let mut answer = respond::answer(200, content_type, respond::full(value.to_string()));
+    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
+    answer
+}
+
+fn version() -> Value {
+    let mut numbers = crate::VERSION.trim_start_matches('v').split('.');
+    json!({
+        "major": numbers.next(),
+        "minor": numbers.next(),
+        "emulationMajor": "1",
+        "emulationMinor": "36",
+        "minCompatibilityMajor": "1",
+        "minCompatibilityMinor": "35",
+        "gitVersion": format!("{}+knarr", crate::VERSION),
+        "gitCommit": "",
+        "gitTreeState": "clean",
+        "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "none",
+        "compiler": "rustc",
+        "platform": "linux/amd64",
+    })
+}
+
+fn write_continue(revision: u64, key: &str) -> String {
+    URL_SAFE_NO_PAD.encode(json!({ "v": "meta.k8s.io/v1", "rv": revision, "start": key }).to_string())
+}
+
+fn read_continue(token: &str) -> Result<(Option<u64>, String)> {
+    let bad = || Status::bad_request("continue key is not valid: encoded token is malformed");
+    let bytes = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).map_err(|_| bad())?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|_| bad())?;
+    if value.str_at("v") != "meta.k8s.io/v1" {
+        return Err(bad());
+    }
+    let revision = value.int_at("rv").and_then(|r| u64::try_from(r).ok());
+    Ok((revision, value.str_at("start").to_owned()))
+}

@@ -1,0 +1,253 @@
+//! What every cluster has from its first start: namespaces, roles, priority classes, and itself as a service.
+//!
+//! Run at every start; what is there already stays as it is, except that bootstrap roles regain missing
+//! rules (as upstream's reconciliation does).
+
+use std::net::{IpAddr, SocketAddr};
+
+use knarr_api::object::Object;
+use knarr_api::status::Result;
+use serde_json::{Value, json};
+
+use crate::identity::{MASTERS, User};
+use crate::registry::{Context, Edit, Endpoint, Place, Registry};
+
+/// Creates what is missing.
+pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
+    let context = Context::new(User::new("system:apiserver", &[MASTERS]), "knarr");
+    for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+        ensure(registry, "", "namespaces", "", json!({ "metadata": { "name": name } }), &context).await?;
+    }
+    for (name, value, description) in [
+        ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their current node."),
+        ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+    ] {
+        let class = json!({ "metadata": { "name": name }, "value": value, "description": description });
+        ensure(registry, "scheduling.k8s.io", "priorityclasses", "", class, &context).await?;
+    }
+    for (name, rules) in cluster_roles() {
+        let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+        let role = json!({ "metadata": { "name": name, "labels": labels }, "rules": rules });
+        ensure_rules(registry, role, &context).await?;
+    }
+    for (name, role, kind, subjects) in BINDINGS {
+        let subjects: Vec<Value> = subjects.iter().map(|s| subject(kind, s)).collect();
+        let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+        let binding = json!({ "metadata": { "name": name, "labels": labels }, "subjects": subjects,
+            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role } });
+        ensure(registry, "rbac.authorization.k8s.io", "clusterrolebindings", "", binding, &context).await?;
+    }
+    publish_self(registry, advertised, &context).await
+}
+
+async fn ensure(registry: &Registry, group: &str, plural: &str, namespace: &str, object: Value, context: &Context) -> Result<()> {
+    let kind = registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
+    if registry.lookup(group, plural, namespace, object.name()).is_some() {
+        return Ok(());
+    }
+    let object = registry.decode(kind, object, context)?;
+    match registry.create(kind, namespace, object, context).await {
+        Err(status) if status.reason != "AlreadyExists" => Err(status),
+        _ => Ok(()),
+    }
+}
+
+async fn ensure_rules(registry: &Registry, role: Value, context: &Context) -> Result<()> {
+    let name = role.name().to_owned();
+    let Some(found) = registry.lookup("rbac.authorization.k8s.io", "clusterroles", "", &name) else {
+        return ensure(registry, "rbac.authorization.k8s.io", "clusterroles", "", role, context).await;
+    };
+    let wanted = role.list_at("rules").to_vec();
+    let missing = |object: &Value| wanted.iter().filter(|r| !object.list_at("rules").contains(r)).cloned().collect::<Vec<_>>();
+    if missing(&found).is_empty() {
+        return Ok(());
+    }
+    let kind = registry.schema.resource("rbac.authorization.k8s.io", "v1", "clusterroles").expect("roles are built in");
+    let add = |old: &Value| {
+        let mut new = old.clone();
+        let mut rules = old.list_at("rules").to_vec();
+        rules.extend(missing(old));
+        new["rules"] = Value::Array(rules);
+        Ok(new)
+    };
+    let place = Place { kind, namespace: "", name: &name };
+    registry.modify(place, Endpoint::Main, &Edit::With(&add), context).await.map(|_| ())
+}
+
+fn subject(kind: &str, name: &str) -> Value {
+    match name.split_once('/') {
+        Some((namespace, name)) => json!({ "kind": "ServiceAccount", "namespace": namespace, "name": name }),
+        None => json!({ "kind": kind, "name": name, "apiGroup": "rbac.authorization.k8s.io" }),
+    }
+}
+
+/// Name, role, kind of subject, subjects.
+const BINDINGS: &[(&str, &str, &str, &[&str])] = &[
+    ("cluster-admin", "cluster-admin", "Group", &["system:masters"]),
+    ("system:basic-user", "system:basic-user", "Group", &["system:authenticated"]),
+    ("system:discovery", "system:discovery", "Group", &["system:authenticated"]),
+    ("system:public-info-viewer", "system:public-info-viewer", "Group", &["system:authenticated", "system:unauthenticated"]),
+    ("system:service-account-issuer-discovery", "system:service-account-issuer-discovery", "Group", &["system:serviceaccounts"]),
+    ("system:node", "system:node", "Group", &["system:nodes"]),
+    ("system:node-proxier", "system:node-proxier", "User", &["system:kube-proxy"]),
+    ("system:kube-scheduler", "system:kube-scheduler", "User", &["system:kube-scheduler"]),
+    ("system:kube-controller-manager", "system:kube-controller-manager", "User", &["system:kube-controller-manager"]),
+    ("system:kube-dns", "system:kube-dns", "User", &["kube-system/kube-dns", "system:kube-dns"]),
+];
+
+const READ: [&str; 3] = ["get", "list", "watch"];
+const WRITE: [&str; 5] = ["create", "delete", "deletecollection", "patch", "update"];
+const ALL: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
+
+fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
+    json!({ "apiGroups": groups, "resources": resources, "verbs": verbs })
+}
+
+fn urls(urls: &[&str]) -> Value {
+    json!({ "nonResourceURLs": urls, "verbs": ["get"] })
+}
+
+fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
+    let everything = || vec![rule(&["*"], &["*"], &["*"]), json!({ "nonResourceURLs": ["*"], "verbs": ["*"] })];
+    let workloads = &["deployments", "deployments/scale", "replicasets", "replicasets/scale", "statefulsets", "statefulsets/scale", "daemonsets", "controllerrevisions"][..];
+    let core = &["configmaps", "endpoints", "persistentvolumeclaims", "pods", "replicationcontrollers", "replicationcontrollers/scale", "serviceaccounts", "services"][..];
+    let view = || {
+        vec![
+            rule(&[""], core, &READ),
+            rule(&[""], &["bindings", "events", "limitranges", "namespaces/status", "pods/log", "pods/status", "replicationcontrollers/status", "resourcequotas", "resourcequotas/status", "persistentvolumeclaims/status", "services/status", "namespaces"], &READ),
+            rule(&["apps"], workloads, &READ),
+            rule(&["apps"], &["deployments/status", "replicasets/status", "statefulsets/status", "daemonsets/status"], &READ),
+            rule(&["batch"], &["jobs", "cronjobs", "jobs/status", "cronjobs/status"], &READ),
+            rule(&["autoscaling"], &["horizontalpodautoscalers", "horizontalpodautoscalers/status"], &READ),
+            rule(&["networking.k8s.io"], &["ingresses", "ingresses/status", "networkpolicies"], &READ),
+            rule(&["policy"], &["poddisruptionbudgets", "poddisruptionbudgets/status"], &READ),
+            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+        ]
+    };
+    let edit = || {
+        let mut rules = view();
+        rules.extend([
+            rule(&[""], core, &WRITE),
+            rule(&[""], &["secrets"], &ALL),
+            rule(&[""], &["events"], &WRITE),
+            rule(&[""], &["pods/attach", "pods/exec", "pods/portforward", "pods/proxy", "services/proxy"], &["get", "list", "watch", "create", "delete", "patch", "update"]),
+            rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
+            rule(&[""], &["serviceaccounts"], &["impersonate"]),
+            rule(&["apps"], workloads, &WRITE),
+            rule(&["batch"], &["jobs", "cronjobs"], &WRITE),
+            rule(&["autoscaling"], &["horizontalpodautoscalers"], &WRITE),
+            rule(&["networking.k8s.io"], &["ingresses", "networkpolicies"], &WRITE),
+            rule(&["policy"], &["poddisruptionbudgets"], &WRITE),
+            rule(&["coordination.k8s.io"], &["leases"], &ALL),
+        ]);
+        rules
+    };
+    let admin = || {
+        let mut rules = edit();
+        rules.push(rule(&["rbac.authorization.k8s.io"], &["roles", "rolebindings"], &ALL));
+        rules.push(rule(&["authorization.k8s.io"], &["localsubjectaccessreviews"], &["create"]));
+        rules
+    };
+    vec![
+        ("cluster-admin", everything()),
+        ("admin", admin()),
+        ("edit", edit()),
+        ("view", view()),
+        ("system:basic-user", vec![
+            rule(&["authorization.k8s.io"], &["selfsubjectaccessreviews", "selfsubjectrulesreviews"], &["create"]),
+            rule(&["authentication.k8s.io"], &["selfsubjectreviews"], &["create"]),
+        ]),
+        ("system:discovery", vec![urls(&["/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi", "/openapi/*", "/readyz", "/version", "/version/"])]),
+        ("system:public-info-viewer", vec![urls(&["/healthz", "/livez", "/readyz", "/version", "/version/"])]),
+        ("system:service-account-issuer-discovery", vec![urls(&["/.well-known/openid-configuration", "/.well-known/openid-configuration/", "/openid/v1/jwks", "/openid/v1/jwks/"])]),
+        ("system:node", vec![
+            rule(&[""], &["nodes"], &["create", "get", "list", "watch", "patch", "update"]),
+            rule(&[""], &["nodes/status"], &["patch", "update"]),
+            rule(&[""], &["pods"], &["get", "list", "watch", "create", "delete"]),
+            rule(&[""], &["pods/status"], &["patch", "update"]),
+            rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
+            rule(&[""], &["configmaps", "secrets", "services", "endpoints", "namespaces", "serviceaccounts", "persistentvolumeclaims", "persistentvolumes"], &READ),
+            rule(&[""], &["events"], &["create", "patch", "update"]),
+            rule(&["events.k8s.io"], &["events"], &["create", "patch", "update"]),
+            rule(&["coordination.k8s.io"], &["leases"], &["create", "delete", "get", "patch", "update"]),
+            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+            rule(&["node.k8s.io"], &["runtimeclasses"], &READ),
+            rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
+            rule(&["authorization.k8s.io"], &["subjectaccessreviews", "localsubjectaccessreviews"], &["create"]),
+            rule(&["certificates.k8s.io"], &["certificatesigningrequests"], &["create", "get", "list", "watch"]),
+            rule(&["storage.k8s.io"], &["csinodes", "volumeattachments", "csidrivers"], &["create", "get", "list", "watch", "patch", "update", "delete"]),
+        ]),
+        ("system:node-proxier", vec![
+            rule(&[""], &["services", "endpoints", "nodes"], &READ),
+            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+            rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
+        ]),
+        ("system:kube-scheduler", vec![
+            rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
+            rule(&["coordination.k8s.io"], &["leases"], &ALL),
+            rule(&[""], &["nodes", "namespaces", "services", "replicationcontrollers", "persistentvolumeclaims", "persistentvolumes"], &READ),
+            rule(&[""], &["pods"], &["delete", "get", "list", "watch"]),
+            rule(&[""], &["bindings", "pods/binding"], &["create"]),
+            rule(&[""], &["pods/status"], &["patch", "update"]),
+            rule(&["apps"], &["replicasets", "statefulsets"], &READ),
+            rule(&["policy"], &["poddisruptionbudgets"], &READ),
+            rule(&["scheduling.k8s.io"], &["priorityclasses"], &READ),
+            rule(&["storage.k8s.io"], &["csinodes", "csidrivers", "csistoragecapacities", "storageclasses", "volumeattachments"], &READ),
+            rule(&["resource.k8s.io"], &["*"], &READ),
+        ]),
+        // The loops run as one identity for now; the garbage collector among them must reach every kind.
+        ("system:kube-controller-manager", everything()),
+        ("system:kube-dns", vec![
+            rule(&[""], &["endpoints", "services", "pods", "namespaces", "nodes"], &READ),
+            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+        ]),
+    ]
+}
+
+/// The `kubernetes` service and its endpoints: how pods reach the API server.
+async fn publish_self(registry: &Registry, advertised: &[SocketAddr], context: &Context) -> Result<()> {
+    let labels = json!({ "component": "apiserver", "provider": "kubernetes" });
+    let port = advertised.first().map_or(6443, SocketAddr::port);
+    let service = json!({
+        "metadata": { "name": "kubernetes", "labels": labels },
+        "spec": {
+            "clusterIP": registry.services.range().nth(1).to_string(),
+            "ports": [{ "name": "https", "port": 443, "protocol": "TCP", "targetPort": port }],
+        },
+    });
+    ensure(registry, "", "services", "default", service, context).await?;
+    let addresses: Vec<String> = advertised.iter().map(|a| a.ip()).filter(IpAddr::is_ipv4).map(|a| a.to_string()).collect();
+    let endpoints = json!({
+        "metadata": { "name": "kubernetes", "labels": { "endpointslice.kubernetes.io/skip-mirror": "true" } },
+        "subsets": [{
+            "addresses": addresses.iter().map(|a| json!({ "ip": a })).collect::<Vec<_>>(),
+            "ports": [{ "name": "https", "port": port, "protocol": "TCP" }],
+        }],
+    });
+    replace(registry, "", "endpoints", endpoints, &["subsets"], context).await?;
+    let slice = json!({
+        "metadata": { "name": "kubernetes", "labels": { "kubernetes.io/service-name": "kubernetes" } },
+        "addressType": "IPv4",
+        "endpoints": [{ "addresses": addresses, "conditions": { "ready": true } }],
+        "ports": [{ "name": "https", "port": port, "protocol": "TCP" }],
+    });
+    replace(registry, "discovery.k8s.io", "endpointslices", slice, &["endpoints", "ports"], context).await
+}
+
+/// Creates the object in `default`, or brings the named fields up to date: addresses change with restarts.
+async fn replace(registry: &Registry, group: &str, plural: &str, object: Value, fields: &[&str], context: &Context) -> Result<()> {
+    let kind = registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
+    let name = object.name().to_owned();
+    if registry.lookup(group, plural, "default", &name).is_none() {
+        return ensure(registry, group, plural, "default", object, context).await;
+    }
+    let change = |old: &Value| {
+        let mut new = old.clone();
+        for field in fields {
+            new[*field] = object[*field].clone();
+        }
+        Ok(new)
+    };
+    let place = Place { kind, namespace: "default", name: &name };
+    registry.modify(place, Endpoint::Main, &Edit::With(&change), context).await.map(|_| ())
+}

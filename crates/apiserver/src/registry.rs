@@ -1,0 +1,956 @@
+//! The generic registry: create, read, change and delete objects of every kind.
+//!
+//! What holds for every kind is here, once; what is special comes from the kind's [`Rules`] and from
+//! admission. A write is: decode → rules → defaults → admission → validation → ownership → commit. Nothing
+//! is stored before everything has passed, and every change names the revision it was made from.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use knarr_api::apply::{self, Manager};
+use knarr_api::object::Object;
+use knarr_api::rules::{self, Rules};
+use knarr_api::schema::{Kind, Schema};
+use knarr_api::status::{Result, Status};
+use knarr_api::{decode, defaults, patch, time};
+use knarr_store::{Change, Entry, Expect, Range, ReadError, Store, Write, WriteError};
+use parking_lot::Mutex;
+use rand::Rng;
+use serde_json::{Value, json};
+
+use crate::admission::{self, Operation};
+use crate::encode::{self, View};
+use crate::identity::User;
+use crate::request::{FieldValidation, Query};
+use crate::services::{Allocator, Reservation};
+
+/// How often a write without a resourceVersion is retried when others change the object meanwhile.
+pub const CONFLICT_RETRIES_MAX: usize = 16;
+/// How often a generated name that exists already is drawn again (KEP-4420).
+pub const GENERATE_NAME_RETRIES_MAX: usize = 8;
+
+/// Everything a write needs to know beside the object.
+pub struct Context {
+    pub user: User,
+    /// `fieldManager`, or what the user agent calls itself.
+    pub manager: String,
+    pub dry_run: bool,
+    pub validation: FieldValidation,
+    /// Sent back as `Warning` headers.
+    pub warnings: Mutex<Vec<String>>,
+}
+
+impl Context {
+    pub fn new(user: User, manager: impl Into<String>) -> Self {
+        Context {
+            user,
+            manager: manager.into(),
+            dry_run: false,
+            validation: FieldValidation::Warn,
+            warnings: Mutex::default(),
+        }
+    }
+
+    pub fn warn(&self, text: impl Into<String>) {
+        let (text, mut warnings) = (text.into(), self.warnings.lock());
+        if !warnings.contains(&text) {
+            warnings.push(text);
+        }
+    }
+}
+
+/// One object of one kind.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    pub kind: &'a Kind,
+    pub namespace: &'a str,
+    pub name: &'a str,
+}
+
+impl Place<'_> {
+    pub fn key(&self) -> String {
+        encode::key(self.namespace, self.name)
+    }
+
+    pub fn not_found(&self) -> Box<Status> {
+        Status::not_found(self.kind, self.name)
+    }
+}
+
+/// The face of the object a write goes to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Endpoint {
+    Main,
+    Status,
+    /// Any other subresource: its code has already decided what may change.
+    Other(&'static str),
+}
+
+impl Endpoint {
+    pub fn subresource(&self) -> &'static str {
+        match self {
+            Endpoint::Main => "",
+            Endpoint::Status => "status",
+            Endpoint::Other(name) => name,
+        }
+    }
+}
+
+/// How an object is to change.
+pub enum Edit<'a> {
+    Replace(Value),
+    JsonPatch(&'a [u8]),
+    MergePatch(&'a [u8]),
+    StrategicPatch(&'a [u8]),
+    Apply { config: Value, force: bool },
+    With(&'a (dyn Fn(&Value) -> Result<Value> + Send + Sync)),
+}
+
+/// What a write left behind.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    Stored(Arc<Entry>),
+    /// Dry runs, and objects that are no more.
+    Shown(Value),
+}
+
+impl Outcome {
+    pub fn bytes(&self) -> Bytes {
+        match self {
+            Outcome::Stored(entry) => entry.bytes.clone(),
+            Outcome::Shown(value) => Bytes::from(value.to_string()),
+        }
+    }
+
+    pub fn value(&self) -> Value {
+        match self {
+            Outcome::Stored(entry) => encode::decode(entry),
+            Outcome::Shown(value) => value.clone(),
+        }
+    }
+}
+
+/// `metav1.DeleteOptions`.
+#[derive(Debug, Clone, Default)]
+pub struct DeleteOptions {
+    pub grace_period_seconds: Option<i64>,
+    pub uid: Option<String>,
+    pub resource_version: Option<String>,
+    pub propagation: Option<String>,
+}
+
+impl DeleteOptions {
+    /// Reads the body, or the query where there is no body.
+    pub fn read(body: &Value, query: &Query) -> Result<DeleteOptions> {
+        let text = |path: &str| Some(body.str_at(path).to_owned()).filter(|s| !s.is_empty());
+        let orphan = body.at("orphanDependents").and_then(Value::as_bool);
+        let orphan = orphan.or_else(|| query.get("orphanDependents").map(|v| v == "true"));
+        let named = text("propagationPolicy").or_else(|| query.get("propagationPolicy").map(str::to_owned));
+        if orphan.is_some() && named.is_some() {
+            return Err(Status::new(422, "Invalid", "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set"));
+        }
+        let propagation = match (named, orphan) {
+            (Some(policy), _) if !matches!(policy.as_str(), "Orphan" | "Background" | "Foreground") => {
+                return Err(Status::new(422, "Invalid", format!("DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Unsupported value: {policy:?}: supported values: \"Foreground\", \"Background\", \"Orphan\"")));
+            }
+            (Some(policy), _) => Some(policy),
+            (None, Some(true)) => Some("Orphan".to_owned()),
+            (None, Some(false)) => Some("Background".to_owned()),
+            (None, None) => None,
+        };
+        Ok(DeleteOptions {
+            grace_period_seconds: match body.int_at("gracePeriodSeconds") {
+                Some(seconds) => Some(seconds),
+                None => query.number("gracePeriodSeconds")?,
+            },
+            uid: text("preconditions.uid"),
+            resource_version: text("preconditions.resourceVersion"),
+            propagation,
+        })
+    }
+}
+
+/// The registry of all kinds.
+pub struct Registry {
+    pub store: Arc<dyn Store>,
+    pub schema: &'static Schema,
+    pub services: Allocator,
+    /// The time of day; a test or the simulation may pass its own.
+    pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+}
+
+impl Registry {
+    pub fn now(&self) -> String {
+        time::print((self.clock)(), 0)
+    }
+
+    /// The object, as stored.
+    pub fn get(&self, place: Place) -> Result<Arc<Entry>> {
+        self.find(place).ok_or_else(|| place.not_found())
+    }
+
+    pub fn find(&self, place: Place) -> Option<Arc<Entry>> {
+        self.store.get(&partition(place.kind), &place.key())
+    }
+
+    /// The object of a built-in kind, decoded; for admission and subresources.
+    pub fn lookup(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Value> {
+        let partition = if group.is_empty() { plural.to_owned() } else { format!("{plural}.{group}") };
+        self.store.get(&partition, &encode::key(namespace, name)).map(|entry| encode::decode(&entry))
+    }
+
+    // ---- create ----
+
+    pub async fn create(&self, kind: &Kind, namespace: &str, object: Value, context: &Context) -> Result<Outcome> {
+        let generated = object.name().is_empty() && !object.str_at("metadata.generateName").is_empty();
+        let mut attempt = 0;
+        loop {
+            let result = self.create_once(kind, namespace, object.clone(), context).await;
+            match result {
+                Err(status) if generated && status.reason == "AlreadyExists" && attempt < GENERATE_NAME_RETRIES_MAX => {
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn create_once(&self, kind: &Kind, namespace: &str, object: Value, context: &Context) -> Result<Outcome> {
+        let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
+        let owner = manager(kind, context, Endpoint::Main, false);
+        let reset = reset_fields(kind, Endpoint::Main);
+        let mut object = object;
+        apply::record_update(self.schema, kind.type_id, None, &mut object, &owner, reset, &self.now());
+        self.commit_new(kind, object, reservation, context).await
+    }
+
+    /// Everything a new object goes through before its owners are recorded.
+    fn prepare_create(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        mut object: Value,
+        context: &Context,
+    ) -> Result<(Value, Reservation<'_>)> {
+        let rules = Rules::of(kind);
+        self.prepare_metadata(kind, namespace, &mut object)?;
+        if kind.has_sub("status") {
+            object.remove_at("status");
+        }
+        (rules.create)(&mut object);
+        defaults::apply(self.schema, kind.type_id, &mut object);
+        let place = Place { kind, namespace, name: "" };
+        admission::mutate(self, Operation::Create, place, &mut object, None, context)?;
+        let mut errors = Vec::new();
+        rules::validate_metadata(kind, rules, &object, &mut errors);
+        (rules.validate)(&object, &mut errors);
+        if !errors.is_empty() {
+            return Err(Status::invalid(kind, object.name(), &errors));
+        }
+        admission::validate(self, Operation::Create, place, &object, None, context)?;
+        (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
+        let reservation = self.services.reserve(self, kind, &mut object, None)?;
+        Ok((object, reservation))
+    }
+
+    async fn commit_new(
+        &self,
+        kind: &Kind,
+        object: Value,
+        reservation: Reservation<'_>,
+        context: &Context,
+    ) -> Result<Outcome> {
+        if context.dry_run {
+            return Ok(Outcome::Shown(object));
+        }
+        let (bytes, splice) = encode::encode(kind, &object);
+        let write = Write {
+            partition: partition(kind).into(),
+            key: encode::key(object.namespace(), object.name()).into(),
+            expect: Expect::Absent,
+            change: put(Rules::of(kind), bytes, splice),
+        };
+        let committed = self.store.commit(write).await.map_err(|error| match error {
+            WriteError::Exists => Status::already_exists(kind, object.name()),
+            other => write_failed(&other),
+        })?;
+        reservation.keep();
+        Ok(Outcome::Stored(committed.entry))
+    }
+
+    fn prepare_metadata(&self, kind: &Kind, namespace: &str, object: &mut Value) -> Result<()> {
+        if !object.get("metadata").is_some_and(Value::is_object) {
+            object["metadata"] = json!({});
+        }
+        if !object.str_at("metadata.resourceVersion").is_empty() {
+            return Err(Status::bad_request("resourceVersion should not be set on objects to be created"));
+        }
+        if kind.namespaced {
+            match object.namespace() {
+                "" => object.set_at("metadata.namespace", namespace),
+                given if given != namespace => {
+                    return Err(Status::bad_request(
+                        "the namespace of the provided object does not match the namespace sent on the request",
+                    ));
+                }
+                _ => {}
+            }
+        }
+        for name in ["selfLink", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "resourceVersion"] {
+            object.remove_at(&format!("metadata.{name}"));
+        }
+        object.set_at("metadata.uid", new_uid());
+        object.set_at("metadata.creationTimestamp", self.now());
+        if Rules::of(kind).generation {
+            object.set_at("metadata.generation", 1);
+        }
+        let base = object.str_at("metadata.generateName").to_owned();
+        if object.name().is_empty() && !base.is_empty() {
+            object.set_at("metadata.name", generate_name(&base));
+        }
+        Ok(())
+    }
+
+    // ---- change ----
+
+    /// Changes an existing object.
+    pub async fn modify(&self, place: Place<'_>, endpoint: Endpoint, edit: &Edit<'_>, context: &Context) -> Result<Outcome> {
+        for _ in 0..CONFLICT_RETRIES_MAX {
+            let entry = self.get(place)?;
+            match self.modify_once(place, endpoint, edit, context, &entry).await? {
+                Attempt::Done(outcome) => return Ok(outcome),
+                Attempt::Raced => {}
+            }
+        }
+        Err(Status::modified(place.kind, place.name))
+    }
+
+    /// PUT and apply: also creates, where the kind or the verb allows it.
+    pub async fn modify_or_create(
+        &self,
+        place: Place<'_>,
+        edit: Edit<'_>,
+        context: &Context,
+    ) -> Result<(Outcome, bool)> {
+        for _ in 0..CONFLICT_RETRIES_MAX {
+            if self.find(place).is_some() {
+                match self.modify(place, Endpoint::Main, &edit, context).await {
+                    Err(status) if status.reason == "NotFound" => continue,
+                    result => return result.map(|outcome| (outcome, false)),
+                }
+            }
+            let created = match &edit {
+                Edit::Replace(object) if Rules::of(place.kind).create_on_update => {
+                    let mut object = object.clone();
+                    check_name(place, &object)?;
+                    object.remove_at("metadata.resourceVersion");
+                    self.create(place.kind, place.namespace, object, context).await
+                }
+                Edit::Apply { config, .. } => self.create_applied(place, config, context).await,
+                _ => return Err(place.not_found()),
+            };
+            match created {
+                Err(status) if status.reason == "AlreadyExists" => continue,
+                result => return result.map(|outcome| (outcome, true)),
+            }
+        }
+        Err(Status::modified(place.kind, place.name))
+    }
+
+    async fn create_applied(&self, place: Place<'_>, config: &Value, context: &Context) -> Result<Outcome> {
+        if !config.str_at("metadata.resourceVersion").is_empty() || !config.uid().is_empty() {
+            return Err(Status::conflict(place.kind, place.name, "StorageError: the object to apply does not exist"));
+        }
+        let kind = place.kind;
+        let mut object = config.clone();
+        if object.name().is_empty() {
+            object.set_at("metadata.name", place.name);
+        }
+        check_name(place, &object)?;
+        let (mut object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
+        let owner = manager(kind, context, Endpoint::Main, true);
+        let reset = reset_fields(kind, Endpoint::Main);
+        let empty = json!({});
+        let applied = apply::merge(self.schema, kind.type_id, &empty, config, &owner, reset, true)?;
+        apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, &owner, reset, &self.now());
+        self.commit_new(kind, object, reservation, context).await
+    }
+
+    async fn modify_once(
+        &self,
+        place: Place<'_>,
+        endpoint: Endpoint,
+        edit: &Edit<'_>,
+        context: &Context,
+        entry: &Arc<Entry>,
+    ) -> Result<Attempt> {
+        let Place { kind, .. } = place;
+        let rules = Rules::of(kind);
+        let old = encode::decode(entry);
+        let applies = matches!(edit, Edit::Apply { .. });
+        let owner = manager(kind, context, endpoint, applies);
+        let reset = reset_fields(kind, endpoint);
+        let mut applied = None;
+        let mut new = match edit {
+            Edit::Replace(object) => object.clone(),
+            Edit::JsonPatch(body) => self.decode_patched(kind, patch::json(&old, body)?, context)?,
+            Edit::MergePatch(body) => self.decode_patched(kind, patch::merge(&old, body)?, context)?,
+            Edit::StrategicPatch(body) => {
+                let patched = patch::strategic(self.schema, kind.type_id, &old, body)?;
+                self.decode_patched(kind, patched, context)?
+            }
+            Edit::Apply { config, force } => {
+                let mut config = config.clone();
+                if config.name().is_empty() {
+                    config.set_at("metadata.name", place.name);
+                }
+                let merged = apply::merge(self.schema, kind.type_id, &old, &config, &owner, reset, *force)?;
+                let object = self.decode_patched(kind, merged.object.clone(), context)?;
+                applied = Some(merged);
+                object
+            }
+            Edit::With(make) => make(&old)?,
+        };
+        let unconditional = self.check_identity(place, &new, &old, rules)?;
+        carry_system_metadata(&mut new, &old);
+        match endpoint {
+            Endpoint::Main => {
+                if kind.has_sub("status") {
+                    knarr_api::kinds::core::keep(&mut new, &old, "status");
+                }
+                (rules.update)(&mut new, &old);
+            }
+            Endpoint::Status => {
+                keep_all_but_status(&mut new, &old);
+                (rules.update_status)(&mut new, &old);
+            }
+            Endpoint::Other(_) => {}
+        }
+        defaults::apply(self.schema, kind.type_id, &mut new);
+        admission::mutate(self, Operation::Update, place, &mut new, Some(&old), context)?;
+        let mut errors = Vec::new();
+        rules::validate_metadata(kind, rules, &new, &mut errors);
+        rules::validate_metadata_update(&new, &old, &mut errors);
+        if endpoint == Endpoint::Main {
+            (rules.validate)(&new, &mut errors);
+            (rules.validate_update)(&new, &old, &mut errors);
+        }
+        if !errors.is_empty() {
+            return Err(Status::invalid(kind, place.name, &errors));
+        }
+        admission::validate(self, Operation::Update, place, &new, Some(&old), context)?;
+        if endpoint == Endpoint::Main {
+            (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
+        }
+        let reservation = self.services.reserve(self, kind, &mut new, Some(&old))?;
+        if rules.generation && changes_beyond_metadata_and_status(&new, &old) {
+            new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
+        }
+        match applied {
+            Some(applied) => {
+                let now = self.now();
+                apply::record_apply(self.schema, kind.type_id, &old, applied, &mut new, &owner, reset, &now);
+            }
+            None => apply::record_update(self.schema, kind.type_id, Some(&old), &mut new, &owner, reset, &self.now()),
+        }
+        if same_but_for_times(&new, &old) {
+            return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
+        }
+        if context.dry_run {
+            return Ok(Attempt::Done(Outcome::Shown(new)));
+        }
+        let written = if is_finished(&new) {
+            self.remove(kind, entry, &new).await
+        } else {
+            let (bytes, splice) = encode::encode(kind, &new);
+            let write = Write {
+                partition: partition(kind).into(),
+                key: entry.key.clone(),
+                expect: Expect::Revision(entry.revision),
+                change: put(rules, bytes, splice),
+            };
+            self.store.commit(write).await
+        };
+        match written {
+            Ok(committed) => {
+                reservation.keep();
+                Ok(Attempt::Done(Outcome::Stored(committed.entry)))
+            }
+            Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
+            Err(WriteError::Changed(_)) => Err(Status::modified(kind, place.name)),
+            Err(WriteError::NotFound) => Err(place.not_found()),
+            Err(other) => Err(write_failed(&other)),
+        }
+    }
+
+    /// A patched tree is decoded like a body: types are checked, unknown fields dropped.
+    fn decode_patched(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
+        self.decode(kind, tree, context)
+    }
+
+    /// Decodes a tree as the kind, judging unknown fields as the request asks.
+    pub fn decode(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
+        check_type(kind, &tree)?;
+        let decoded = decode::value(self.schema, kind.type_id, tree);
+        self.finish_decode(kind, decoded, context)
+    }
+
+    /// Decodes JSON bytes as the kind.
+    pub fn decode_json(&self, kind: &Kind, bytes: &[u8], context: &Context) -> Result<Value> {
+        let decoded = decode::json(self.schema, kind.type_id, bytes);
+        let value = self.finish_decode(kind, decoded, context)?;
+        check_type(kind, &value)?;
+        Ok(value)
+    }
+
+    fn finish_decode(
+        &self,
+        kind: &Kind,
+        decoded: std::result::Result<decode::Decoded, decode::DecodeError>,
+        context: &Context,
+    ) -> Result<Value> {
+        let about = |why: &str| {
+            format!("{} in version {:?} cannot be handled as a {}: {why}", kind.kind, kind.version, kind.kind)
+        };
+        let decoded = decoded.map_err(|error| Status::bad_request(about(&error.0)))?;
+        match context.validation {
+            FieldValidation::Strict if !decoded.issues.is_empty() => {
+                let list = decoded.issues.join(", ");
+                return Err(Status::bad_request(about(&format!("strict decoding error: {list}"))));
+            }
+            FieldValidation::Warn => decoded.issues.iter().for_each(|issue| context.warn(issue.as_str())),
+            _ => {}
+        }
+        let mut value = decoded.value;
+        if !value.is_object() {
+            return Err(Status::bad_request(about("the body is no object")));
+        }
+        value["kind"] = match value.str_at("kind") {
+            "" => json!(kind.kind),
+            given => json!(given),
+        };
+        if value.str_at("apiVersion").is_empty() {
+            value["apiVersion"] = json!(kind.api_version());
+        }
+        Ok(value)
+    }
+
+    /// Names, uid and resourceVersion must be those of the stored object; true if no revision was named.
+    fn check_identity(&self, place: Place, new: &Value, old: &Value, rules: &Rules) -> Result<bool> {
+        check_name(place, new)?;
+        if !new.uid().is_empty() && new.uid() != old.uid() {
+            let why = format!("Precondition failed: UID in precondition: {}, UID in object meta: {}", new.uid(), old.uid());
+            return Err(Status::conflict(place.kind, place.name, why));
+        }
+        match new.str_at("metadata.resourceVersion") {
+            "" if rules.needs_revision => {
+                let error = knarr_api::field::Error::invalid("metadata.resourceVersion", 0, "must be specified for an update");
+                Err(Status::invalid(place.kind, place.name, &[error]))
+            }
+            "" => Ok(true),
+            given if given == old.str_at("metadata.resourceVersion") => Ok(false),
+            _ => Err(Status::modified(place.kind, place.name)),
+        }
+    }
+
+    // ---- delete ----
+
+    /// Deletes an object, at once or gracefully; true if it is gone.
+    pub async fn delete(&self, place: Place<'_>, options: &DeleteOptions, context: &Context) -> Result<(Outcome, bool)> {
+        for _ in 0..CONFLICT_RETRIES_MAX {
+            let entry = self.get(place)?;
+            let old = encode::decode(&entry);
+            check_preconditions(place, &old, options)?;
+            admission::validate(self, Operation::Delete, place, &old, Some(&old), context)?;
+            let Some(new) = self.mark_deleted(place.kind, &old, options) else {
+                return Ok((Outcome::Stored(entry), false));
+            };
+            let gone = is_finished(&new);
+            if context.dry_run {
+                return Ok((Outcome::Shown(new), gone));
+            }
+            let written = if gone {
+                self.remove(place.kind, &entry, &new).await
+            } else {
+                let (bytes, splice) = encode::encode(place.kind, &new);
+                let write = Write {
+                    partition: partition(place.kind).into(),
+                    key: entry.key.clone(),
+                    expect: Expect::Revision(entry.revision),
+                    change: put(Rules::of(place.kind), bytes, splice),
+                };
+                self.store.commit(write).await
+            };
+            match written {
+                Ok(committed) => return Ok((Outcome::Stored(committed.entry), gone)),
+                Err(WriteError::Changed(_)) => {}
+                Err(WriteError::NotFound) => return Err(place.not_found()),
+                Err(other) => return Err(write_failed(&other)),
+            }
+        }
+        Err(Status::modified(place.kind, place.name))
+    }
+
+    /// The object as a deletion leaves it; `None` if that is what it already is.
+    fn mark_deleted(&self, kind: &Kind, old: &Value, options: &DeleteOptions) -> Option<Value> {
+        let mut new = old.clone();
+        set_policy_finalizer(kind, &mut new, options);
+        let grace = grace_seconds(kind, &new, options);
+        let pending = old.at("metadata.deletionTimestamp").is_some();
+        if pending {
+            let current = old.int_at("metadata.deletionGracePeriodSeconds").unwrap_or(0);
+            let shorter = options.grace_period_seconds.is_some() && grace < current;
+            let forced = kind.plural == "pods" && options.grace_period_seconds == Some(0);
+            if !shorter && !forced && new == *old {
+                return if is_finished(&new) { Some(new) } else { None };
+            }
+            if shorter || forced {
+                self.stamp(&mut new, grace);
+            }
+            return Some(new);
+        }
+        self.stamp(&mut new, grace);
+        if kind.resource() == "namespaces" {
+            new.set_at("status.phase", "Terminating");
+        }
+        if Rules::of(kind).generation && !is_finished(&new) {
+            new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
+        }
+        Some(new)
+    }
+
+    fn stamp(&self, object: &mut Value, grace: i64) {
+        let at = (self.clock)() + jiff::SignedDuration::from_secs(grace);
+        object.set_at("metadata.deletionTimestamp", time::print(at, 0));
+        object.set_at("metadata.deletionGracePeriodSeconds", grace);
+    }
+
+    async fn remove(&self, kind: &Kind, entry: &Arc<Entry>, last: &Value) -> std::result::Result<knarr_store::Committed, WriteError> {
+        let write = Write {
+            partition: partition(kind).into(),
+            key: entry.key.clone(),
+            expect: Expect::Revision(entry.revision),
+            change: Change::Delete { last: Some({
+                let (bytes, splice) = encode::encode(kind, last);
+                (bytes, Some(splice))
+            }) },
+        };
+        let committed = self.store.commit(write).await?;
+        self.services.release(kind, last);
+        Ok(committed)
+    }
+
+    // ---- lists ----
+
+    /// Entries that match the selectors, of one moment. A page may be shorter than `limit` is long only at the end.
+    pub fn list(&self, kind: &Kind, namespace: &str, selection: &Selection, range: Range) -> std::result::Result<Page, ReadError> {
+        let rules = Rules::of(kind);
+        let mut range = Range { prefix: prefix(namespace), ..range };
+        if let Some(name) = selection.fields.exact("metadata.name") {
+            let namespace = if namespace.is_empty() { selection.fields.exact("metadata.namespace").unwrap_or("") } else { namespace };
+            if !kind.namespaced || !namespace.is_empty() {
+                range.prefix = encode::key(namespace, name);
+            }
+        }
+        let limit = std::mem::take(&mut range.limit);
+        if selection.is_everything() {
+            range.limit = limit;
+            let listing = self.store.list(&partition(kind), &range)?;
+            return Ok(Page { entries: listing.entries, revision: listing.revision, remaining: listing.remaining, counted: true });
+        }
+        let listing = self.store.list(&partition(kind), &range)?;
+        let mut matching = listing.entries.into_iter().filter(|entry| selection.matches(rules, entry));
+        if limit == 0 {
+            return Ok(Page { entries: matching.collect(), revision: listing.revision, remaining: 0, counted: true });
+        }
+        let entries: Vec<Arc<Entry>> = matching.by_ref().take(limit).collect();
+        let more = matching.next().is_some();
+        Ok(Page { entries, revision: listing.revision, remaining: usize::from(more), counted: false })
+    }
+}
+
+enum Attempt {
+    Done(Outcome),
+    /// Somebody else was faster; read again.
+    Raced,
+}
+
+/// Which objects a list or watch is about.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    pub labels: knarr_api::selector::LabelSelector,
+    pub fields: knarr_api::selector::FieldSelector,
+}
+
+impl Selection {
+    pub fn is_everything(&self) -> bool {
+        self.labels.is_everything() && self.fields.is_everything()
+    }
+
+    pub fn matches(&self, rules: &'static Rules, entry: &Entry) -> bool {
+        if self.is_everything() {
+            return true;
+        }
+        let (namespace, name) = encode::split_key(&entry.key);
+        let names = |field: &str| match field {
+            "metadata.name" => Some(name),
+            "metadata.namespace" => Some(namespace),
+            _ => None,
+        };
+        // Names come from the key: no need to look inside.
+        if !self.fields.terms.iter().all(|t| names(&t.field).is_none_or(|v| (v == t.value) == t.equal)) {
+            return false;
+        }
+        if self.labels.is_everything() && self.fields.terms.iter().all(|t| names(&t.field).is_some()) {
+            return true;
+        }
+        let view = View::of(rules, entry);
+        self.labels.matches(Some(&view.labels))
+            && self.fields.terms.iter().all(|t| names(&t.field).is_some() || (view.field(&t.field) == t.value) == t.equal)
+    }
+}
+
+/// One page of a list.
+pub struct Page {
+    pub entries: Vec<Arc<Entry>>,
+    pub revision: u64,
+    /// How many more there are.
+    pub remaining: usize,
+    /// `remaining` is exact; with selectors it only says whether there are more.
+    pub counted: bool,
+}
+
+/// Where a kind's objects are kept. Events of both groups are one kind.
+pub fn partition(kind: &Kind) -> String {
+    if kind.kind == "Event" { "events".into() } else { kind.resource() }
+}
+
+/// The key prefix of a namespace; everything without one.
+pub fn prefix(namespace: &str) -> String {
+    if namespace.is_empty() { String::new() } else { format!("{namespace}/") }
+}
+
+fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
+    let time_to_live = rules.time_to_live_seconds.map(std::time::Duration::from_secs);
+    Change::Put { bytes, splice: Some(splice), time_to_live }
+}
+
+/// What a failed commit means for the client. The disk's complaint is worth telling.
+pub fn write_failed(error: &WriteError) -> Box<Status> {
+    match error {
+        WriteError::Disk(_) => Status::internal(error),
+        WriteError::Closed => Status::service_unavailable("the server is shutting down"),
+        other => Status::internal(other),
+    }
+}
+
+fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) -> Manager {
+    Manager {
+        applies,
+        name: context.manager.clone(),
+        api_version: kind.api_version(),
+        subresource: endpoint.subresource().to_owned(),
+    }
+}
+
+/// Fields an endpoint never owns.
+fn reset_fields(kind: &Kind, endpoint: Endpoint) -> &'static [&'static str] {
+    match endpoint {
+        Endpoint::Main if kind.has_sub("status") => &["status"],
+        Endpoint::Status => &["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"],
+        _ => &[],
+    }
+}
+
+/// 16 random bytes as a version 4 UUID.
+pub fn new_uid() -> String {
+    let mut bytes: [u8; 16] = rand::rng().random();
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// The base and five random characters that spell no words, within 63 in all.
+pub fn generate_name(base: &str) -> String {
+    const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+    let mut random = rand::rng();
+    let suffix: String = (0..5).map(|_| ALPHABET[random.random_range(0..ALPHABET.len())] as char).collect();
+    let base: String = base.chars().take(58).collect();
+    format!("{base}{suffix}")
+}
+
+fn check_type(kind: &Kind, object: &Value) -> Result<()> {
+    let (version, name) = (object.str_at("apiVersion"), object.str_at("kind"));
+    let expected = kind.api_version();
+    let version = if version.is_empty() { expected.as_str() } else { version };
+    let name = if name.is_empty() { kind.kind.as_str() } else { name };
+    if version == expected && name == kind.kind {
+        return Ok(());
+    }
+    let (group, bare) = version.split_once('/').unwrap_or(("", version));
+    if Schema::builtin().kind(group, bare, name).is_none() {
+        return Err(Status::bad_request(format!(
+            "{name} in version {bare:?} cannot be handled as a {}: no kind {name:?} is registered for version {version:?} in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
+            kind.kind
+        )));
+    }
+    if version != expected {
+        return Err(Status::bad_request(format!(
+            "the API version in the data ({version}) does not match the expected API version ({expected})"
+        )));
+    }
+    Err(Status::bad_request(format!(
+        "{name} in version {bare:?} cannot be handled as a {}: converting ({bare}.{name}) to ({}): unknown conversion",
+        kind.kind, kind.kind
+    )))
+}
+
+fn check_name(place: Place, object: &Value) -> Result<()> {
+    if object.name().is_empty() {
+        return Err(Status::bad_request("name must be provided"));
+    }
+    if object.name() != place.name {
+        return Err(Status::bad_request(format!(
+            "the name of the object ({}) does not match the name on the URL ({})",
+            object.name(),
+            place.name
+        )));
+    }
+    if place.kind.namespaced && !object.namespace().is_empty() && object.namespace() != place.namespace {
+        return Err(Status::bad_request(
+            "the namespace of the provided object does not match the namespace sent on the request",
+        ));
+    }
+    Ok(())
+}
+
+/// System fields are the server's; what the client sends for them does not count.
+fn carry_system_metadata(new: &mut Value, old: &Value) {
+    if !new.get("metadata").is_some_and(Value::is_object) {
+        new["metadata"] = json!({});
+    }
+    for name in [
+        "namespace",
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "resourceVersion",
+        "selfLink",
+    ] {
+        knarr_api::kinds::core::keep(new, old, &format!("metadata.{name}"));
+    }
+    // `managedFields: [{}]` asks for a reset and is understood later; anything else is the server's.
+    let reset = matches!(new.list_at("metadata.managedFields"), [one] if one.as_object().is_some_and(|m| m.is_empty()));
+    if !reset {
+        knarr_api::kinds::core::keep(new, old, "metadata.managedFields");
+    }
+}
+
+/// Status writers change status, labels, annotations and finalizers at most.
+fn keep_all_but_status(new: &mut Value, old: &Value) {
+    let status = new.remove_at("status");
+    let metadata = new.remove_at("metadata");
+    *new = old.clone();
+    match status {
+        Some(status) => new["status"] = status,
+        None => drop(new.remove_at("status")),
+    }
+    if let Some(metadata) = metadata {
+        for name in ["labels", "annotations", "finalizers"] {
+            match metadata.get(name) {
+                Some(value) => new["metadata"][name] = value.clone(),
+                None => drop(new.remove_at(&format!("metadata.{name}"))),
+            }
+        }
+    }
+}
+
+fn changes_beyond_metadata_and_status(new: &Value, old: &Value) -> bool {
+    let (Some(new), Some(old)) = (new.as_object(), old.as_object()) else { return true };
+    let counts = |name: &&String| !matches!(name.as_str(), "metadata" | "status" | "kind" | "apiVersion");
+    new.keys().chain(old.keys()).filter(counts).any(|name| new.get(name) != old.get(name))
+}
+
+/// Nothing to write: equal but for the times in `managedFields`.
+fn same_but_for_times(new: &Value, old: &Value) -> bool {
+    let (Some(new_map), Some(old_map)) = (new.as_object(), old.as_object()) else { return false };
+    let same_body = new_map.len() == old_map.len()
+        && new_map.iter().all(|(name, value)| name == "metadata" || old_map.get(name) == Some(value));
+    if !same_body {
+        return false;
+    }
+    let (Some(a), Some(b)) = (new.map_at("metadata"), old.map_at("metadata")) else { return false };
+    let keys = a.keys().chain(b.keys()).filter(|k| *k != "managedFields");
+    keys.into_iter().all(|k| a.get(k) == b.get(k)) && owners(new) == owners(old)
+}
+
+fn owners(object: &Value) -> Vec<Value> {
+    let mut owners = object.list_at("metadata.managedFields").to_vec();
+    owners.iter_mut().for_each(|o| drop(o.remove_at("time")));
+    owners
+}
+
+/// Marked for deletion, with no grace left and nobody to wait for.
+fn is_finished(object: &Value) -> bool {
+    object.at("metadata.deletionTimestamp").is_some()
+        && object.list_at("metadata.finalizers").is_empty()
+        && object.int_at("metadata.deletionGracePeriodSeconds").unwrap_or(0) == 0
+        && (object.str_at("kind") != "Namespace" || object.list_at("spec.finalizers").is_empty())
+}
+
+fn check_preconditions(place: Place, object: &Value, options: &DeleteOptions) -> Result<()> {
+    for (name, wanted, path) in
+        [("UID", &options.uid, "metadata.uid"), ("ResourceVersion", &options.resource_version, "metadata.resourceVersion")]
+    {
+        let have = object.str_at(path);
+        if let Some(wanted) = wanted.as_deref().filter(|w| *w != have) {
+            let why = format!("Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {have}");
+            return Err(Status::conflict(place.kind, place.name, why));
+        }
+    }
+    Ok(())
+}
+
+/// Orphaning and foreground deletion are finalizers that the garbage collector removes.
+fn set_policy_finalizer(kind: &Kind, object: &mut Value, options: &DeleteOptions) {
+    let had: Vec<Value> = object.list_at("metadata.finalizers").to_vec();
+    let has = |name: &str| had.iter().any(|f| f == name);
+    let policy = match options.propagation.as_deref() {
+        Some(policy) => policy,
+        None if has("orphan") => "Orphan",
+        None if has("foregroundDeletion") => "Foreground",
+        None if Rules::of(kind).orphans_by_default => "Orphan",
+        None => "Background",
+    };
+    let mut finalizers: Vec<Value> = had.into_iter().filter(|f| f != "orphan" && f != "foregroundDeletion").collect();
+    match policy {
+        "Orphan" => finalizers.push(json!("orphan")),
+        "Foreground" => finalizers.push(json!("foregroundDeletion")),
+        _ => {}
+    }
+    if finalizers.is_empty() {
+        object.remove_at("metadata.finalizers");
+    } else {
+        object.set_at("metadata.finalizers", finalizers);
+    }
+}
+
+/// Only pods have a grace period: what runs somewhere needs time to stop.
+fn grace_seconds(kind: &Kind, object: &Value, options: &DeleteOptions) -> i64 {
+    if kind.resource() != "pods" {
+        return 0;
+    }
+    let finished = matches!(object.str_at("status.phase"), "Failed" | "Succeeded");
+    if object.str_at("spec.nodeName").is_empty() || finished {
+        return 0;
+    }
+    let wanted = options.grace_period_seconds.or_else(|| object.int_at("spec.terminationGracePeriodSeconds"));
+    match wanted.unwrap_or(30) {
+        negative if negative < 0 => 1,
+        seconds => seconds,
+    }
+}

@@ -1,0 +1,264 @@
+//! Watches: a stream of changes, off the shared history.
+//!
+//! Every watcher holds only a position. Selectors turn changes of membership into `ADDED` and `DELETED`;
+//! bookmarks tell idle clients how far they are; a client that falls behind the history is told `410`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use knarr_api::columns::Clock;
+use knarr_api::rules::Rules;
+use knarr_api::schema::Kind;
+use knarr_api::status::{Result, Status};
+use knarr_store::{Entry, Event, Range, ReadError, Revision, Watcher};
+use rand::Rng;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::encode;
+use crate::registry::{Registry, Selection, partition, prefix};
+use crate::request::Query;
+use crate::respond::{Answer, Form, Shape, answer, shaped};
+
+/// How often an idle watcher is told where it stands.
+const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
+/// Watches end by themselves after half an hour to an hour, so that clients spread over servers.
+const TIMEOUT_SECONDS_MIN: u64 = 1800;
+
+/// What to watch.
+pub struct Request {
+    pub namespace: String,
+    pub selection: Selection,
+    pub query: Query,
+    pub form: Form,
+}
+
+/// Opens a watch; the answer streams until the timeout, an error, or the client's end.
+pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> Result<Answer> {
+    let query = &request.query;
+    let wants_initial = query.flag("sendInitialEvents");
+    let bookmarks = query.flag("allowWatchBookmarks");
+    let version = query.get("resourceVersion").unwrap_or_default();
+    if query.get("sendInitialEvents").is_some() && query.get("resourceVersionMatch") != Some("NotOlderThan") {
+        let text = "ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
+        return Err(Status::new(422, "Invalid", text));
+    }
+    let from: Option<Revision> = match version {
+        "" | "0" => None,
+        text => Some(text.parse().map_err(|_| Status::bad_request(format!("Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax")))?),
+    };
+    let timeout = match query.number("timeoutSeconds")? {
+        Some(seconds) if seconds > 0 => seconds as u64,
+        _ => rand::rng().random_range(TIMEOUT_SECONDS_MIN..2 * TIMEOUT_SECONDS_MIN),
+    };
+    // Without a revision, the current objects come first, as if just added.
+    let initial = wants_initial || (from.is_none() && query.get("sendInitialEvents").is_none());
+    let (first, position) = if initial {
+        let listing = registry.store.list(&partition(kind), &Range { prefix: prefix(&request.namespace), ..Range::default() });
+        let listing = listing.map_err(|e| read_failed(&e))?;
+        if from.is_some_and(|f| f > listing.revision) {
+            return Err(too_new(from.unwrap_or(0), listing.revision));
+        }
+        (listing.entries, listing.revision)
+    } else {
+        (Vec::new(), from.unwrap_or_else(|| registry.store.revision()))
+    };
+    let watcher = match registry.store.watch(&partition(kind), position) {
+        Ok(watcher) => watcher,
+        Err(error) => return Ok(closed_with(&read_failed(&error), &request.form)),
+    };
+    let rules = Rules::of(kind);
+    let first: Vec<Arc<Entry>> = first.into_iter().filter(|e| request.selection.matches(rules, e)).collect();
+    let stream = Stream {
+        registry: registry.clone(),
+        kind,
+        rules,
+        prefix: prefix(&request.namespace),
+        selection: request.selection,
+        form: request.form.clone(),
+        watcher,
+        deadline: Instant::now() + Duration::from_secs(timeout),
+        next_bookmark: bookmarks.then(|| Instant::now() + BOOKMARK_INTERVAL),
+        state: State::Initial { entries: first, mark: (wants_initial && bookmarks).then_some(position) },
+        headings: true,
+    };
+    let frames = stream::unfold(stream, |mut stream| async move {
+        let chunk = stream.next().await?;
+        Some((Ok(Frame::data(chunk)), stream))
+    });
+    Ok(answer(200, content_type(&request.form), StreamBody::new(frames).boxed_unsync()))
+}
+
+fn content_type(form: &Form) -> &'static str {
+    match form.shape {
+        Shape::Whole => "application/json",
+        _ => "application/json;stream=watch",
+    }
+}
+
+/// A watch that could not start says so in the stream, as upstream does.
+fn closed_with(status: &Status, form: &Form) -> Answer {
+    let chunk = Bytes::from(format!("{}\n", json!({ "type": "ERROR", "object": status.to_value() })));
+    answer(200, content_type(form), crate::respond::full(chunk))
+}
+
+pub fn read_failed(error: &ReadError) -> Box<Status> {
+    match error {
+        ReadError::Compacted { requested, oldest } => {
+            Status::expired(format!("too old resource version: {requested} ({oldest})"))
+        }
+        ReadError::Future { requested, newest } => too_new(*requested, *newest),
+    }
+}
+
+fn too_new(requested: Revision, newest: Revision) -> Box<Status> {
+    let mut status = Status::timeout(format!("Too large resource version: {requested}, current: {newest}"));
+    status.details = Some(json!({ "causes": [{ "reason": "ResourceVersionTooLarge", "message": "Too large resource version" }], "retryAfterSeconds": 1 }));
+    status
+}
+
+struct Stream {
+    registry: Arc<Registry>,
+    kind: &'static Kind,
+    rules: &'static Rules,
+    prefix: String,
+    selection: Selection,
+    form: Form,
+    watcher: Watcher,
+    deadline: Instant,
+    next_bookmark: Option<Instant>,
+    state: State,
+    /// Only the first table of a watch has column definitions.
+    headings: bool,
+}
+
+enum State {
+    /// The objects there were come first; then the mark that they are complete.
+    Initial { entries: Vec<Arc<Entry>>, mark: Option<Revision> },
+    Live,
+    Ended,
+}
+
+enum Wake {
+    Events(std::result::Result<Vec<Event>, ReadError>),
+    Bookmark,
+    Timeout,
+}
+
+impl Stream {
+    /// The next chunk of the body; never empty.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            match std::mem::replace(&mut self.state, State::Live) {
+                State::Ended => {
+                    self.state = State::Ended;
+                    return None;
+                }
+                State::Initial { entries, mark } => {
+                    let mut out = Vec::new();
+                    entries.iter().for_each(|entry| self.write(&mut out, "ADDED", &entry.bytes));
+                    if let Some(revision) = mark {
+                        self.bookmark(&mut out, revision, true);
+                    }
+                    if !out.is_empty() {
+                        return Some(out.into());
+                    }
+                }
+                State::Live => match self.wake().await {
+                    Wake::Timeout => self.state = State::Ended,
+                    Wake::Bookmark => {
+                        self.next_bookmark = Some(Instant::now() + BOOKMARK_INTERVAL);
+                        self.watcher.advance(self.registry.store.revision());
+                        let mut out = Vec::new();
+                        self.bookmark(&mut out, self.watcher.position(), false);
+                        return Some(out.into());
+                    }
+                    Wake::Events(Err(error)) => {
+                        self.state = State::Ended;
+                        let status = read_failed(&error).to_value();
+                        return Some(Bytes::from(format!("{}\n", json!({ "type": "ERROR", "object": status }))));
+                    }
+                    Wake::Events(Ok(events)) => {
+                        let mut out = Vec::new();
+                        events.iter().for_each(|event| self.event(&mut out, event));
+                        if !out.is_empty() {
+                            return Some(out.into());
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    async fn wake(&mut self) -> Wake {
+        let bookmark = async {
+            match self.next_bookmark {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            events = self.watcher.next() => Wake::Events(events),
+            () = bookmark => Wake::Bookmark,
+            () = tokio::time::sleep_until(self.deadline) => Wake::Timeout,
+        }
+    }
+
+    fn event(&mut self, out: &mut Vec<u8>, event: &Event) {
+        if !event.key().starts_with(&self.prefix) {
+            return;
+        }
+        let matches = |entry: &Arc<Entry>| self.selection.matches(self.rules, entry);
+        let was = event.before.as_ref().is_some_and(matches);
+        match &event.after {
+            Ok(entry) => match (was, matches(entry)) {
+                (false, true) => self.write(out, "ADDED", &entry.bytes),
+                (true, true) => self.write(out, "MODIFIED", &entry.bytes),
+                (true, false) => {
+                    // It left the selection: its last selected state, at the revision of leaving.
+                    if let Some(before) = &event.before {
+                        let mut object = encode::decode(before);
+                        object["metadata"]["resourceVersion"] = json!(event.revision.to_string());
+                        self.write(out, "DELETED", &Bytes::from(object.to_string()));
+                    }
+                }
+                (false, false) => {}
+            },
+            Err(last) if was => self.write(out, "DELETED", &last.bytes),
+            Err(_) => {}
+        }
+    }
+
+    fn write(&mut self, out: &mut Vec<u8>, name: &str, bytes: &Bytes) {
+        out.extend(br#"{"type":""#);
+        out.extend(name.as_bytes());
+        out.extend(br#"","object":"#);
+        if self.form.shape == Shape::Whole {
+            out.extend(bytes.iter());
+        } else {
+            let value: Value = serde_json::from_slice(bytes).expect("stored bytes are json");
+            let clock = Clock { now: (self.registry.clock)() };
+            let shown = shaped(self.kind, value, &self.form.shape, clock, self.headings);
+            self.headings = false;
+            out.extend(shown.to_string().bytes());
+        }
+        out.extend(b"}\n");
+    }
+
+    fn bookmark(&self, out: &mut Vec<u8>, revision: Revision, initial_end: bool) {
+        let mut metadata = json!({ "resourceVersion": revision.to_string() });
+        if initial_end {
+            metadata["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
+        }
+        let object = match &self.form.shape {
+            Shape::Whole => json!({ "kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": metadata }),
+            Shape::Partial { version } => json!({ "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata }),
+            Shape::Table { version, .. } => json!({ "kind": "Table", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata, "columnDefinitions": null, "rows": [] }),
+        };
+        out.extend(format!("{}\n", json!({ "type": "BOOKMARK", "object": object })).bytes());
+    }
+}

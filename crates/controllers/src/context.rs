@@ -1,0 +1,54 @@
+//! What every loop is given.
+
+use knarr_client::{Client, Clock, Informers, Recorder};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Settings of the loops; the defaults are upstream's.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// PEM bundle that pods trust the API server by; published in every namespace. Empty: nothing is published.
+    pub root_ca: String,
+    /// Terminated pods beyond this number are deleted, oldest first. Zero or less: none.
+    pub terminated_pod_threshold: i32,
+    /// A node without a heartbeat for this long is `Unknown`.
+    pub node_grace: Duration,
+    /// The same for a node that never reported.
+    pub node_startup_grace: Duration,
+    /// How long a pod may sit on a vanished node before pod GC looks for that node and deletes it.
+    pub orphan_quarantine: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            root_ca: String::new(),
+            terminated_pod_threshold: 12_500,
+            node_grace: Duration::from_secs(50),
+            node_startup_grace: Duration::from_secs(60),
+            orphan_quarantine: Duration::from_secs(40),
+        }
+    }
+}
+
+/// Client, caches, clock and events; clones share everything.
+#[derive(Clone)]
+pub struct Context {
+    pub client: Client,
+    pub informers: Informers,
+    pub clock: Clock,
+    pub recorder: Recorder,
+    pub config: Arc<Config>,
+}
+
+impl Context {
+    pub fn new(client: Client, config: Config, clock: Clock) -> Self {
+        Context {
+            informers: Informers::new(client.clone()),
+            recorder: Recorder::new(client.clone(), clock.clone(), "controller-manager", ""),
+            client,
+            clock,
+            config: Arc::new(config),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Starts all loops: one line each.
+
+use crate::{Config, Context};
+use futures::future::BoxFuture;
+use knarr_client::{Client, Clock};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
+
+const LOOPS: &[(&str, Start)] = &[
+    ("deployment", crate::deployment::start),
+    ("replicaset", crate::replicaset::start),
+    ("daemonset", crate::daemonset::start),
+    ("job", crate::job::start),
+    ("job-ttl", crate::job::start_ttl),
+    ("endpoints", crate::endpoints::start),
+    ("endpointslice", crate::endpointslice::start),
+    ("namespace", crate::namespace::start),
+    ("serviceaccount", crate::service_account::start),
+    ("root-ca", crate::root_ca::start),
+    ("node-lifecycle", crate::node_lifecycle::start),
+    ("taint-eviction", crate::node_lifecycle::start_eviction),
+    ("pod-gc", crate::pod_gc::start),
+    // Last, so that it shares the typed watches of those above.
+    ("garbage-collector", crate::garbage_collector::start),
+];
+
+/// All control loops of a cluster.
+pub struct ControllerManager;
+
+impl ControllerManager {
+    /// Runs every loop until `shutdown`. `client` should carry the controllers' identity.
+    pub async fn run(client: Client, config: Config, shutdown: CancellationToken) {
+        Self::run_with(Context::new(client, config, Clock::System), shutdown).await;
+    }
+
+    /// The same over a context of the caller's making: to share informers with others in the process, or with
+    /// another clock.
+    pub async fn run_with(context: Context, shutdown: CancellationToken) {
+        let mut running = JoinSet::new();
+        for (name, start) in LOOPS {
+            tracing::debug!(controller = name, "starting");
+            running.spawn(start(context.clone(), shutdown.clone()));
+        }
+        while let Some(ended) = running.join_next().await {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                tracing::error!(%error, "a control loop died");
+            }
+        }
+    }
+
+    /// The names of all loops.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        LOOPS.iter().map(|(name, _)| *name)
+    }
+}

@@ -1,0 +1,366 @@
+//! Node lifecycle: nodes that stop reporting become `Unknown`; conditions become taints; and pods leave nodes whose
+//! `NoExecute` taints they do not tolerate (for longer than they say).
+
+mod eviction;
+
+pub use eviction::start_eviction;
+
+use crate::pods::{self, BY_NODE};
+use crate::{Context, util};
+use futures::future::BoxFuture;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use knarr_client::informer::Selection;
+use knarr_client::{Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
+use knarr_client::{ignore_gone, patch};
+use kube::api::{Api, Patch, PatchParams};
+use parking_lot::Mutex;
+use serde_json::json;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+const LEASES: &str = "kube-node-lease";
+const NOT_READY: &str = "node.kubernetes.io/not-ready";
+const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
+const NO_SCHEDULE: &str = "NoSchedule";
+const NO_EXECUTE: &str = "NoExecute";
+/// Condition, the status that taints, and the taint that keeps new pods away.
+const CONDITION_TAINTS: [(&str, &str, &str); 6] = [
+    ("Ready", "False", NOT_READY),
+    ("Ready", "Unknown", UNREACHABLE),
+    ("MemoryPressure", "True", "node.kubernetes.io/memory-pressure"),
+    ("DiskPressure", "True", "node.kubernetes.io/disk-pressure"),
+    ("NetworkUnavailable", "True", "node.kubernetes.io/network-unavailable"),
+    ("PIDPressure", "True", "node.kubernetes.io/pid-pressure"),
+];
+const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
+/// Conditions a kubelet reports, which nobody can vouch for once it is silent.
+const REPORTED: [&str; 4] = ["Ready", "MemoryPressure", "DiskPressure", "PIDPressure"];
+
+pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
+    let nodes = context.informers.get::<Node>();
+    let all_pods = context.informers.get::<Pod>();
+    pods::index_by_node(&all_pods);
+    let leases = context.informers.select::<Lease>(Selection::namespace(LEASES));
+    let of_lease = |lease: &Lease| lease.metadata.name.iter().map(ObjectKey::cluster).collect();
+    let known = nodes.clone();
+    let controller = Controller::new("node-lifecycle")
+        // A change of readiness may turn the whole cluster's disruption around, so it concerns all nodes.
+        .watch_changes(&nodes, move |change| {
+            let ready = |node: &Node| ready_status(node).to_owned();
+            let turned = change.is_deleted() || change.old().is_none_or(|old| ready(old) != ready(change.object()));
+            let all = if turned { known.list() } else { vec![change.object().clone()] };
+            let mut keys: Vec<_> = all.iter().map(|node| ObjectKey::of(&**node)).collect();
+            keys.push(ObjectKey::of(&**change.object()));
+            keys
+        })
+        .watch_map(&leases, of_lease)
+        .needs(&all_pods);
+    let recorder = context.recorder.for_component("node-controller");
+    let this = Lifecycle { context, recorder, nodes, leases, pods: all_pods, health: Mutex::default() };
+    Box::pin(controller.run(Arc::new(this), shutdown))
+}
+
+struct Lifecycle {
+    context: Context,
+    recorder: Recorder,
+    nodes: Informer<Node>,
+    leases: Informer<Lease>,
+    pods: Informer<Pod>,
+    health: Mutex<HashMap<String, Health>>,
+}
+
+/// What was last seen of a node, and when, by our own clock: its clock may be wrong.
+struct Health {
+    seen: Sign,
+    since: Instant,
+}
+
+/// What a living kubelet keeps changing.
+#[derive(Clone, PartialEq, Default)]
+struct Sign {
+    lease: Option<jiff::Timestamp>,
+    heartbeat: Option<Time>,
+    ready: Option<String>,
+}
+
+impl Reconcile for Lifecycle {
+    async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
+        let Some(node) = self.nodes.get_key(&key) else {
+            if self.health.lock().remove(&key.name).is_some() {
+                tracing::info!(node = key.name, "node is gone");
+            }
+            return Ok(Requeue::Done);
+        };
+        let left = self.time_left(&node);
+        let silent = left.is_zero();
+        if silent {
+            self.mark_unknown(&node).await?;
+        }
+        self.write_taints(&node, silent).await?;
+        if silent || ready_status(&node) != "True" {
+            self.mark_pods(&key.name).await?;
+        }
+        Ok(if silent { Requeue::Done } else { Requeue::After(left) })
+    }
+}
+
+fn ready_status(node: &Node) -> &str {
+    let status = node.status.as_ref();
+    status.and_then(|status| util::find(&status.conditions, "Ready")).map_or("", |ready| ready.status.as_str())
+}
+
+impl Lifecycle {
+    /// Until when the node may stay silent; zero when that has passed.
+    fn time_left(&self, node: &Node) -> Duration {
+        let name = node.metadata.name.clone().unwrap_or_default();
+        let ready = node.status.as_ref().and_then(|status| util::find(&status.conditions, "Ready"));
+        let lease = self.leases.get(LEASES, &name);
+        let seen = Sign {
+            lease: lease.and_then(|lease| Some(lease.spec.as_ref()?.renew_time.as_ref()?.0)),
+            heartbeat: ready.and_then(|ready| ready.last_heartbeat_time.clone()),
+            // Our own verdict is no sign of life.
+            ready: ready.map(|ready| ready.status.clone()).filter(|status| status != "Unknown"),
+        };
+        let config = &self.context.config;
+        let grace = if ready.is_some() { config.node_grace } else { config.node_startup_grace };
+        let now = Instant::now();
+        let mut health = self.health.lock();
+        let fresh = !health.contains_key(&name);
+        let entry = health.entry(name.clone()).or_insert_with(|| Health { seen: seen.clone(), since: now });
+        if entry.seen != seen {
+            // What we wrote ourselves is remembered, so that the kubelet's next word differs, but it is no sign of life.
+            let since = if is_only_our_verdict(&entry.seen, &seen) { entry.since } else { now };
+            *entry = Health { seen, since };
+        }
+        let left = grace.saturating_sub(entry.since.elapsed());
+        drop(health);
+        if fresh {
+            let message = format!("Node {name} event: Registered Node {name} in Controller");
+            self.recorder.event(node, EventType::Normal, "RegisteredNode", message);
+        }
+        left
+    }
+
+    async fn mark_unknown(&self, node: &Node) -> Result<()> {
+        let conditions = node.status.as_ref().and_then(|status| status.conditions.clone());
+        let now = self.context.clock.time();
+        let mut changed = Vec::new();
+        for type_ in REPORTED {
+            match util::find(&conditions, type_) {
+                None => changed.push(NodeCondition {
+                    type_: type_.to_owned(),
+                    status: "Unknown".to_owned(),
+                    reason: Some("NodeStatusNeverUpdated".to_owned()),
+                    message: Some("Kubelet never posted node status.".to_owned()),
+                    last_heartbeat_time: node.metadata.creation_timestamp.clone(),
+                    last_transition_time: Some(now.clone()),
+                }),
+                Some(known) if known.status != "Unknown" => changed.push(NodeCondition {
+                    status: "Unknown".to_owned(),
+                    reason: Some("NodeStatusUnknown".to_owned()),
+                    message: Some("Kubelet stopped posting node status.".to_owned()),
+                    last_transition_time: Some(now.clone()),
+                    ..known.clone()
+                }),
+                Some(_) => {}
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let name = node.metadata.name.as_deref().unwrap_or_default();
+        tracing::warn!(node = name, "node stopped reporting");
+        let message = format!("Node {name} status is now: NodeNotReady");
+        self.recorder.event(node, EventType::Normal, "NodeNotReady", message);
+        let api: Api<Node> = Api::all(self.context.client.clone());
+        let change = json!({"metadata": {"uid": node.metadata.uid}, "status": {"conditions": changed}});
+        let patched = api.patch_status(name, &PatchParams::default(), &Patch::Strategic(change)).await;
+        ignore_gone(patched.during(|| format!("write conditions of node {name}")))
+    }
+
+    /// Brings our taints in line with the conditions; others' taints stay.
+    async fn write_taints(&self, node: &Node, silent: bool) -> Result<()> {
+        let present = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
+        let wanted = self.wanted_taints(node, silent);
+        let mut taints: Vec<Taint> = present
+            .iter()
+            .filter(|taint| !is_ours(taint) || wanted.iter().any(|wanted| same(wanted, taint)))
+            .cloned()
+            .collect();
+        let missing: Vec<_> = wanted.into_iter().filter(|taint| !present.iter().any(|known| same(known, taint))).collect();
+        taints.extend(missing.into_iter().map(|taint| Taint { time_added: self.time_added(&taint), ..taint }));
+        if taints == present {
+            return Ok(());
+        }
+        let name = node.metadata.name.as_deref().unwrap_or_default();
+        let api: Api<Node> = Api::all(self.context.client.clone());
+        let change = json!({
+            "metadata": {"uid": node.metadata.uid, "resourceVersion": node.metadata.resource_version},
+            "spec": {"taints": taints},
+        });
+        ignore_gone(patch::merge(&api, name, change).await)
+    }
+
+    fn time_added(&self, taint: &Taint) -> Option<Time> {
+        (taint.effect == NO_EXECUTE).then(|| self.context.clock.time())
+    }
+
+    fn wanted_taints(&self, node: &Node, silent: bool) -> Vec<Taint> {
+        let conditions = node.status.as_ref().and_then(|status| status.conditions.clone());
+        let status_of = |type_: &str| match util::find(&conditions, type_) {
+            _ if silent && type_ == "Ready" => Some("Unknown".to_owned()),
+            condition => condition.map(|condition| condition.status.clone()),
+        };
+        let taint = |key: &str, effect: &str| Taint {
+            key: key.to_owned(),
+            effect: effect.to_owned(),
+            ..Default::default()
+        };
+        let mut wanted: Vec<Taint> = CONDITION_TAINTS
+            .iter()
+            .filter(|(type_, status, _)| status_of(type_).as_deref() == Some(status))
+            .map(|(_, _, key)| taint(key, NO_SCHEDULE))
+            .collect();
+        if node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false) {
+            wanted.push(taint(UNSCHEDULABLE, NO_SCHEDULE));
+        }
+        if !self.all_are_down() {
+            match status_of("Ready").as_deref() {
+                Some("False") => wanted.push(taint(NOT_READY, NO_EXECUTE)),
+                Some("Unknown") => wanted.push(taint(UNREACHABLE, NO_EXECUTE)),
+                _ => {}
+            }
+        }
+        wanted
+    }
+
+    /// When no node at all reports, most likely it is us who are cut off: nobody is evicted then (upstream's full
+    /// disruption).
+    fn all_are_down(&self) -> bool {
+        let nodes = self.nodes.list();
+        !nodes.is_empty() && nodes.iter().all(|node| ready_status(node) != "True")
+    }
+
+    /// Pods of a node that is not ready are not ready either, so that Services leave them out.
+    async fn mark_pods(&self, node: &str) -> Result<()> {
+        for pod in self.pods.by_index(BY_NODE, node).iter().filter(|pod| pods::is_ready(pod)) {
+            let key = ObjectKey::of(&**pod);
+            self.recorder.event(&**pod, EventType::Warning, "NodeNotReady", "Node is not ready");
+            let ready = json!({
+                "type": "Ready", "status": "False", "lastTransitionTime": self.context.clock.time(),
+                "observedGeneration": pod.metadata.generation,
+            });
+            let change = json!({"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": [ready]}});
+            let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &key.namespace);
+            let patched = api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(change)).await;
+            ignore_gone(patched.during(|| format!("mark pod {key} not ready")))?;
+        }
+        Ok(())
+    }
+}
+
+/// The difference is only that we declared the node `Unknown`.
+fn is_only_our_verdict(old: &Sign, new: &Sign) -> bool {
+    new.ready.is_none() && old.lease == new.lease && old.heartbeat == new.heartbeat
+}
+
+fn is_ours(taint: &Taint) -> bool {
+    let by_condition = CONDITION_TAINTS.iter().any(|(_, _, key)| *key == taint.key) || taint.key == UNSCHEDULABLE;
+    match taint.effect.as_str() {
+        NO_SCHEDULE => by_condition,
+        NO_EXECUTE => taint.key == NOT_READY || taint.key == UNREACHABLE,
+        _ => false,
+    }
+}
+
+fn same(a: &Taint, b: &Taint) -> bool {
+    a.key == b.key && a.effect == b.effect
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::harness::Harness;
+
+    fn node(name: &str) -> serde_json::Value {
+        json!({"metadata": {"name": name}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+    }
+
+    fn taints(node: &Node) -> Vec<(String, String)> {
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let mut taints: Vec<_> = taints.map(|taint| (taint.key.clone(), taint.effect.clone())).collect();
+        taints.sort();
+        taints
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_node_is_tainted_its_pods_evicted_and_all_is_well_when_it_comes_back() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        harness.start(start_eviction);
+        for name in ["alive", "silent"] {
+            harness.create_global::<Node>(node(name)).await;
+        }
+        let tolerations = json!([{"key": UNREACHABLE, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}]);
+        let pod = json!({
+            "metadata": {"name": "p"},
+            "spec": {"containers": [], "nodeName": "silent", "tolerations": tolerations},
+        });
+        harness.create::<Pod>(pod).await;
+        harness.make_ready("p").await;
+        let heartbeats = {
+            let (client, clock) = (harness.client(), harness.context.clock.clone());
+            tokio::spawn(async move {
+                let api: Api<Lease> = Api::namespaced(client, LEASES);
+                loop {
+                    let lease = json!({"metadata": {"name": "alive"}, "spec": {"renewTime": clock.micro_time()}});
+                    let lease: Lease = serde_json::from_value(lease).unwrap();
+                    if api.create(&Default::default(), &lease).await.is_err() {
+                        let spec = json!({"spec": lease.spec});
+                        let _ = api.patch("alive", &PatchParams::default(), &Patch::Merge(spec)).await;
+                    }
+                    tokio::time::sleep(Duration::from_secs(10)).await;
+                }
+            })
+        };
+        let began = Instant::now();
+        let tainted = |nodes: &[Node]| {
+            let silent = nodes.iter().find(|node| node.metadata.name.as_deref() == Some("silent")).unwrap();
+            taints(silent)
+                == [(UNREACHABLE.to_owned(), NO_EXECUTE.to_owned()), (UNREACHABLE.to_owned(), NO_SCHEDULE.to_owned())]
+        };
+        let nodes = harness.api.wait_for::<Node>("the taints", tainted).await;
+        assert!((50..52).contains(&began.elapsed().as_secs()));
+        assert!(taints(&nodes[0]).is_empty(), "a node that renews its lease is alive");
+        harness.api.wait_for::<Pod>("the pod not ready", |pods| !pods::is_ready(&pods[0])).await;
+        harness.api.wait_for::<Pod>("the pod deleted", |pods| pods::is_terminating(&pods[0])).await;
+        let elapsed = began.elapsed().as_secs();
+        // Taints carry whole seconds.
+        assert!((349..353).contains(&elapsed), "50 s until unknown and 300 s tolerated, not {elapsed}");
+        let api: Api<Node> = Api::all(harness.client());
+        let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        api.patch_status("silent", &PatchParams::default(), &Patch::Merge(ready)).await.unwrap();
+        harness.api.wait_for::<Node>("no taints", |nodes| nodes.iter().all(|node| taints(node).is_empty())).await;
+        heartbeats.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_no_node_reports_nobody_is_evicted() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        for name in ["a", "b"] {
+            harness.create_global::<Node>(node(name)).await;
+        }
+        let unreachable = |nodes: &[Node]| {
+            nodes.iter().all(|node| taints(node) == [(UNREACHABLE.to_owned(), NO_SCHEDULE.to_owned())])
+        };
+        harness.api.wait_for::<Node>("both unreachable, no eviction", unreachable).await;
+        harness.api.settle(Duration::from_secs(200)).await;
+        assert!(unreachable(&harness.api.objects::<Node>()));
+    }
+}
