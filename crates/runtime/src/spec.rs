@@ -533,7 +533,7 @@ mod tests {
             entrypoint: vec!["/entry".into()],
             cmd: vec!["cmd".into()],
             env: vec!["PATH=/image".into(), "A=image".into()],
-            working_dir: "/work".into(),
+            working_dir: "/srv".into(),
             ..Default::default()
         }
     }
@@ -547,7 +547,7 @@ mod tests {
                 "terminal": false,
                 "args": ["/entry", "cmd"],
                 "env": ["HOSTNAME=pod", "HOME=/root", "PATH=/image", "A=image"],
-                "cwd": "/work",
+                "cwd": "/srv",
                 "user": { "uid": 0, "gid": 0, "additionalGids": [0] },
                 "capabilities": {
                     "bounding": DEFAULT_CAPABILITIES,
