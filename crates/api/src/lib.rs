@@ -11,6 +11,7 @@ pub mod rules;
 pub mod kinds;
 pub mod fieldset;
 pub mod patch;
+pub mod protobuf;
 pub mod defaults;
 pub mod selector;
 

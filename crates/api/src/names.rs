@@ -29,7 +29,8 @@ fn too_long(max: usize) -> String {
 }
 
 fn regex_error(message: &str, pattern: &str, examples: &[&str]) -> String {
-    let list = examples.iter().map(|e| format!("'{e}'")).collect::<Vec<_>>().join(", or ");
+    // Two blanks before each "or": upstream's wording, which clients match.
+    let list = examples.iter().map(|e| format!("'{e}'")).collect::<Vec<_>>().join(",  or ");
     format!("{message} (e.g. {list}, regex used for validation is '{pattern}')")
 }
 

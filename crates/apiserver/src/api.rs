@@ -11,7 +11,7 @@ use knarr_api::columns::Clock;
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
-use knarr_api::decode;
+use knarr_api::{decode, protobuf};
 use knarr_store::{Range, ReadError};
 use serde_json::{Value, json};
 
@@ -316,17 +316,17 @@ impl Api {
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("create", "binding") => {
-                let binding = tree(&call.headers, &body)?;
+                let binding = self.tree(&call.headers, &body)?;
                 let value = subresources::bind(&self.registry, call.place(), &binding, &call.context).await?;
                 self.show(call, 201, &value)
             }
             ("create", "eviction") => {
-                let eviction = tree(&call.headers, &body)?;
+                let eviction = self.tree(&call.headers, &body)?;
                 let value = subresources::evict(&self.registry, call.place(), &eviction, &call.context).await?;
                 self.show(call, 201, &value)
             }
             ("create", "token") => {
-                let request = tree(&call.headers, &body)?;
+                let request = self.tree(&call.headers, &body)?;
                 let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
                 self.show(call, 201, &value)
             }
@@ -457,7 +457,7 @@ impl Api {
 
     async fn review(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         if call.kind.kind == "Binding" {
-            let binding = tree(&call.headers, body)?;
+            let binding = self.tree(&call.headers, body)?;
             let kind = self.registry.schema.resource("", "v1", "pods").expect("pods are built in");
             let place = Place { kind, namespace: call.namespace(), name: binding.name() };
             let value = subresources::bind(&self.registry, place, &binding, &call.context).await?;
@@ -523,7 +523,7 @@ impl Api {
     async fn scale(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         let replace = call.info.verb == "update";
         let media = media_type(&call.headers);
-        let sent = if replace { Some(tree(&call.headers, body)?) } else { None };
+        let sent = if replace { Some(self.tree(&call.headers, body)?) } else { None };
         let type_id = self.registry.schema.type_named("autoscaling.v1.Scale");
         let edit = |scale: &Value| -> Result<Value> {
             match (&sent, media, type_id) {
@@ -586,7 +586,7 @@ impl Api {
     }
 
     fn delete_options(&self, call: &Call, body: &Bytes) -> Result<DeleteOptions> {
-        let options = if body.is_empty() { Value::Null } else { tree(&call.headers, body)? };
+        let options = if body.is_empty() { Value::Null } else { self.tree(&call.headers, body)? };
         DeleteOptions::read(&options, call.query())
     }
 
@@ -596,9 +596,43 @@ impl Api {
                 let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
+            PROTOBUF => {
+                let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
+                    .map_err(|e| Status::bad_request(e.0))?;
+                self.registry.decode(call.kind, tree, &call.context)
+            }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
+            _ => Err(Status::unsupported_media_type(respond::SUPPORTED)),
         }
+    }
+
+    /// A body of another type than the resource's, as a tree: options, scales, bindings.
+    fn tree(&self, headers: &HeaderMap, body: &Bytes) -> Result<Value> {
+        match media_type(headers) {
+            "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
+            PROTOBUF => {
+                let (version, kind, _) = protobuf::envelope(body).map_err(|e| Status::bad_request(e.0))?;
+                let id = self.registry.schema.type_named(&qualified_type(&version, &kind));
+                let id = id.ok_or_else(|| Status::bad_request(format!("no kind {kind:?} is registered for version {version:?}")))?;
+                protobuf::decode(self.registry.schema, id, body).map_err(|e| Status::bad_request(e.0))
+            }
+            "application/json" | "" => serde_json::from_slice(body)
+                .map_err(|e| Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))),
+            _ => Err(Status::unsupported_media_type(respond::SUPPORTED)),
+        }
+    }
+}
+
+const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+
+/// The schema's name of a type: `policy.v1.Eviction`. Options are of the meta group whatever they claim.
+fn qualified_type(api_version: &str, kind: &str) -> String {
+    if kind.ends_with("Options") {
+        return format!("meta.v1.{kind}");
+    }
+    match api_version.split_once('/') {
+        Some((group, version)) => format!("{}.{version}.{kind}", group.split('.').next().unwrap_or_default()),
+        None => format!("core.{api_version}.{kind}"),
     }
 }
 
@@ -613,17 +647,6 @@ async fn read_body(body: Body) -> Result<Bytes> {
 fn media_type(headers: &HeaderMap) -> &str {
     let value = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     value.split(';').next().unwrap_or_default().trim()
-}
-
-/// A body as a plain tree.
-fn tree(headers: &HeaderMap, body: &Bytes) -> Result<Value> {
-    match media_type(headers) {
-        "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
-        "application/json" | "" => {
-            serde_json::from_slice(body).map_err(|e| Status::bad_request(format!("couldn't get version/kind; json parse error: {e}")))
-        }
-        _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
-    }
 }
 
 /// `fieldManager`, or the user agent up to its first slash.

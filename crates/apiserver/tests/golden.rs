@@ -18,7 +18,7 @@ use knarr_apiserver::bootstrap;
 use knarr_apiserver::identity::User;
 use knarr_apiserver::proxy::Dialer;
 use knarr_apiserver::rbac::Rbac;
-use knarr_apiserver::registry::Registry;
+use knarr_apiserver::registry::{Context, Registry};
 use knarr_apiserver::respond::full;
 use knarr_apiserver::services::Allocator;
 use knarr_store::engine::Memory;
@@ -42,6 +42,11 @@ async fn server() -> Api {
         .expect("versions")
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
+    // The recording server ran without service account admission; this account changes no pod.
+    let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
+    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
+    let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
+    registry.create(kind, "default", account, &context).await.expect("creates");
     Api {
         rbac: Rbac::new(store),
         registry,

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use knarr_client::{Informers, Client};
+use k8s_openapi::api::core::v1::NodeAddress;
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
+use knarr_kubelet::{Kubelet, KubeletConfig, ServerConfig};
 use knarr_network::nft::NftProgram;
 use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
 use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
@@ -53,6 +55,12 @@ pub async fn start(
     let informers = Informers::new(client.clone());
     let (runtime, network) = tokio::try_join!(start_runtime(settings), start_network(settings))?;
     let gateways = network.gateways();
+    let (kept, stop) = (network.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        if let Err(error) = kept.keep(stop).await {
+            tracing::warn!(%error, "nobody watches the pod network's firewall table any more");
+        }
+    });
     start_proxy(settings, &informers, tasks, shutdown)?;
     start_dns(settings, &server.client("system:apiserver", &["system:masters"]), &informers, &gateways, tasks, shutdown).await?;
     let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
@@ -173,7 +181,7 @@ fn kubelet(
     informers: Informers,
     runtime: Arc<dyn Runtime>,
     network: Arc<RoutedNetwork>,
-) -> Result<knarr_kubelet::Kubelet> {
+) -> Result<Kubelet> {
     let (names, addresses) = ([settings.node_name.clone()], [settings.node_ip]);
     let subject = Subject {
         name: &format!("system:node:{}", settings.node_name),
@@ -182,23 +190,32 @@ fn kubelet(
         addresses: &addresses,
     };
     let serving = authority.leaf("kubelet", &subject)?;
-    let tls = authority.server_config(&serving, true, &["http/1.1"])?;
-    let own_network = settings.container_runtime_endpoint.is_none();
-    let config = knarr_kubelet::KubeletConfig {
-        node_name: settings.node_name.clone(),
-        node_addresses: vec![settings.node_ip],
+    let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
+    let own_cluster = settings.data_dir == Path::new(crate::settings::DATA_DIR);
+    let config = KubeletConfig {
+        node_addresses: vec![
+            address("InternalIP", settings.node_ip.to_string()),
+            address("Hostname", settings.node_name.clone()),
+        ],
         root_dir: settings.data_dir.join("kubelet"),
-        pod_cidrs: vec![settings.node_cidr.clone()],
-        cluster_dns: vec![IpAddr::V4(settings.service_address(10)?)],
+        pod_log_dir: log_dir(settings),
+        container_log_dir: own_cluster.then(|| PathBuf::from(LOG_LINKS)),
+        cluster_dns: vec![settings.service_address(10)?.to_string()],
         cluster_domain: settings.domain.clone(),
-        listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
-        tls: Some(tls),
-        cgroup_root: cgroup_root(settings),
-        log_dir: log_dir(settings),
-        ..knarr_kubelet::KubeletConfig::default()
+        pod_cidrs: vec![settings.node_cidr.clone()],
+        control_plane: true,
+        cgroup_root: format!("{}/kubepods", cgroup_root(settings)),
+        server: Some(ServerConfig {
+            listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
+            certificate: authority.resolver(&serving)?,
+            client_ca: Arc::new(authority.roots()?),
+            allowed_names: vec![crate::server::KUBELET_CLIENT.into()],
+        }),
+        ..KubeletConfig::new(&settings.node_name)
     };
+    let own_network = settings.container_runtime_endpoint.is_none();
     let network = own_network.then_some(network as Arc<dyn knarr_network::PodNetwork>);
-    Ok(knarr_kubelet::Kubelet::new(config, client, informers, runtime, network))
+    Ok(Kubelet::new(config, client, informers, runtime, network))
 }
 
 /// Ends all containers; their pods start anew with the next `up`.
@@ -206,12 +223,12 @@ pub fn stop_containers(settings: &Settings) -> Result<()> {
     if settings.container_runtime_endpoint.is_some() {
         return Ok(());
     }
-    builtin::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
+    builtin::purge::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
 }
 
 /// Removes everything of ours from the machine.
 pub fn purge(settings: &Settings) -> Result<()> {
-    builtin::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
+    builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
         knarr_network::builtin::purge(&settings.run_dir.join("network")).await.context("purge the pod network")
@@ -263,7 +280,7 @@ fn remove_pod_logs(settings: &Settings) -> Result<()> {
 
 /// What was looked for, each with what is left of it.
 pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
-    let checks = builtin::verify_clean(&runtime_config(settings)).map_err(|e| anyhow!("look for containers: {e}"))?;
+    let checks = builtin::purge::verify_clean(&runtime_config(settings)).map_err(|e| anyhow!("look for containers: {e}"))?;
     let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
     let report = block_on(async {
         let report = knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;

@@ -16,7 +16,8 @@ use rcgen::{
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use crate::settings::write_private;
 
@@ -113,16 +114,23 @@ impl Authority {
         Ok((pem, key.public_key_raw().to_vec()))
     }
 
-    fn roots(&self) -> Result<RootCertStore> {
+    /// What trusts this authority, and nobody else.
+    pub fn roots(&self) -> Result<RootCertStore> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.certificate.as_bytes()).map_err(|e| anyhow!("ca.crt: {e}"))?)?;
         Ok(roots)
     }
 
-    /// Serves with the leaf; clients may show certificates of this authority, or, if `required`, must.
-    pub fn server_config(&self, leaf: &Leaf, required: bool, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
-        let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?));
-        let verifier = if required { verifier } else { verifier.allow_unauthenticated() };
+    /// Shows the leaf at every handshake.
+    pub fn resolver(&self, leaf: &Leaf) -> Result<Arc<dyn ResolvesServerCert>> {
+        let (chain, key) = parse(leaf)?;
+        let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
+        Ok(Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, key))))
+    }
+
+    /// Serves with the leaf; clients may show certificates of this authority.
+    pub fn server_config(&self, leaf: &Leaf, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
+        let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?)).allow_unauthenticated();
         let (chain, key) = parse(leaf)?;
         let mut config =
             rustls::ServerConfig::builder().with_client_cert_verifier(verifier.build()?).with_single_cert(chain, key)?;

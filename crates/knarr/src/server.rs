@@ -25,6 +25,9 @@ use crate::kubeconfig;
 use crate::pki::{Authority, Subject};
 use crate::settings::Settings;
 
+/// The name the API server shows to kubelets.
+pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
+
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
 
 /// A running server; clients of this process call it without sockets.
@@ -54,7 +57,7 @@ impl Server {
         bootstrap::run(&registry, &[advertised]).await.map_err(|e| anyhow!("create the first objects: {e}"))?;
         let kubelet_client = authority.leaf(
             "apiserver-kubelet-client",
-            &Subject { name: "kube-apiserver-kubelet-client", groups: &["system:masters"], names: &[], addresses: &[] },
+            &Subject { name: KUBELET_CLIENT, groups: &["system:masters"], names: &[], addresses: &[] },
         )?;
         let api = Arc::new(Api {
             rbac: Rbac::new(store),
@@ -64,7 +67,7 @@ impl Server {
             address: advertised.to_string(),
         });
         let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
-        let tls = authority.server_config(&serving, false, &["h2", "http/1.1"])?;
+        let tls = authority.server_config(&serving, &["h2", "http/1.1"])?;
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {
             tokio::select! {
