@@ -129,7 +129,14 @@ struct Reader<'s> {
 
 impl Reader<'_> {
     /// Reads a message into `out`; within an embedded structure of Go, `inside` is that structure's number.
-    fn message(&self, id: TypeId, inside: Option<u32>, bytes: &[u8], depth: usize, out: &mut Map<String, Value>) -> Result<(), DecodeError> {
+    fn message(
+        &self,
+        id: TypeId,
+        inside: Option<u32>,
+        bytes: &[u8],
+        depth: usize,
+        out: &mut Map<String, Value>,
+    ) -> Result<(), DecodeError> {
         if depth > DEPTH_MAX {
             return Err(bad("messages nest too deeply"));
         }
@@ -152,12 +159,20 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn field(&self, field: &Field, wire: Wire, depth: usize, out: &mut Map<String, Value>) -> Result<(), DecodeError> {
+    fn field(
+        &self,
+        field: &Field,
+        wire: Wire,
+        depth: usize,
+        out: &mut Map<String, Value>,
+    ) -> Result<(), DecodeError> {
         match &field.shape {
             Shape::List(inner) => {
                 let list = out.entry(&field.name).or_insert_with(|| json!([]));
                 let Value::Array(items) = list else { return Ok(()) };
-                if let (Wire::Bytes(packed), Shape::Int32 | Shape::Int64 | Shape::Bool) = (&wire, inner.as_ref()) {
+                if let (Wire::Bytes(packed), Shape::Int32 | Shape::Int64 | Shape::Bool) =
+                    (&wire, inner.as_ref())
+                {
                     let mut numbers = Fields(packed);
                     while !numbers.0.is_empty() {
                         let number = numbers.varint()?;
@@ -192,7 +207,9 @@ impl Reader<'_> {
 
     /// Lists as map values are messages with the items as field 1 (`map[string][]string`).
     fn map_value(&self, shape: &Shape, wire: Wire, depth: usize) -> Result<Option<Value>, DecodeError> {
-        let (Shape::List(inner), Wire::Bytes(bytes)) = (shape, &wire) else { return self.value(shape, wire, depth) };
+        let (Shape::List(inner), Wire::Bytes(bytes)) = (shape, &wire) else {
+            return self.value(shape, wire, depth);
+        };
         let mut items = Vec::new();
         for part in Fields(bytes) {
             if let (1, wire) = part? {
@@ -285,17 +302,67 @@ fn is_dropped(field: &Field, value: &Value) -> bool {
 
 /// Fields that are pointers upstream, where false, zero and empty mean what they say.
 const POINTERS: &[&str] = &[
-    "activeDeadlineSeconds", "allocateLoadBalancerNodePorts", "allowPrivilegeEscalation", "allowVolumeExpansion",
-    "attachRequired", "automountServiceAccountToken", "averageUtilization", "backoffLimit", "backoffLimitPerIndex",
-    "blockOwnerDeletion", "collisionCount", "completions", "controller", "defaultMode", "deletionGracePeriodSeconds",
-    "enableServiceLinks", "expirationSeconds", "failedJobsHistoryLimit", "fsGroup", "gracePeriodSeconds",
-    "hostProcess", "hostUsers", "immutable", "leaseDurationSeconds", "leaseTransitions", "manualSelector",
-    "maxFailedIndexes", "minDomains", "minReplicas", "mode", "optional", "orphanDependents", "parallelism",
-    "partition", "podInfoOnMount", "priority", "privileged", "progressDeadlineSeconds", "readOnlyRootFilesystem",
-    "ready", "replicas", "requiresRepublish", "revisionHistoryLimit", "runAsGroup", "runAsNonRoot", "runAsUser",
-    "seLinuxMount", "serving", "setHostnameAsFQDN", "shareProcessNamespace", "stabilizationWindowSeconds", "started",
-    "startingDeadlineSeconds", "storageCapacity", "storageClassName", "successfulJobsHistoryLimit", "suspend",
-    "terminating", "terminationGracePeriodSeconds", "tolerationSeconds", "ttlSecondsAfterFinished",
+    "activeDeadlineSeconds",
+    "allocateLoadBalancerNodePorts",
+    "allowPrivilegeEscalation",
+    "allowVolumeExpansion",
+    "attachRequired",
+    "automountServiceAccountToken",
+    "averageUtilization",
+    "backoffLimit",
+    "backoffLimitPerIndex",
+    "blockOwnerDeletion",
+    "collisionCount",
+    "completions",
+    "controller",
+    "defaultMode",
+    "deletionGracePeriodSeconds",
+    "enableServiceLinks",
+    "expirationSeconds",
+    "failedJobsHistoryLimit",
+    "fsGroup",
+    "gracePeriodSeconds",
+    "hostProcess",
+    "hostUsers",
+    "immutable",
+    "leaseDurationSeconds",
+    "leaseTransitions",
+    "manualSelector",
+    "maxFailedIndexes",
+    "minDomains",
+    "minReplicas",
+    "mode",
+    "optional",
+    "orphanDependents",
+    "parallelism",
+    "partition",
+    "podInfoOnMount",
+    "priority",
+    "privileged",
+    "progressDeadlineSeconds",
+    "readOnlyRootFilesystem",
+    "ready",
+    "replicas",
+    "requiresRepublish",
+    "revisionHistoryLimit",
+    "runAsGroup",
+    "runAsNonRoot",
+    "runAsUser",
+    "seLinuxMount",
+    "serving",
+    "setHostnameAsFQDN",
+    "shareProcessNamespace",
+    "stabilizationWindowSeconds",
+    "started",
+    "startingDeadlineSeconds",
+    "storageCapacity",
+    "storageClassName",
+    "successfulJobsHistoryLimit",
+    "suspend",
+    "terminating",
+    "terminationGracePeriodSeconds",
+    "tolerationSeconds",
+    "ttlSecondsAfterFinished",
 ];
 
 #[cfg(test)]
@@ -316,7 +383,10 @@ mod tests {
         let schema = Schema::builtin();
         let id = schema.resource("", "v1", "configmaps").expect("served").type_id;
         let value = decode(schema, id, &config_map()).expect("decodes");
-        assert_eq!(value, json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"},"data":{"k":"v"}}));
+        assert_eq!(
+            value,
+            json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"},"data":{"k":"v"}})
+        );
     }
 
     #[test]

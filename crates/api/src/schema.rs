@@ -191,9 +191,11 @@ impl Schema {
         schema.declare_types(text);
         let mut scope = Scope::default();
         for (index, line) in text.lines().enumerate() {
-            schema
-                .read_line(line, &mut scope)
-                .map_err(|problem| TableError { line: index + 1, problem, text: line.to_owned() })?;
+            schema.read_line(line, &mut scope).map_err(|problem| TableError {
+                line: index + 1,
+                problem,
+                text: line.to_owned(),
+            })?;
         }
         schema.types.iter_mut().for_each(|t| t.fields.sort_by(|a, b| a.name.cmp(&b.name)));
         Ok(schema)

@@ -41,9 +41,14 @@ pub enum Encoding {
 pub enum Shape {
     Whole,
     /// Rows for printing, of this `meta.k8s.io` version; `include` says what goes with each row.
-    Table { version: String, include: Include },
+    Table {
+        version: String,
+        include: Include,
+    },
     /// Metadata only, of this `meta.k8s.io` version.
-    Partial { version: String },
+    Partial {
+        version: String,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -230,11 +235,13 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             answer(200, form.content_type(), pieces(chunks))
         }
         shape => {
-            let parse = |bytes: &Bytes| -> Value { serde_json::from_slice(bytes).expect("stored bytes are json") };
+            let parse =
+                |bytes: &Bytes| -> Value { serde_json::from_slice(bytes).expect("stored bytes are json") };
             let value = match shape {
                 Shape::Table { version, include } => {
                     let columns = Columns::of(kind);
-                    let rows = items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
+                    let rows =
+                        items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
                     table(version, &columns, rows, metadata, true)
                 }
                 Shape::Partial { version } => json!({
@@ -269,7 +276,8 @@ mod tests {
     fn the_first_form_the_server_has_is_taken() {
         assert_eq!(negotiate("application/json"), Ok(Form::JSON));
         assert_eq!(negotiate("application/vnd.kubernetes.protobuf, application/json"), Ok(Form::JSON));
-        let table = negotiate("application/json;as=Table;v=v1;g=meta.k8s.io,application/json").expect("has it");
+        let table =
+            negotiate("application/json;as=Table;v=v1;g=meta.k8s.io,application/json").expect("has it");
         assert_eq!(table.shape, Shape::Table { version: "v1".into(), include: Include::Metadata });
         assert_eq!(negotiate("application/yaml").expect("has it").encoding, Encoding::Yaml);
         assert_eq!(negotiate("text/html").expect_err("has not").code, 406);

@@ -58,12 +58,25 @@ fn main() -> ExitCode {
     if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
         return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
     }
-    match execute(Cli::parse().command) {
+    let cli = Cli::parse();
+    if !matches!(cli.command, Command::Run(_)) {
+        end_quietly_on_closed_pipes();
+    }
+    match execute(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("knarr: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// `knarr status | head` ends like any other program. Servers keep Rust's way: a closed socket is an error.
+fn end_quietly_on_closed_pipes() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: the default disposition runs no code of ours.
+    if let Err(error) = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) } {
+        eprintln!("knarr: {error}");
     }
 }
 
@@ -87,7 +100,8 @@ const WORKERS_MAX: usize = 4;
 fn run(data_dir: &Path) -> Result<()> {
     let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    let settings = Settings::load(data_dir)?.with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
+    let settings = Settings::load(data_dir)?
+        .with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
     let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     runtime.block_on(serve(&settings))

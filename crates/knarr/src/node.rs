@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use knarr_client::{Informers, Client};
 use k8s_openapi::api::core::v1::NodeAddress;
+use knarr_client::{Client, Informers};
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
 use knarr_kubelet::{Kubelet, KubeletConfig, ServerConfig};
 use knarr_network::nft::NftProgram;
@@ -22,7 +22,8 @@ use crate::settings::Settings;
 const DNS_PORT: u16 = 53;
 
 fn runtime_config(settings: &Settings) -> builtin::Config {
-    let mut config = builtin::Config::new(settings.data_dir.join("runtime"), settings.run_dir.join("runtime"));
+    let mut config =
+        builtin::Config::new(settings.data_dir.join("runtime"), settings.run_dir.join("runtime"));
     config.cgroup_root = cgroup_root(settings);
     config
 }
@@ -33,7 +34,8 @@ fn cgroup_root(settings: &Settings) -> String {
 }
 
 fn network_config(settings: &Settings) -> Result<RoutedConfig> {
-    let parse = |cidr: &str| -> Result<Subnet> { cidr.parse().map_err(|e| anyhow!("address range {cidr:?}: {e}")) };
+    let parse =
+        |cidr: &str| -> Result<Subnet> { cidr.parse().map_err(|e| anyhow!("address range {cidr:?}: {e}")) };
     Ok(RoutedConfig {
         device: settings.device.clone(),
         state_dir: settings.run_dir.join("network"),
@@ -62,7 +64,15 @@ pub async fn start(
         }
     });
     start_proxy(settings, &informers, tasks, shutdown)?;
-    start_dns(settings, &server.client("system:apiserver", &["system:masters"]), &informers, &gateways, tasks, shutdown).await?;
+    start_dns(
+        settings,
+        &server.client("system:apiserver", &["system:masters"]),
+        &informers,
+        &gateways,
+        tasks,
+        shutdown,
+    )
+    .await?;
     let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
     let stop = shutdown.clone();
     tasks.spawn(async move {
@@ -78,7 +88,8 @@ async fn start_runtime(settings: &Settings) -> Result<Arc<dyn Runtime>> {
         let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
         return Ok(Arc::new(remote.with_context(|| format!("container runtime at {endpoint}"))?));
     }
-    let runtime = BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
+    let runtime =
+        BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
     for path in archives(settings)? {
         let imported = runtime.import_image(&path, None, true).await;
         imported.with_context(|| format!("import the image archive {}", path.display()))?;
@@ -110,7 +121,12 @@ async fn start_network(settings: &Settings) -> Result<Arc<RoutedNetwork>> {
     Ok(Arc::new(RoutedNetwork::start(network_config(settings)?).await.context("pod network")?))
 }
 
-fn start_proxy(settings: &Settings, informers: &Informers, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<()> {
+fn start_proxy(
+    settings: &Settings,
+    informers: &Informers,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
     let network = network_config(settings)?;
     let config = ProxyConfig {
         node_name: settings.node_name.clone(),
@@ -148,7 +164,11 @@ async fn start_dns(
     server.follow(informers);
     let servers: Vec<knarr_dns::wiring::Server> = gateways
         .iter()
-        .map(|ip| knarr_dns::wiring::Server { node: settings.node_name.clone(), address: *ip, port: DNS_PORT })
+        .map(|ip| knarr_dns::wiring::Server {
+            node: settings.node_name.clone(),
+            address: *ip,
+            port: DNS_PORT,
+        })
         .collect();
     let (service, slice) = knarr_dns::wiring::objects(service, &servers);
     publish(client, service).await?;
@@ -231,7 +251,9 @@ pub fn purge(settings: &Settings) -> Result<()> {
     builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
-        knarr_network::builtin::purge(&settings.run_dir.join("network")).await.context("purge the pod network")
+        knarr_network::builtin::purge(&settings.run_dir.join("network"))
+            .await
+            .context("purge the pod network")
     })?;
     unmount_below(&settings.data_dir)?;
     remove_pod_logs(settings)
@@ -244,10 +266,12 @@ fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 /// Volumes of pods are mounts below the data directory.
 fn unmount_below(dir: &Path) -> Result<()> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mut below: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(dir)).collect();
+    let mut below: Vec<&str> =
+        table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(dir)).collect();
     below.sort_by_key(|m| std::cmp::Reverse(m.len()));
     for mount in below {
-        nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH).with_context(|| format!("unmount {mount}"))?;
+        nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH)
+            .with_context(|| format!("unmount {mount}"))?;
     }
     Ok(())
 }
@@ -267,7 +291,8 @@ fn remove_pod_logs(settings: &Settings) -> Result<()> {
     // The links come first: they lead into the logs and would dangle.
     for entry in std::fs::read_dir(LOG_LINKS).into_iter().flatten().flatten() {
         if std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(&logs)) {
-            std::fs::remove_file(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+            std::fs::remove_file(entry.path())
+                .with_context(|| format!("remove {}", entry.path().display()))?;
         }
     }
     match std::fs::remove_dir_all(&logs) {
@@ -280,19 +305,30 @@ fn remove_pod_logs(settings: &Settings) -> Result<()> {
 
 /// What was looked for, each with what is left of it.
 pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
-    let checks = builtin::purge::verify_clean(&runtime_config(settings)).map_err(|e| anyhow!("look for containers: {e}"))?;
+    let checks = builtin::purge::verify_clean(&runtime_config(settings))
+        .map_err(|e| anyhow!("look for containers: {e}"))?;
     let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
     let report = block_on(async {
-        let report = knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;
+        let report =
+            knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;
         report.context("look for network devices")
     })?;
     found.push((report.checked.join("; "), report.leftovers));
     let table = block_on(async {
-        knarr_network::nft::table_exists(&NftProgram, knarr_network::proxy::TABLE).await.context("look for firewall tables")
+        knarr_network::nft::table_exists(&NftProgram, knarr_network::proxy::TABLE)
+            .await
+            .context("look for firewall tables")
     })?;
-    found.push((format!("nftables table {}", knarr_network::proxy::TABLE), if table { vec![knarr_network::proxy::TABLE.into()] } else { Vec::new() }));
+    found.push((
+        format!("nftables table {}", knarr_network::proxy::TABLE),
+        if table { vec![knarr_network::proxy::TABLE.into()] } else { Vec::new() },
+    ));
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mounts = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(&settings.data_dir));
-    found.push((format!("mounts below {}", settings.data_dir.display()), mounts.map(str::to_owned).collect()));
+    let mounts = table
+        .lines()
+        .filter_map(|l| l.split(' ').nth(4))
+        .filter(|m| Path::new(m).starts_with(&settings.data_dir));
+    found
+        .push((format!("mounts below {}", settings.data_dir.display()), mounts.map(str::to_owned).collect()));
     Ok(found)
 }

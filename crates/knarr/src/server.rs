@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
+use knarr_api::schema::Schema;
 use knarr_apiserver::api::Api;
 use knarr_apiserver::authn::Tokens;
 use knarr_apiserver::identity::User;
@@ -13,7 +14,6 @@ use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
 use knarr_apiserver::services::Allocator;
 use knarr_apiserver::{bootstrap, server};
-use knarr_api::schema::Schema;
 use knarr_client::Client;
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options, Store};
@@ -38,7 +38,11 @@ pub struct Server {
 
 impl Server {
     /// Opens the store, creates what every cluster has, and answers on the port.
-    pub async fn start(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Server> {
+    pub async fn start(
+        settings: &Settings,
+        tasks: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> Result<Server> {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
             .await
             .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
@@ -54,7 +58,9 @@ impl Server {
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
-        bootstrap::run(&registry, &[advertised]).await.map_err(|e| anyhow!("create the first objects: {e}"))?;
+        bootstrap::run(&registry, &[advertised])
+            .await
+            .map_err(|e| anyhow!("create the first objects: {e}"))?;
         let kubelet_client = authority.leaf(
             "apiserver-kubelet-client",
             &Subject { name: KUBELET_CLIENT, groups: &["system:masters"], names: &[], addresses: &[] },
@@ -101,7 +107,11 @@ impl Server {
     }
 }
 
-fn open_store(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Arc<dyn Store>> {
+fn open_store(
+    settings: &Settings,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<Arc<dyn Store>> {
     let dir = settings.data_dir.join("store");
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     let store = Arc::new(Embedded::open(Disk::open(&dir)?, Options::default())?);
@@ -129,7 +139,8 @@ impl ServingNames {
 
 fn serving_names(settings: &Settings) -> Result<ServingNames> {
     let service = "kubernetes.default.svc";
-    let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", service].map(str::to_owned).to_vec();
+    let mut names: Vec<String> =
+        ["localhost", "kubernetes", "kubernetes.default", service].map(str::to_owned).to_vec();
     names.push(format!("{service}.{}", settings.domain));
     if !names.contains(&settings.node_name) {
         names.push(settings.node_name.clone());
