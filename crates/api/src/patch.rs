@@ -46,11 +46,11 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
                 error.path.to_string()
             ),
         };
-        Status::new(
-            422,
-            "Invalid",
-            format!("the server rejected our request due to an error in our request: {what}"),
-        )
+        let mut status =
+            Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
+        let cause = serde_json::json!({ "reason": "UnexpectedServerResponse", "message": what });
+        status.details = Some(serde_json::json!({ "causes": [cause] }));
+        status
     })?;
     Ok(result)
 }

@@ -702,7 +702,7 @@ impl Api {
                 self.registry.decode(call.kind, tree, &call.context)
             }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type(respond::SUPPORTED)),
+            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
         }
     }
 
@@ -721,7 +721,7 @@ impl Api {
             "application/json" | "" => serde_json::from_slice(body).map_err(|e| {
                 Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
             }),
-            _ => Err(Status::unsupported_media_type(respond::SUPPORTED)),
+            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
         }
     }
 }

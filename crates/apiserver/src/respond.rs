@@ -20,7 +20,10 @@ use crate::encode;
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 pub type Answer = Response<Body>;
 
-pub const SUPPORTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// Forms of answers.
+pub const OFFERED: &str = "application/json, application/yaml";
+/// Forms of bodies.
+pub const ACCEPTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// The form the client asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,7 +99,7 @@ impl Form {
             };
             return Ok(Form { encoding, shape, pretty });
         }
-        Err(Status::not_acceptable(SUPPORTED))
+        Err(Status::not_acceptable(OFFERED))
     }
 
     pub fn content_type(&self) -> &'static str {

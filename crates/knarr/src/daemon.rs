@@ -36,6 +36,14 @@ fn uses_unit(settings: &Settings) -> bool {
     has_systemd() && settings.data_dir == Path::new(crate::settings::DATA_DIR)
 }
 
+/// Where the cluster's log is to be read.
+pub fn log_place(settings: &Settings) -> String {
+    match uses_unit(settings) {
+        true => format!("journalctl -u {UNIT}"),
+        false => settings.log_file().display().to_string(),
+    }
+}
+
 /// Starts the cluster in the background.
 pub fn start(settings: &Settings) -> Result<()> {
     let program = std::env::current_exe().context("find this program")?;

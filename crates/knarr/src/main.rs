@@ -1,5 +1,6 @@
 //! The binary: command line, configuration, wiring of roles.
 
+mod bench;
 mod check;
 mod daemon;
 mod kubeconfig;
@@ -38,6 +39,8 @@ enum Command {
     Status(DataDir),
     /// Show whether this machine has all a node needs.
     Check(up::UpArgs),
+    /// Measure a running cluster.
+    Bench(bench::BenchArgs),
     /// Run the cluster in the foreground, as `up` made it.
     #[command(hide = true)]
     Run(DataDir),
@@ -89,6 +92,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Down(args) => up::down(&args),
         Command::Status(args) => up::status(&args.data_dir),
         Command::Check(args) => up::check(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run(&args.data_dir),
         Command::Supervise(args) => daemon::supervise(&args.data_dir),
     }

@@ -87,6 +87,9 @@ impl UpArgs {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
         }
+        if settings.container_runtime_endpoint.is_some() && !settings.images.is_empty() {
+            bail!("--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint");
+        }
         settings.server_only |= self.server_only;
         settings.service_range()?;
         if settings.node_ip.is_loopback() && !settings.server_only {
@@ -155,7 +158,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
     progress.step("started", || daemon::start(&settings))?;
     let result = wait_until_ready(&settings, &progress);
     if result.is_err() {
-        eprintln!("See {} for what happened.", settings.log_file().display());
+        eprintln!("See {} for what happened.", daemon::log_place(&settings));
     }
     result?;
     println!("Up in {:.2} s.", progress.started.elapsed().as_secs_f64());
