@@ -39,6 +39,12 @@ enum Command {
     Status(DataDir),
     /// Show whether this machine has all a node needs.
     Check(up::UpArgs),
+    /// The Kubernetes command-line client, for this cluster or any other.
+    #[command(disable_help_flag = true)]
+    Kubectl {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Measure a running cluster.
     Bench(bench::BenchArgs),
     /// Run the cluster in the foreground, as `up` made it.
@@ -61,6 +67,11 @@ fn main() -> ExitCode {
     if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
         return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
     }
+    if let Some(args) = kubectl_args() {
+        end_quietly_on_closed_pipes();
+        rustls::crypto::ring::default_provider().install_default().ok();
+        return ExitCode::from(knarr_kubectl::main(args) as u8);
+    }
     let cli = Cli::parse();
     if !matches!(cli.command, Command::Run(_)) {
         end_quietly_on_closed_pipes();
@@ -72,6 +83,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What follows `knarr kubectl`, or everything if the program is called by that name.
+fn kubectl_args() -> Option<Vec<String>> {
+    let mut args = std::env::args();
+    let program = args.next()?;
+    if Path::new(&program).file_name().is_some_and(|name| name == "kubectl") {
+        return Some(args.collect());
+    }
+    (args.next()? == "kubectl").then(|| args.collect())
 }
 
 /// `knarr status | head` ends like any other program. Servers keep Rust's way: a closed socket is an error.
@@ -92,6 +113,8 @@ fn execute(command: Command) -> Result<()> {
         Command::Down(args) => up::down(&args),
         Command::Status(args) => up::status(&args.data_dir),
         Command::Check(args) => up::check(&args),
+        // Dispatched before the command line was parsed, so that every flag reaches it.
+        Command::Kubectl { .. } => Ok(()),
         Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run(&args.data_dir),
         Command::Supervise(args) => daemon::supervise(&args.data_dir),
