@@ -125,7 +125,8 @@ impl Question<'_> {
         let lower = name.to_lowercase();
         let depth = usize::from(lower.num_labels()) - self.zone.labels;
         // Labels that are not UTF-8 name nothing of ours.
-        let labels: Option<Vec<&str>> = lower.iter().take(depth).map(|label| std::str::from_utf8(label).ok()).collect();
+        let labels: Option<Vec<&str>> =
+            lower.iter().take(depth).map(|label| std::str::from_utf8(label).ok()).collect();
         match labels.as_deref() {
             None => Found::Nothing,
             Some([]) => self.apex(name),
@@ -176,7 +177,14 @@ impl Question<'_> {
         }
     }
 
-    fn virtual_ports(&self, name: &Name, service: &str, namespace: &str, ips: &[IpAddr], ports: Vec<&Port>) -> Found {
+    fn virtual_ports(
+        &self,
+        name: &Name,
+        service: &str,
+        namespace: &str,
+        ips: &[IpAddr],
+        ports: Vec<&Port>,
+    ) -> Found {
         let Some(target) = self.zone.below(&[service, namespace, "svc"]) else { return Found::Nothing };
         let numbers = ports.iter().map(|port| (target.clone(), port.number)).collect();
         let additionals = ips.iter().map(|ip| record(&target, address(*ip))).collect();
@@ -212,7 +220,8 @@ impl Question<'_> {
             [label] => {
                 let named: Vec<IpAddr> =
                     endpoints.iter().filter(|(e, _)| e.label == *label).map(|(e, _)| e.ip).collect();
-                let protocol = endpoints.iter().any(|(_, ports)| ports.iter().any(|port| is_protocol(port, label)));
+                let protocol =
+                    endpoints.iter().any(|(_, ports)| ports.iter().any(|port| is_protocol(port, label)));
                 if named.is_empty() { self.empty_if(protocol) } else { self.addresses(name, named) }
             }
             _ => Found::Nothing,
@@ -260,7 +269,8 @@ fn reverse(index: &Index, zone: &Zone, name: &Name, kind: RecordType, ip: IpAddr
         return Answer::NoData;
     }
     let target = |labels: &Vec<&str>| zone.below(&[&labels[..], &["svc"]].concat());
-    let answers = names.iter().filter_map(target).map(|target| record(name, RData::PTR(PTR(target)))).collect();
+    let answers =
+        names.iter().filter_map(target).map(|target| record(name, RData::PTR(PTR(target)))).collect();
     Answer::Found { answers, additionals: Vec::new() }
 }
 
@@ -275,7 +285,8 @@ fn reverse_address(name: &Name) -> Option<IpAddr> {
 }
 
 fn is_port(port: &Port, name: &str, protocol: &str) -> bool {
-    name.strip_prefix('_').is_some_and(|name| !name.is_empty() && name == port.name) && is_protocol(port, protocol)
+    name.strip_prefix('_').is_some_and(|name| !name.is_empty() && name == port.name)
+        && is_protocol(port, protocol)
 }
 
 fn is_protocol(port: &Port, label: &str) -> bool {

@@ -160,7 +160,9 @@ fn cache_seconds(message: &Message) -> u32 {
         })
     };
     let seconds = match message.metadata.response_code {
-        ResponseCode::NoError if !message.answers.is_empty() => message.answers.iter().map(|record| record.ttl).min(),
+        ResponseCode::NoError if !message.answers.is_empty() => {
+            message.answers.iter().map(|record| record.ttl).min()
+        }
         ResponseCode::NoError | ResponseCode::NXDomain => negative(),
         _ => None,
     };
@@ -187,7 +189,8 @@ async fn exchange(server: SocketAddr, name: &Name, kind: RecordType) -> io::Resu
 }
 
 async fn exchange_udp(server: SocketAddr, question: &Message, bytes: &[u8]) -> io::Result<Message> {
-    let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect(server).await?;
     socket.send(bytes).await?;
@@ -211,7 +214,11 @@ async fn exchange_tcp(server: SocketAddr, question: &Message, bytes: &[u8]) -> i
     let mut buffer = vec![0; len.into()];
     stream.read_exact(&mut buffer).await?;
     let answer = Message::from_vec(&buffer).map_err(io::Error::other)?;
-    if answers(question, &answer) { Ok(answer) } else { Err(io::Error::other("the answer is to another question")) }
+    if answers(question, &answer) {
+        Ok(answer)
+    } else {
+        Err(io::Error::other("the answer is to another question"))
+    }
 }
 
 fn answers(question: &Message, answer: &Message) -> bool {

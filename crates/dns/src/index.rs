@@ -131,7 +131,8 @@ impl Index {
         let entry = self.services.get(namespace).and_then(|services| services.get(name));
         let slices = entry.into_iter().flat_map(|entry| entry.slices.values());
         let mut seen = HashSet::new();
-        let all = slices.flat_map(|slice| slice.endpoints.iter().map(|endpoint| (endpoint, &slice.ports[..])));
+        let all =
+            slices.flat_map(|slice| slice.endpoints.iter().map(|endpoint| (endpoint, &slice.ports[..])));
         all.filter(|(endpoint, _)| seen.insert((endpoint.ip, endpoint.label.as_str()))).collect()
     }
 

@@ -64,10 +64,8 @@ fn slice(servers: &[Server]) -> EndpointSlice {
         ..Default::default()
     };
     let six = servers.first().is_some_and(|server| server.address.is_ipv6());
-    let labels = [
-        ("kubernetes.io/service-name", SERVICE),
-        ("endpointslice.kubernetes.io/managed-by", "dns.knarr"),
-    ];
+    let labels =
+        [("kubernetes.io/service-name", SERVICE), ("endpointslice.kubernetes.io/managed-by", "dns.knarr")];
     EndpointSlice {
         metadata: metadata(SERVICE, &labels),
         address_type: if six { "IPv6" } else { "IPv4" }.into(),

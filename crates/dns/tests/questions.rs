@@ -74,7 +74,12 @@ fn meta(name: &str, labels: &[(&str, &str)]) -> ObjectMeta {
 }
 
 fn service(name: &str, change: impl FnOnce(&mut ServiceSpec)) -> Service {
-    let port = ServicePort { name: Some("http".into()), protocol: Some("TCP".into()), port: 80, ..Default::default() };
+    let port = ServicePort {
+        name: Some("http".into()),
+        protocol: Some("TCP".into()),
+        port: 80,
+        ..Default::default()
+    };
     let mut spec = ServiceSpec { ports: Some(vec![port]), ..Default::default() };
     change(&mut spec);
     Service { metadata: meta(name, &[]), spec: Some(spec), ..Default::default() }
@@ -115,7 +120,8 @@ fn fill(index: &mut Index) {
     }));
     index.set_slice(&slice("web", &[("10.244.0.9", None, true)]));
     index.set_service(&service("db", headless));
-    let endpoints = [("10.244.0.2", Some("db-0"), true), ("10.244.0.3", None, true), ("10.244.0.4", None, false)];
+    let endpoints =
+        [("10.244.0.2", Some("db-0"), true), ("10.244.0.3", None, true), ("10.244.0.4", None, false)];
     index.set_slice(&slice("db", &endpoints));
     index.set_service(&service("empty", headless));
     index.set_service(&service("many", headless));
@@ -130,7 +136,8 @@ fn fill(index: &mut Index) {
 /// The answer in one line: code, records as `data`, and `soa` when the zone says "no".
 fn summary(message: &Message) -> String {
     let mut parts = vec![format!("{:?}", message.metadata.response_code)];
-    let mut data: Vec<String> = message.answers.iter().map(|record: &Record| record.data.to_string()).collect();
+    let mut data: Vec<String> =
+        message.answers.iter().map(|record: &Record| record.data.to_string()).collect();
     data.sort();
     parts.extend(data);
     if matches!(message.authorities.first().map(|record| &record.data), Some(RData::SOA(_))) {
@@ -148,7 +155,11 @@ async fn every_name_of_the_specification_answers_as_written() {
         ("WEB.Default.svc.CLUSTER.local.", A, "NoError | 10.96.0.20"),
         ("web.default.svc.cluster.local.", AAAA, "NoError | fd00:96::20"),
         ("web.default.svc.cluster.local.", TXT, "NoError | soa"),
-        ("_http._tcp.web.default.svc.cluster.local.", SRV, "NoError | 0 100 80 web.default.svc.cluster.local."),
+        (
+            "_http._tcp.web.default.svc.cluster.local.",
+            SRV,
+            "NoError | 0 100 80 web.default.svc.cluster.local.",
+        ),
         ("_http._udp.web.default.svc.cluster.local.", SRV, "NXDomain | soa"),
         ("_http._tcp.web.default.svc.cluster.local.", A, "NoError | soa"),
         ("_tcp.web.default.svc.cluster.local.", A, "NoError | soa"),
@@ -250,7 +261,11 @@ async fn upstream(truncate: bool) -> SocketAddr {
         message.metadata.truncation = cut;
         if !cut {
             let name = message.queries[0].name().clone();
-            message.add_answer(Record::from_rdata(name, 60, RData::A(std::net::Ipv4Addr::new(192, 0, 2, 1).into())));
+            message.add_answer(Record::from_rdata(
+                name,
+                60,
+                RData::A(std::net::Ipv4Addr::new(192, 0, 2, 1).into()),
+            ));
         }
         message.to_vec().unwrap()
     };

@@ -1,3 +1,117 @@
 //! The binary: command line, configuration, wiring of roles.
 
-fn main() {}
+mod check;
+mod daemon;
+mod kubeconfig;
+mod node;
+mod pki;
+mod server;
+mod settings;
+mod up;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use settings::Settings;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing_subscriber::EnvFilter;
+
+/// All of Kubernetes in one binary.
+#[derive(Parser)]
+#[command(name = "knarr", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start the cluster on this machine; does nothing if it runs.
+    Up(up::UpArgs),
+    /// Stop the cluster.
+    Down(up::DownArgs),
+    /// Show whether the cluster runs and is well.
+    Status(DataDir),
+    /// Show whether this machine has all a node needs.
+    Check(up::UpArgs),
+    /// Run the cluster in the foreground, as `up` made it.
+    #[command(hide = true)]
+    Run(DataDir),
+    /// Run the cluster, and run it again whenever it dies.
+    #[command(hide = true)]
+    Supervise(DataDir),
+}
+
+#[derive(Args)]
+struct DataDir {
+    /// Where the cluster's data lies.
+    #[arg(long, default_value = settings::DATA_DIR)]
+    data_dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let mut args = std::env::args();
+    if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
+        return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
+    }
+    match execute(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("knarr: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<()> {
+    if !matches!(command, Command::Supervise(_)) {
+        rustls::crypto::ring::default_provider().install_default().ok();
+    }
+    match command {
+        Command::Up(args) => up::up(&args),
+        Command::Down(args) => up::down(&args),
+        Command::Status(args) => up::status(&args.data_dir),
+        Command::Check(args) => up::check(&args),
+        Command::Run(args) => run(&args.data_dir),
+        Command::Supervise(args) => daemon::supervise(&args.data_dir),
+    }
+}
+
+/// Threads that run tasks: the work is mostly waiting, and each thread costs memory.
+const WORKERS_MAX: usize = 4;
+
+fn run(data_dir: &Path) -> Result<()> {
+    let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
+    let settings = Settings::load(data_dir)?.with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
+    let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    runtime.block_on(serve(&settings))
+}
+
+/// Runs all roles until told to end. Containers stay: they are the keeper's.
+async fn serve(settings: &Settings) -> Result<()> {
+    let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
+    let mut terminate = signal(SignalKind::terminate())?;
+    let server = server::Server::start(settings, &tasks, &shutdown).await?;
+    tracing::info!(port = settings.port, "the API server answers");
+    server.start_loops(&tasks, &shutdown);
+    if !settings.server_only {
+        node::start(settings, &server, &tasks, &shutdown).await.context("start the node")?;
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        result = tokio::signal::ctrl_c() => result?,
+    }
+    tracing::info!("ending");
+    shutdown.cancel();
+    tasks.close();
+    if tokio::time::timeout(std::time::Duration::from_secs(5), tasks.wait()).await.is_err() {
+        tracing::warn!("some tasks did not end in time");
+    }
+    Ok(())
+}

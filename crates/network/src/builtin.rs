@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::error::{NetworkError, Result};
 use crate::ipam::{DEVICE_PREFIX, Ipam, Lease, Subnet};
@@ -27,6 +28,7 @@ use crate::ledger::{Change, Ledger};
 use crate::link::{Device, End, Links};
 use crate::nft::{self, Firewall, NftProgram};
 use crate::pod::{HostPort, PodAddresses, PodNetwork, PodRef};
+use crate::watch::Watch;
 use crate::{netns, sysctl};
 
 /// The nftables table (family `inet`) of the pod network.
@@ -96,6 +98,31 @@ impl RoutedNetwork {
         ledger.record(Change::Table { name: TABLE.into() })?;
         network.firewall.apply(&table_script(&network.config, &network.leases()?)).await?;
         Ok(network)
+    }
+
+    /// Restores the table whenever somebody else removes it (a firewall's reload, `nft flush ruleset`), until
+    /// `shutdown`. Nothing is polled.
+    ///
+    /// # Errors
+    /// The firewall cannot be watched. A failed repair is logged and tried again at the next removal.
+    pub async fn keep(&self, shutdown: CancellationToken) -> Result<()> {
+        let watch = Watch::new(TABLE)?;
+        while let Some(deleted) = shutdown.run_until_cancelled(watch.deleted()).await {
+            deleted?;
+            if nft::has_rules(&*self.firewall, TABLE, "postrouting").await {
+                continue;
+            }
+            tracing::warn!(table = TABLE, "firewall rules were removed by somebody else, restoring them");
+            let repaired = match self.leases() {
+                Ok(leases) => self.firewall.apply(&table_script(&self.config, &leases)).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = repaired {
+                tracing::error!(%error, table = TABLE, "restoring firewall rules failed");
+            }
+            watch.drain();
+        }
+        Ok(())
     }
 
     /// Opens a network that [`RoutedNetwork::start`] made, without looking at the host: the CNI plug-in's way.
@@ -366,7 +393,10 @@ fn table_script(config: &RoutedConfig, leases: &[Lease]) -> String {
         _ = writeln!(script, "set pods{version} {{ type {ip}; flags interval; auto-merge; {pods}}}");
         _ = writeln!(script, "set cluster{version} {{ type {ip}; flags interval; auto-merge; {cluster}}}");
         _ = writeln!(script, "set hairpin{version} {{ type {ip} . {ip}; }}");
-        _ = writeln!(script, "map ports{version} {{ type inet_proto . inet_service : {ip} . inet_service; }}");
+        _ = writeln!(
+            script,
+            "map ports{version} {{ type inet_proto . inet_service : {ip} . inet_service; }}"
+        );
         _ = writeln!(
             script,
             "map ports_at{version} {{ type {ip} . inet_proto . inet_service : {ip} . inet_service; }}"
@@ -434,7 +464,10 @@ fn element(script: &mut String, pod: IpAddr, port: &HostPort) {
     let (protocol, from, to) = (port.protocol.as_nft(), port.host_port, port.container_port);
     match port.host_ip.filter(|ip| !ip.is_unspecified()) {
         None => {
-            _ = writeln!(script, "add element inet {TABLE} ports{version} {{ {protocol} . {from} : {pod} . {to} }}");
+            _ = writeln!(
+                script,
+                "add element inet {TABLE} ports{version} {{ {protocol} . {from} : {pod} . {to} }}"
+            );
         }
         Some(host) if host.is_ipv4() == pod.is_ipv4() => {
             _ = writeln!(

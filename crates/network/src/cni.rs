@@ -112,7 +112,8 @@ impl Call {
     }
 
     fn pod(&self) -> PodRef {
-        let args: BTreeMap<&str, &str> = self.args.split(';').filter_map(|pair| pair.split_once('=')).collect();
+        let args: BTreeMap<&str, &str> =
+            self.args.split(';').filter_map(|pair| pair.split_once('=')).collect();
         let arg = |name: &str| args.get(name).copied().unwrap_or_default();
         PodRef::new(arg("K8S_POD_NAMESPACE"), arg("K8S_POD_NAME"), arg("K8S_POD_UID"))
     }
@@ -139,11 +140,13 @@ async fn serve(call: &Call, input: std::io::Result<&str>) -> Result<Option<Value
     }
     let config = parse(input)?;
     let version = config.cni_version.clone();
-    let failed = |error: NetworkError| failure(&version, code_of(&error), "knarr pod network", error.to_string());
+    let failed =
+        |error: NetworkError| failure(&version, code_of(&error), "knarr pod network", error.to_string());
     if ["ADD", "CHECK"].contains(&call.command.as_str()) && call.namespace.is_empty() {
         return Err(failure(&version, 4, "CNI_NETNS is not set", String::new()));
     }
-    if ["ADD", "CHECK", "DEL"].contains(&call.command.as_str()) && (call.container.is_empty() || call.device.is_empty())
+    if ["ADD", "CHECK", "DEL"].contains(&call.command.as_str())
+        && (call.container.is_empty() || call.device.is_empty())
     {
         return Err(failure(&version, 4, "CNI_CONTAINERID or CNI_IFNAME is not set", String::new()));
     }
@@ -159,7 +162,8 @@ async fn serve(call: &Call, input: std::io::Result<&str>) -> Result<Option<Value
         "DEL" => network.detach_owner(&call.owner()).await.map(|()| None).map_err(failed),
         "CHECK" => network.check(&call.owner(), &namespace, &call.device).await.map(|_| None).map_err(failed),
         "GC" => {
-            let live: BTreeSet<String> = config.valid.iter().map(|a| owner(&a.container, &a.ifname)).collect();
+            let live: BTreeSet<String> =
+                config.valid.iter().map(|a| owner(&a.container, &a.ifname)).collect();
             network.gc_owners(&live).await.map(|_| None).map_err(failed)
         }
         "STATUS" => Ok(None),
@@ -172,7 +176,8 @@ fn owner(container: &str, device: &str) -> String {
 }
 
 fn parse(input: std::io::Result<&str>) -> Result<Config, Failure> {
-    let text = input.map_err(|error| failure(VERSIONS[2], 5, "cannot read the configuration", error.to_string()))?;
+    let text =
+        input.map_err(|error| failure(VERSIONS[2], 5, "cannot read the configuration", error.to_string()))?;
     let config: Config = serde_json::from_str(text)
         .map_err(|error| failure(VERSIONS[2], 6, "cannot decode the configuration", error.to_string()))?;
     if !VERSIONS.contains(&config.cni_version.as_str()) {
@@ -215,9 +220,7 @@ fn success(version: &str, call: &Call, lease: &Lease, gateways: &[IpAddr]) -> Va
             entry
         })
         .collect();
-    let route = |gateway: &IpAddr| {
-        json!({ "dst": if gateway.is_ipv4() { "0.0.0.0/0" } else { "::/0" }, "gw": gateway.to_string() })
-    };
+    let route = |gateway: &IpAddr| json!({ "dst": if gateway.is_ipv4() { "0.0.0.0/0" } else { "::/0" }, "gw": gateway.to_string() });
     json!({
         "cniVersion": version,
         "interfaces": [
@@ -267,7 +270,8 @@ mod tests {
 
     async fn call(command: &str, input: &str) -> (i32, Value) {
         let mut output = Vec::new();
-        let call = Call { command: command.into(), container: "c".into(), device: "eth0".into(), ..Call::default() };
+        let call =
+            Call { command: command.into(), container: "c".into(), device: "eth0".into(), ..Call::default() };
         let code = run(&call, input.as_bytes(), &mut output).await;
         (code, serde_json::from_slice(&output).unwrap_or_default())
     }

@@ -14,7 +14,9 @@ pub enum NetworkError {
     #[error("network state {path} cannot be read ({reason}); stop all pods and delete it to start afresh")]
     Corrupt { path: PathBuf, reason: String },
     /// Every address of the range is taken.
-    #[error("no free pod address left in {subnet} ({held} held); delete pods or give the node a larger pod CIDR")]
+    #[error(
+        "no free pod address left in {subnet} ({held} held); delete pods or give the node a larger pod CIDR"
+    )]
     Exhausted { subnet: String, held: usize },
     /// An address range that cannot be used.
     #[error("bad address range {value:?}: {reason}")]

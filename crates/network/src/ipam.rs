@@ -138,7 +138,9 @@ impl Subnet {
     pub fn nth(&self, offset: u64) -> IpAddr {
         match self.base {
             IpAddr::V4(base) => IpAddr::V4(Ipv4Addr::from_bits(base.to_bits().wrapping_add(offset as u32))),
-            IpAddr::V6(base) => IpAddr::V6(Ipv6Addr::from_bits(base.to_bits().wrapping_add(u128::from(offset)))),
+            IpAddr::V6(base) => {
+                IpAddr::V6(Ipv6Addr::from_bits(base.to_bits().wrapping_add(u128::from(offset))))
+            }
         }
     }
 
@@ -192,7 +194,9 @@ impl fmt::Display for Subnet {
 fn mask(ip: IpAddr, prefix: u8) -> IpAddr {
     let prefix = u32::from(prefix);
     match ip {
-        IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() & u32::MAX.checked_shl(32 - prefix).unwrap_or(0)).into(),
+        IpAddr::V4(ip) => {
+            Ipv4Addr::from_bits(ip.to_bits() & u32::MAX.checked_shl(32 - prefix).unwrap_or(0)).into()
+        }
         IpAddr::V6(ip) => {
             Ipv6Addr::from_bits(ip.to_bits() & u128::MAX.checked_shl(128 - prefix).unwrap_or(0)).into()
         }
@@ -221,7 +225,11 @@ fn check_ports(leases: &Leases, owner: &str, ports: &[HostPort]) -> Result<()> {
         for port in ports {
             if holder != owner && lease.ports.iter().any(|other| clashes(port, other)) {
                 let holder = lease.pod.to_string();
-                return Err(NetworkError::PortTaken { port: port.host_port, protocol: port.protocol, holder });
+                return Err(NetworkError::PortTaken {
+                    port: port.host_port,
+                    protocol: port.protocol,
+                    holder,
+                });
             }
         }
     }
@@ -332,7 +340,8 @@ mod tests {
                 .map(|number| {
                     let ipam = ipam(dir.path(), &["10.1.0.0/24"]);
                     scope.spawn(move || {
-                        let lease = |i: u32| ipam.lease(&format!("{number}-{i}"), &pod("p"), &[]).unwrap().ips[0];
+                        let lease =
+                            |i: u32| ipam.lease(&format!("{number}-{i}"), &pod("p"), &[]).unwrap().ips[0];
                         (0..10).map(lease).collect::<Vec<_>>()
                     })
                 })

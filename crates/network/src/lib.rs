@@ -29,7 +29,7 @@ mod state;
 mod sysctl;
 mod watch;
 
-pub use builtin::{RoutedConfig, RoutedNetwork, CleanReport};
+pub use builtin::{CleanReport, RoutedConfig, RoutedNetwork};
 pub use error::NetworkError;
 pub use ipam::Subnet;
 pub use pod::{HostPort, PodAddresses, PodNetwork, PodRef, Protocol};

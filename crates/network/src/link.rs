@@ -15,9 +15,7 @@ use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteScope};
-use rtnetlink::{
-    Error, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-};
+use rtnetlink::{Error, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::task::JoinHandle;
 
 use crate::error::{NetworkError, Result};
@@ -92,8 +90,14 @@ impl Links {
 
     /// All devices.
     pub async fn list(&self) -> Result<Vec<Device>> {
-        let messages: Vec<LinkMessage> =
-            self.handle.link().get().execute().try_collect().await.map_err(|e| failed("list", "devices", e))?;
+        let messages: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("list", "devices", e))?;
         Ok(messages.iter().map(describe).collect())
     }
 
@@ -217,13 +221,21 @@ impl Links {
     /// The MTU of the device the default route leaves by; `None` without a default route.
     pub async fn uplink_mtu(&self) -> Result<Option<u32>> {
         let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<RouteMessage> =
-            self.handle.route().get(query).execute().try_collect().await.map_err(|e| failed("list", "routes", e))?;
+        let routes: Vec<RouteMessage> = self
+            .handle
+            .route()
+            .get(query)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("list", "routes", e))?;
         let by_default = routes.iter().filter(|route| route.header.destination_prefix_length == 0);
-        let Some(index) = by_default.flat_map(|route| &route.attributes).find_map(|attribute| match attribute {
-            RouteAttribute::Oif(index) => Some(*index),
-            _ => None,
-        }) else {
+        let Some(index) =
+            by_default.flat_map(|route| &route.attributes).find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            })
+        else {
             return Ok(None);
         };
         Ok(self.list().await?.into_iter().find(|device| device.index == index).map(|device| device.mtu))

@@ -54,6 +54,26 @@ impl MessageBuilder {
         MessageBuilder(bytes)
     }
 
+    /// Names the subsystem a batch is for.
+    pub fn resource(mut self, resource: u16) -> MessageBuilder {
+        self.0[HEADER_LEN + 2..HEADER_LEN + NETFILTER_LEN].copy_from_slice(&resource.to_be_bytes());
+        self
+    }
+
+    /// Opens an attribute whose payload is what is added until [`MessageBuilder::close`] is given its place.
+    pub fn open(&mut self, kind: u16) -> usize {
+        let place = self.0.len();
+        self.0.extend([0; 2]);
+        self.0.extend((kind | NESTED).to_ne_bytes());
+        place
+    }
+
+    /// Closes an attribute.
+    pub fn close(&mut self, place: usize) {
+        let len = (self.0.len() - place) as u16;
+        self.0[place..place + 2].copy_from_slice(&len.to_ne_bytes());
+    }
+
     /// Adds an attribute.
     pub fn attribute(&mut self, kind: u16, payload: &[u8]) {
         let len = (ATTRIBUTE_LEN + payload.len()) as u16;

@@ -95,6 +95,15 @@ impl Protocol {
         }
     }
 
+    /// The number in IP headers.
+    pub fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        }
+    }
+
     /// The spelling `nft` uses.
     pub fn as_nft(self) -> &'static str {
         match self {

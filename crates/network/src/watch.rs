@@ -37,7 +37,8 @@ impl Watch {
             // SAFETY: the socket owns its descriptor, always returns the same one, and is open until dropped.
             Ok(unsafe { AsyncFd::register(socket) }?)
         };
-        let failed = |error: io::Error| NetworkError::Nftables { step: "watch rules", reason: error.to_string() };
+        let failed =
+            |error: io::Error| NetworkError::Nftables { step: "watch rules", reason: error.to_string() };
         Ok(Watch { socket: open().map_err(failed)?, table })
     }
 
@@ -45,7 +46,8 @@ impl Watch {
     /// when many come at once, and says so.
     pub async fn deleted(&self) -> Result<()> {
         loop {
-            let failed = |error: io::Error| NetworkError::Nftables { step: "watch rules", reason: error.to_string() };
+            let failed =
+                |error: io::Error| NetworkError::Nftables { step: "watch rules", reason: error.to_string() };
             let mut guard = self.socket.readable().await.map_err(failed)?;
             match guard.try_io(|socket| self.read(socket.get_ref())) {
                 Ok(Ok(true)) => return Ok(()),

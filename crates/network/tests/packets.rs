@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use knarr_network::cni;
 use knarr_network::nft::NftProgram;
 use knarr_network::proxy::ProxyEvent;
 use knarr_network::{
-    RoutedConfig, RoutedNetwork, HostPort, NetworkError, PodNetwork, PodRef, Protocol, ProxyConfig, ServiceProxy,
-    builtin,
+    HostPort, NetworkError, PodNetwork, PodRef, Protocol, ProxyConfig, RoutedConfig, RoutedNetwork,
+    ServiceProxy, builtin,
 };
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio_util::sync::CancellationToken;
@@ -121,7 +122,8 @@ impl World {
             eprintln!("SKIPPED: needs root to make network namespaces");
             return None;
         }
-        let world = World { node: Namespace::new(), client: Namespace::new(), state: tempfile::tempdir().unwrap() };
+        let world =
+            World { node: Namespace::new(), client: Namespace::new(), state: tempfile::tempdir().unwrap() };
         let client = world.client.path();
         world.node.within(|| {
             run(&format!("ip link add up0 type veth peer name eth0 netns {}", client.display()));
@@ -152,7 +154,8 @@ impl World {
     fn on_node<T: Send>(&self, work: impl AsyncFnOnce(&RoutedNetwork) -> T + Send) -> T {
         self.node.within(|| {
             // Threads inherit the namespace of the one that makes them.
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let network = RoutedNetwork::start(self.config()).await.unwrap();
                 work(&network).await
@@ -212,7 +215,11 @@ fn service(change: impl FnOnce(&mut ServiceSpec)) -> ProxyEvent {
         ..Default::default()
     };
     change(&mut spec);
-    ProxyEvent::Service(Arc::new(Service { metadata: meta("web", &[]), spec: Some(spec), ..Default::default() }))
+    ProxyEvent::Service(Arc::new(Service {
+        metadata: meta("web", &[]),
+        spec: Some(spec),
+        ..Default::default()
+    }))
 }
 
 fn meta(name: &str, labels: &[(&str, &str)]) -> ObjectMeta {
@@ -537,4 +544,69 @@ async fn reachable(pod: &Pod, awaited: &str) {
         assert!(Instant::now() < deadline, "not reachable after: {awaited}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[test]
+fn a_container_runtime_uses_it_as_a_plug_in() {
+    let Some(world) = World::new() else { return };
+    world.on_node(async |_| {});
+    let pod = Namespace::new();
+    let dir = tempfile::tempdir().unwrap();
+    let list = cni::write_conflist(dir.path(), &world.config()).unwrap();
+    let list: serde_json::Value = serde_json::from_slice(&std::fs::read(list).unwrap()).unwrap();
+    let mut config = list["plugins"][0].clone();
+    config["cniVersion"] = list["cniVersion"].clone();
+    config["runtimeConfig"] = serde_json::json!({ "portMappings": [
+        { "hostPort": 8000, "containerPort": 8080, "protocol": "tcp" }
+    ] });
+    let call_on = |config: &serde_json::Value, command: &str| {
+        let call = cni::Call {
+            command: command.into(),
+            container: "c1".into(),
+            namespace: pod.path().display().to_string(),
+            device: "eth0".into(),
+            args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=p".into(),
+        };
+        let mut output = Vec::new();
+        let input = config.to_string();
+        let code = world.on_node(async |_| cni::run(&call, input.as_bytes(), &mut output).await);
+        (code, serde_json::from_slice::<serde_json::Value>(&output).unwrap_or_default())
+    };
+    let call = |command: &str| call_on(&config, command);
+    let (code, result) = call("ADD");
+    assert_eq!((code, result["ips"][0]["address"].as_str()), (0, Some("10.244.0.2/32")), "{result}");
+    pod.serve("p", 8080);
+    world.client.expect(NODE_IP, 8000, &format!("p {CLIENT_IP}"));
+    assert_eq!(call("CHECK").0, 0);
+    assert_eq!(call("ADD").1, result, "repeating is harmless");
+    let mut with_valid = config.clone();
+    with_valid["cni.dev/valid-attachments"] = serde_json::json!([{ "containerID": "c1", "ifname": "eth0" }]);
+    assert_eq!(call_on(&with_valid, "GC").0, 0);
+    assert_eq!(call("CHECK").0, 0);
+    assert_eq!(call("DEL").0, 0);
+    assert_eq!(call("DEL").0, 0);
+    assert_eq!(call("CHECK").0, 1);
+}
+
+#[test]
+fn masquerading_comes_back_after_a_flush() {
+    let Some(world) = World::new() else { return };
+    let a = world.pod("a", &[]);
+    world.client.serve("client", 9000);
+    world.on_node(async |network| {
+        let stop = CancellationToken::new();
+        let keeping = network.keep(stop.clone());
+        let flushing = async {
+            // Once before, so that the watch listens.
+            tokio::task::yield_now().await;
+            run("nft flush ruleset");
+            let deadline = Instant::now() + PATIENCE;
+            while tokio::task::block_in_place(|| a.namespace.call(CLIENT_IP, 9000)).is_err() {
+                assert!(Instant::now() < deadline, "not reachable after a flush");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            stop.cancel();
+        };
+        tokio::join!(keeping, flushing).0.unwrap();
+    });
 }

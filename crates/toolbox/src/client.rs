@@ -15,9 +15,11 @@ pub fn get(url: &str, patience: Duration) -> Outcome {
     };
     let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
     let target = if has_port { authority.to_owned() } else { format!("{authority}:80") };
-    let request =
-        format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: toolbox\r\nConnection: close\r\n\r\n");
-    let answer = exchange(&target, request.as_bytes(), patience, false).map_err(|error| format!("{url}: {error}"))?;
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: toolbox\r\nConnection: close\r\n\r\n"
+    );
+    let answer =
+        exchange(&target, request.as_bytes(), patience, false).map_err(|error| format!("{url}: {error}"))?;
     let text = String::from_utf8_lossy(&answer);
     let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| format!("{url}: the answer is not HTTP"))?;
     let status: u16 = head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
@@ -31,7 +33,8 @@ pub fn get(url: &str, patience: Duration) -> Outcome {
 /// Sends a text over TCP and prints what comes back.
 pub fn tcp(host: &str, port: u16, text: &str, patience: Duration) -> Outcome {
     let target = join(host, port);
-    let answer = exchange(&target, text.as_bytes(), patience, true).map_err(|error| format!("{target}: {error}"))?;
+    let answer =
+        exchange(&target, text.as_bytes(), patience, true).map_err(|error| format!("{target}: {error}"))?;
     print(&String::from_utf8_lossy(&answer))
 }
 

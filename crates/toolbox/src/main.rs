@@ -104,7 +104,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn print(text: &str) -> Outcome {
     let mut output = std::io::stdout().lock();
-    output.write_all(text.as_bytes()).and_then(|()| output.flush()).map_err(|error| format!("stdout: {error}"))?;
+    output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+        .map_err(|error| format!("stdout: {error}"))?;
     Ok(0)
 }
 

@@ -59,7 +59,10 @@ pub fn tcp_echo(port: u16) -> Outcome {
 
 /// Sends every datagram back, after its host name and a space.
 pub fn udp_echo(port: u16) -> Outcome {
-    let bind = || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)));
+    let bind = || {
+        UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))
+            .or_else(|_| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)))
+    };
     let socket = bind().map_err(|error| format!("port {port}: {error}"))?;
     println!("listening on udp port {port}");
     let mut buffer = vec![0; 65536];
@@ -74,8 +77,10 @@ pub fn udp_echo(port: u16) -> Outcome {
 }
 
 fn serve(port: u16, handle: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static) -> Outcome {
-    let bind =
-        || TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)));
+    let bind = || {
+        TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
+    };
     let listener = bind().map_err(|error| format!("port {port}: {error}"))?;
     println!("listening on tcp port {port}");
     let handle = Arc::new(handle);
@@ -97,7 +102,8 @@ fn read_request(stream: &TcpStream) -> io::Result<Request> {
     let mut lines = BufReader::new(stream.take(REQUEST_LEN_MAX)).lines();
     let first = lines.next().unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into()))?;
     let mut words = first.split(' ');
-    let (method, path) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or("/").to_owned());
+    let (method, path) =
+        (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or("/").to_owned());
     let mut headers = Vec::new();
     for line in lines {
         let line = line?;

@@ -120,7 +120,9 @@ fn as_the_first_process_it_forwards_signals_and_passes_the_exit_code_on() {
     }
     let first = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
-        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", env!("CARGO_BIN_EXE_toolbox")]).args(arguments);
+        command
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc", env!("CARGO_BIN_EXE_toolbox")])
+            .args(arguments);
         command
     };
     assert_eq!(first(&["exit", "7"]).status().unwrap().code(), Some(7));

@@ -137,7 +137,11 @@ impl ServiceProxy {
     ///
     /// # Errors
     /// Only if the firewall cannot be watched; failing transactions are logged and retried.
-    pub async fn run(mut self, mut events: mpsc::Receiver<ProxyEvent>, shutdown: CancellationToken) -> Result<()> {
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<ProxyEvent>,
+        shutdown: CancellationToken,
+    ) -> Result<()> {
         let watch = Watch::new(TABLE)?;
         let mut synced = false;
         let mut due: Option<Instant> = None;
@@ -155,7 +159,7 @@ impl ServiceProxy {
                 }
                 deleted = watch.deleted(), if synced => {
                     deleted?;
-                    if !self.rebuild && !self.is_intact().await {
+                    if !self.rebuild && !nft::has_rules(&*self.firewall, TABLE, "frontends4").await {
                         tracing::warn!(table = TABLE, "firewall rules were removed by somebody else, restoring them");
                         self.rebuild = true;
                         due = Some(Instant::now());
@@ -187,7 +191,9 @@ impl ServiceProxy {
                 let name = service_name(object.metadata.namespace.as_ref(), object.metadata.name.as_ref());
                 self.note_service(name, Service::read(&object));
             }
-            ProxyEvent::ServiceGone { namespace, name } => self.note_service(ServiceName { namespace, name }, None),
+            ProxyEvent::ServiceGone { namespace, name } => {
+                self.note_service(ServiceName { namespace, name }, None)
+            }
             ProxyEvent::Slice(object) => self.note_slice(&object),
             ProxyEvent::SliceGone { namespace, name } => self.forget_slice(namespace, name),
             ProxyEvent::Synced => {}
@@ -200,20 +206,19 @@ impl ServiceProxy {
     /// # Errors
     /// The table is as before, and the next call writes it whole.
     pub async fn sync(&mut self) -> Result<Synced> {
-        let mut script = String::new();
-        if self.rebuild {
-            script = rules::base_script(&self.config.cluster_cidrs, &self.config.service_cidrs);
+        let rebuild = std::mem::take(&mut self.rebuild);
+        if rebuild {
             self.forget_applied();
         }
         let transaction = self.plan();
-        script.push_str(&transaction.script(&mut self.chains));
-        if !script.is_empty()
-            && let Err(error) = self.firewall.apply(&script).await
-        {
+        let applied = match rebuild {
+            true => self.write_all(&transaction).await,
+            false => self.write(&transaction).await,
+        };
+        if let Err(error) = applied {
             self.rebuild = true;
             return Err(error);
         }
-        self.rebuild = false;
         let udp = self.udp_frontends(&transaction);
         let flows = if udp.is_empty() { 0 } else { cut_flows(udp).await };
         self.forget_clients(&transaction).await;
@@ -225,16 +230,29 @@ impl ServiceProxy {
         firewall.apply(&nft::remove_table(TABLE)).await
     }
 
-    fn has_work(&self) -> bool {
-        self.rebuild || !self.dirty.is_empty()
+    /// New chains first: unused until the elements lead to them. Then the elements, at once.
+    async fn write(&mut self, transaction: &Transaction) -> Result<()> {
+        let script = transaction.script(&mut self.chains);
+        if !script.is_empty() {
+            self.firewall.apply(&script).await?;
+        }
+        self.firewall.change(TABLE, transaction.changes()).await
     }
 
-    async fn is_intact(&self) -> bool {
-        let listing = self.firewall.query(&["list", "chain", "inet", TABLE, "frontends4"]).await;
-        let has_rules = |value: serde_json::Value| {
-            value["nftables"].as_array().is_some_and(|list| list.iter().any(|entry| !entry["rule"].is_null()))
-        };
-        listing.is_ok_and(has_rules)
+    async fn write_all(&mut self, transaction: &Transaction) -> Result<()> {
+        let mut script = rules::base_script(&self.config.cluster_cidrs, &self.config.service_cidrs);
+        script.push_str(&transaction.script(&mut self.chains));
+        if let Err(error) = self.firewall.apply(&script).await {
+            tracing::info!(%error, table = TABLE, "the table cannot be taken over, making it anew");
+            self.firewall.apply(&(nft::remove_table(TABLE) + &script)).await?;
+        }
+        let mut changes: Vec<nft::Change> = rules::PLACES.map(|set| nft::Change::Flush { set }).to_vec();
+        changes.extend(transaction.changes());
+        self.firewall.change(TABLE, changes).await
+    }
+
+    fn has_work(&self) -> bool {
+        self.rebuild || !self.dirty.is_empty()
     }
 
     fn note_service(&mut self, name: ServiceName, service: Option<Service>) {
@@ -320,7 +338,8 @@ impl ServiceProxy {
             rules::render(service, port, |six| model::choose(port, six, slices), old, &mut entries);
         }
         let taken = |at: &Frontend| self.holders.get(at).filter(|holder| *holder != name);
-        let lost: BTreeSet<Frontend> = entries.keys().filter_map(Key::at).filter(|at| taken(at).is_some()).collect();
+        let lost: BTreeSet<Frontend> =
+            entries.keys().filter_map(Key::at).filter(|at| taken(at).is_some()).collect();
         for at in &lost {
             let holder = taken(at).map(|holder| format!("{}/{}", holder.namespace, holder.name));
             tracing::warn!(
@@ -349,7 +368,12 @@ impl ServiceProxy {
         released && !self.contenders.is_empty()
     }
 
-    fn update_hairpins(&mut self, old: &BTreeSet<IpAddr>, new: &BTreeSet<IpAddr>, transaction: &mut Transaction) {
+    fn update_hairpins(
+        &mut self,
+        old: &BTreeSet<IpAddr>,
+        new: &BTreeSet<IpAddr>,
+        transaction: &mut Transaction,
+    ) {
         for ip in new.difference(old) {
             let count = self.hairpins.entry(*ip).or_default();
             *count += 1;
@@ -496,4 +520,61 @@ fn split_hairpins(entries: &Entries) -> (Entries, BTreeSet<IpAddr>) {
 
 fn service_name(namespace: Option<&String>, name: Option<&String>) -> ServiceName {
     ServiceName { namespace: namespace.cloned().unwrap_or_default(), name: name.cloned().unwrap_or_default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    use super::*;
+    use crate::nft::testing::Recorder;
+
+    fn proxy() -> (ServiceProxy, Arc<Recorder>) {
+        let recorder = Arc::new(Recorder::default());
+        let config = ProxyConfig { node_name: "n1".into(), cluster_cidrs: vec![], service_cidrs: vec![] };
+        (ServiceProxy::new(config, recorder.clone()), recorder)
+    }
+
+    fn service(name: &str, ip: &str, external: &str) -> ProxyEvent {
+        let port = core::ServicePort { port: 80, ..Default::default() };
+        let spec = core::ServiceSpec {
+            cluster_ip: Some(ip.into()),
+            external_ips: Some(vec![external.into()]),
+            ports: Some(vec![port]),
+            ..Default::default()
+        };
+        let metadata = ObjectMeta { name: Some(name.into()), ..Default::default() };
+        ProxyEvent::Service(Arc::new(core::Service { metadata, spec: Some(spec), ..Default::default() }))
+    }
+
+    fn holder(proxy: &ServiceProxy, ip: &str) -> Option<String> {
+        let at = Frontend { ip: ip.parse().unwrap(), protocol: Protocol::Tcp, port: 80 };
+        proxy.holders.get(&at).map(|name| name.name.clone())
+    }
+
+    #[tokio::test]
+    async fn the_first_of_two_claimants_keeps_an_address_and_the_other_gets_it_later() {
+        let (mut proxy, _) = proxy();
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        proxy.sync().await.unwrap();
+        proxy.note(service("b", "10.0.0.2", "192.0.2.1"));
+        proxy.sync().await.unwrap();
+        assert_eq!(holder(&proxy, "192.0.2.1").as_deref(), Some("a"));
+        assert_eq!(holder(&proxy, "10.0.0.2").as_deref(), Some("b"));
+        proxy.note(ProxyEvent::ServiceGone { namespace: String::new(), name: "a".into() });
+        proxy.sync().await.unwrap();
+        assert_eq!(holder(&proxy, "192.0.2.1").as_deref(), Some("b"));
+        assert_eq!(holder(&proxy, "10.0.0.1"), None);
+    }
+
+    #[tokio::test]
+    async fn a_second_sync_changes_nothing() {
+        let (mut proxy, recorder) = proxy();
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        assert_eq!(proxy.sync().await.unwrap().entries, 2);
+        proxy.note(service("a", "10.0.0.1", "192.0.2.1"));
+        assert_eq!(proxy.sync().await.unwrap().entries, 0);
+        assert_eq!(recorder.scripts.lock().len(), 1, "no new chains");
+        assert_eq!(recorder.changes.lock().last(), Some(&vec![]));
+    }
 }

@@ -89,7 +89,10 @@ impl Service {
             external_ips: external_ips(spec, object.status.as_ref()),
             ports: spec.ports.iter().flatten().filter_map(service_port).collect(),
             affinity_seconds: affinity.then(|| {
-                timeout.and_then(|ip| ip.timeout_seconds).and_then(|s| u32::try_from(s).ok()).unwrap_or(10_800)
+                timeout
+                    .and_then(|ip| ip.timeout_seconds)
+                    .and_then(|s| u32::try_from(s).ok())
+                    .unwrap_or(10_800)
             }),
             external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
             internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
@@ -133,7 +136,8 @@ impl Slice {
 pub fn choose(port: &ServicePort, six: bool, slices: &HashMap<String, Slice>) -> Chosen {
     let mut all: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     for slice in slices.values() {
-        let wanted = |(name, protocol, _): &&(String, Protocol, u16)| *name == port.name && *protocol == port.protocol;
+        let wanted =
+            |(name, protocol, _): &&(String, Protocol, u16)| *name == port.name && *protocol == port.protocol;
         for (_, _, number) in slice.ports.iter().filter(wanted) {
             for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.ip.is_ipv6() == six) {
                 // An address may stand in two slices while the controller moves it; ready wins.
@@ -149,7 +153,10 @@ pub fn choose(port: &ServicePort, six: bool, slices: &HashMap<String, Slice>) ->
 
 fn usable(all: &BTreeMap<SocketAddr, Endpoint>, here: impl Fn(&Endpoint) -> bool) -> Vec<SocketAddr> {
     let pick = |good: fn(&Endpoint) -> bool| -> Vec<SocketAddr> {
-        all.iter().filter(|(_, endpoint)| here(endpoint) && good(endpoint)).map(|(address, _)| *address).collect()
+        all.iter()
+            .filter(|(_, endpoint)| here(endpoint) && good(endpoint))
+            .map(|(address, _)| *address)
+            .collect()
     };
     let ready = pick(|endpoint| endpoint.ready);
     if ready.is_empty() { pick(|endpoint| endpoint.serving && endpoint.terminating) } else { ready }
@@ -158,7 +165,8 @@ fn usable(all: &BTreeMap<SocketAddr, Endpoint>, here: impl Fn(&Endpoint) -> bool
 fn external_ips(spec: &core::ServiceSpec, status: Option<&core::ServiceStatus>) -> Vec<IpAddr> {
     let balancer = status.and_then(|status| status.load_balancer.as_ref()).and_then(|lb| lb.ingress.as_ref());
     // ipMode Proxy: the balancer wants the traffic itself, even from inside the cluster.
-    let ingress = balancer.into_iter().flatten().filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
+    let ingress =
+        balancer.into_iter().flatten().filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
     addresses(spec.external_ips.iter().flatten().chain(ingress.filter_map(|ingress| ingress.ip.as_ref())))
 }
 
@@ -215,7 +223,12 @@ mod tests {
             ("ready wins", &[("10.0.0.1", "rs"), ("10.0.0.2", "st")], &["10.0.0.1"], &[]),
             ("none ready", &[("10.0.0.1", "t"), ("10.0.0.2", "st")], &["10.0.0.2"], &[]),
             ("not ready is not terminating", &[("10.0.0.1", "s")], &[], &[]),
-            ("the node falls back alone", &[("10.0.0.1", "rs"), ("10.0.0.2", "stl")], &["10.0.0.1"], &["10.0.0.2"]),
+            (
+                "the node falls back alone",
+                &[("10.0.0.1", "rs"), ("10.0.0.2", "stl")],
+                &["10.0.0.1"],
+                &["10.0.0.2"],
+            ),
             ("other family", &[("fd00::1", "rs")], &[], &[]),
         ];
         for (name, endpoints, cluster, local) in cases {

@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use super::TABLE;
 use super::model::{Chosen, Service, ServicePort};
 use crate::ipam::Subnet;
-use crate::nft;
+use crate::nft::{Change, Data, Element};
 use crate::pod::Protocol;
 
 /// Endpoints of one Service port that get traffic; the slot shares the lower half of the mark with [`MASQUERADE`].
@@ -28,8 +28,6 @@ const MARK: u32 = 0x4b4e_0000;
 const MASQUERADE: u16 = 0x4000;
 /// Remembered client/Service pairs per family, for session affinity.
 const AFFINITY_ENTRIES_MAX: u32 = 65_536;
-/// Elements in one `add element` line; keeps single lines (and error texts quoting them) bounded.
-const ELEMENTS_PER_LINE: usize = 4096;
 
 /// Where clients knock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,12 +44,24 @@ pub type Entries = BTreeMap<Key, Value>;
 /// The place of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Key {
-    Frontend { local: bool, at: Frontend },
-    Endpoint { local: bool, affine: bool, at: Frontend, slot: u16 },
+    Frontend {
+        local: bool,
+        at: Frontend,
+    },
+    Endpoint {
+        local: bool,
+        affine: bool,
+        at: Frontend,
+        slot: u16,
+    },
     /// Refused: the Service has no endpoints at all.
-    Refused { at: Frontend },
+    Refused {
+        at: Frontend,
+    },
     /// An endpoint on this node that may reach itself through a Service.
-    Hairpin { ip: IpAddr },
+    Hairpin {
+        ip: IpAddr,
+    },
 }
 
 /// The content of an entry.
@@ -256,34 +266,30 @@ impl Transaction {
         })
     }
 
-    /// The script. `known` are the chains that exist; those made here are added to it.
+    /// The script that makes the chains the transaction needs. `known` are those that exist; those made here
+    /// are added to it. To be applied before [`Transaction::changes`].
     pub fn script(&self, known: &mut BTreeSet<Chain>) -> String {
-        // About 60 bytes an entry; growing a string of megabytes step by step would copy it many times.
-        let mut script = String::with_capacity(80 * self.len() + 512);
+        let mut script = String::new();
         for chain in &self.chains {
             if known.insert(*chain) {
                 write_chain(&mut script, chain);
             }
         }
-        let mut lists: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for key in &self.delete {
-            lists.entry(key.place()).or_default().push(key.to_string());
-        }
-        write_elements(&mut script, "delete", &lists);
-        lists.clear();
-        for (key, value) in &self.add {
-            lists.entry(key.place()).or_default().push(format!("{key}{value}"));
-        }
-        write_elements(&mut script, "add", &lists);
         script
     }
-}
 
-fn write_elements(script: &mut String, verb: &str, lists: &BTreeMap<String, Vec<String>>) {
-    for (place, elements) in lists {
-        for some in elements.chunks(ELEMENTS_PER_LINE) {
-            _ = writeln!(script, "{verb} element inet {TABLE} {place} {{ {} }}", some.join(", "));
-        }
+    /// The elements, deletions first, grouped by where they are.
+    pub fn changes(&self) -> Vec<Change> {
+        let mut delete = self.delete.clone();
+        delete.sort_by_key(Key::place);
+        let mut add: Vec<&(Key, Value)> = self.add.iter().collect();
+        add.sort_by_key(|(key, _)| key.place());
+        let deletions = delete.iter().map(|key| Change::Delete { set: key.place(), key: key.bytes() });
+        let additions = add.iter().map(|(key, value)| Change::Add {
+            set: key.place(),
+            element: Element { key: key.bytes(), data: value.data() },
+        });
+        deletions.chain(additions).collect()
     }
 }
 
@@ -297,15 +303,96 @@ impl Key {
     }
 
     /// The map or set the entry is in.
-    fn place(&self) -> String {
-        let suffix = |local: bool| if local { "_local" } else { "" };
+    pub fn place(&self) -> &'static str {
         match self {
-            Key::Frontend { local, at } => format!("frontends{}{}", at.version(), suffix(*local)),
-            Key::Endpoint { local, at, .. } => format!("endpoints{}{}", at.version(), suffix(*local)),
-            Key::Refused { at } => format!("refused{}", at.version()),
-            Key::Hairpin { ip } => format!("hairpin{}", if ip.is_ipv4() { 4 } else { 6 }),
+            Key::Frontend { local, at } => match (at.ip.is_ipv6(), local) {
+                (false, false) => "frontends4",
+                (false, true) => "frontends4_local",
+                (true, false) => "frontends6",
+                (true, true) => "frontends6_local",
+            },
+            Key::Endpoint { local, at, .. } => match (at.ip.is_ipv6(), local) {
+                (false, false) => "endpoints4",
+                (false, true) => "endpoints4_local",
+                (true, false) => "endpoints6",
+                (true, true) => "endpoints6_local",
+            },
+            Key::Refused { at } => {
+                if at.ip.is_ipv6() {
+                    "refused6"
+                } else {
+                    "refused4"
+                }
+            }
+            Key::Hairpin { ip } => {
+                if ip.is_ipv6() {
+                    "hairpin6"
+                } else {
+                    "hairpin4"
+                }
+            }
         }
     }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(28);
+        match self {
+            Key::Frontend { at, .. } | Key::Refused { at } => at.write(&mut bytes),
+            Key::Endpoint { at, slot, .. } => {
+                at.write(&mut bytes);
+                bytes.extend((MARK | u32::from(*slot)).to_ne_bytes());
+            }
+            Key::Hairpin { ip } => {
+                write_ip(&mut bytes, *ip);
+                write_ip(&mut bytes, *ip);
+            }
+        }
+        bytes
+    }
+}
+
+/// Everything [`Key::place`] answers.
+pub const PLACES: [&str; 12] = [
+    "frontends4",
+    "frontends4_local",
+    "frontends6",
+    "frontends6_local",
+    "endpoints4",
+    "endpoints4_local",
+    "endpoints6",
+    "endpoints6_local",
+    "refused4",
+    "refused6",
+    "hairpin4",
+    "hairpin6",
+];
+
+impl Value {
+    fn data(&self) -> Data {
+        match self {
+            Value::Balance(chain) => Data::Goto(chain.to_string()),
+            Value::Drop => Data::Drop,
+            Value::Endpoint(to) => {
+                let mut bytes = Vec::with_capacity(20);
+                write_ip(&mut bytes, to.ip());
+                write_port(&mut bytes, to.port());
+                Data::Value(bytes)
+            }
+            Value::Member => Data::None,
+        }
+    }
+}
+
+fn write_ip(bytes: &mut Vec<u8>, ip: IpAddr) {
+    match ip {
+        IpAddr::V4(ip) => bytes.extend(ip.octets()),
+        IpAddr::V6(ip) => bytes.extend(ip.octets()),
+    }
+}
+
+fn write_port(bytes: &mut Vec<u8>, port: u16) {
+    bytes.extend(port.to_be_bytes());
+    bytes.extend([0; 2]);
 }
 
 impl fmt::Display for Key {
@@ -330,8 +417,10 @@ impl fmt::Display for Value {
 }
 
 impl Frontend {
-    fn version(&self) -> u8 {
-        if self.ip.is_ipv4() { 4 } else { 6 }
+    fn write(&self, bytes: &mut Vec<u8>) {
+        write_ip(bytes, self.ip);
+        bytes.extend([self.protocol.number(), 0, 0, 0]);
+        write_port(bytes, self.port);
     }
 }
 
@@ -409,23 +498,26 @@ fn bound_client(element: &serde_json::Value, slots: &HashSet<(Frontend, u32)>) -
         "sctp" => Protocol::Sctp,
         _ => return None,
     };
-    let at = Frontend {
-        ip: ip.as_str()?.parse().ok()?,
-        protocol,
-        port: u16::try_from(port.as_u64()?).ok()?,
-    };
+    let at = Frontend { ip: ip.as_str()?.parse().ok()?, protocol, port: u16::try_from(port.as_u64()?).ok()? };
     let slot = u32::try_from(element[1].as_u64()?).ok()?;
     slots.contains(&(at, slot)).then(|| Some(format!("{at} . {}", client.as_str()?)))?
 }
 
-/// The table without entries, replacing whatever was there.
+/// The table with its fixed rules, whatever was there before. Entries of an earlier run stay until they are
+/// replaced, so that Services work on through a restart; the chains they lead to have to be made again in the
+/// same transaction. Fails if the table was made with other definitions; then `nft::remove_table` first.
 pub fn base_script(cluster_cidrs: &[Subnet], service_cidrs: &[Subnet]) -> String {
-    let mut script = nft::remove_table(TABLE);
-    _ = writeln!(script, "table inet {TABLE} {{");
-    for (version, six) in [(4, false), (6, true)] {
-        write_maps(&mut script, version, six, cluster_cidrs, service_cidrs);
+    let mut script = format!("table inet {TABLE} {{\n");
+    for (version, _) in FAMILIES {
+        write_maps(&mut script, version);
     }
     script.push_str(CHAINS);
+    _ = writeln!(script, "}}\nflush table inet {TABLE}");
+    for (version, six) in FAMILIES {
+        write_ranges(&mut script, &format!("pods{version}"), six, cluster_cidrs);
+        write_ranges(&mut script, &format!("services{version}"), six, service_cidrs);
+    }
+    _ = writeln!(script, "table inet {TABLE} {{{RULES}");
     for (version, ip, any) in [(4, "ip", "0.0.0.0"), (6, "ip6", "::")] {
         write_lookups(&mut script, version, ip, any);
     }
@@ -433,14 +525,20 @@ pub fn base_script(cluster_cidrs: &[Subnet], service_cidrs: &[Subnet]) -> String
     script
 }
 
-fn write_maps(script: &mut String, version: u8, six: bool, cluster: &[Subnet], services: &[Subnet]) {
+const FAMILIES: [(u8, bool); 2] = [(4, false), (6, true)];
+
+fn write_ranges(script: &mut String, set: &str, six: bool, ranges: &[Subnet]) {
+    _ = writeln!(script, "flush set inet {TABLE} {set}");
+    let ranges: Vec<String> = ranges.iter().filter(|s| s.is_ipv6() == six).map(Subnet::to_string).collect();
+    if !ranges.is_empty() {
+        _ = writeln!(script, "add element inet {TABLE} {set} {{ {} }}", ranges.join(", "));
+    }
+}
+
+fn write_maps(script: &mut String, version: u8) {
     let ip = format!("ipv{version}_addr");
-    let ranges = |list: &[Subnet]| {
-        let list: Vec<String> = list.iter().filter(|s| s.is_ipv6() == six).map(Subnet::to_string).collect();
-        if list.is_empty() { String::new() } else { format!("elements = {{ {} }}; ", list.join(", ")) }
-    };
-    _ = writeln!(script, "set pods{version} {{ type {ip}; flags interval; auto-merge; {}}}", ranges(cluster));
-    _ = writeln!(script, "set services{version} {{ type {ip}; flags interval; auto-merge; {}}}", ranges(services));
+    _ = writeln!(script, "set pods{version} {{ type {ip}; flags interval; auto-merge; }}");
+    _ = writeln!(script, "set services{version} {{ type {ip}; flags interval; auto-merge; }}");
     _ = writeln!(script, "set refused{version} {{ type {ip} . inet_proto . inet_service; }}");
     _ = writeln!(script, "set hairpin{version} {{ type {ip} . {ip}; }}");
     for local in ["", "_local"] {
@@ -457,22 +555,32 @@ map endpoints{version}{local} {{ type {ip} . inet_proto . inet_service . mark : 
     );
 }
 
-/// Hooks. Services are looked up once per connection (the nat hooks see its first packet only).
+/// Hooks, still without rules. Services are looked up once per connection (the nat hooks see its first packet
+/// only).
 const CHAINS: &str = r#"
+chain refuse { }
 chain frontends4 { }
 chain frontends6 { }
-# A reset ends the caller's attempt at once. An ICMP error may meet a locked socket, or the kernel's limit of
-# one a second for each peer, and then the caller waits.
+chain refusals4 { }
+chain refusals6 { }
+chain prerouting { type nat hook prerouting priority dstnat; }
+chain output { type nat hook output priority -100; }
+chain postrouting { type nat hook postrouting priority srcnat; }
+chain filter_input { type filter hook input priority filter; }
+chain filter_forward { type filter hook forward priority filter; }
+chain filter_output { type filter hook output priority filter; }
+"#;
+
+/// A reset ends the caller's attempt at once. An ICMP error may meet a locked socket, or the kernel's limit of
+/// one a second for each peer, and then the caller waits.
+const RULES: &str = r#"
 chain refuse {
   meta l4proto tcp reject with tcp reset
   reject
 }
-chain refusals4 { }
-chain refusals6 { }
-chain prerouting { type nat hook prerouting priority dstnat; meta nfproto vmap { ipv4 : jump frontends4, ipv6 : jump frontends6 }; }
-chain output { type nat hook output priority -100; meta nfproto vmap { ipv4 : jump frontends4, ipv6 : jump frontends6 }; }
+chain prerouting { meta nfproto vmap { ipv4 : jump frontends4, ipv6 : jump frontends6 }; }
+chain output { meta nfproto vmap { ipv4 : jump frontends4, ipv6 : jump frontends6 }; }
 chain postrouting {
-  type nat hook postrouting priority srcnat;
   ct status dnat ip saddr . ip daddr @hairpin4 masquerade
   ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade
   ct status dnat ct original ip daddr @services4 ct original ip saddr != @pods4 masquerade fully-random
@@ -481,9 +589,9 @@ chain postrouting {
   meta mark & 0x4000 == 0 meta mark set 0 return
   meta mark set 0 masquerade fully-random
 }
-chain filter_input { type filter hook input priority filter; ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
-chain filter_forward { type filter hook forward priority filter; ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
-chain filter_output { type filter hook output priority filter; ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
+chain filter_input { ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
+chain filter_forward { ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
+chain filter_output { ct state new meta nfproto vmap { ipv4 : goto refusals4, ipv6 : goto refusals6 }; }
 "#;
 
 fn write_lookups(script: &mut String, version: u8, ip: &str, any: &str) {
@@ -506,4 +614,128 @@ chain refusals{version} {{
 }}
 "
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: ServicePort =
+        ServicePort { name: String::new(), protocol: Protocol::Tcp, port: 80, node_port: Some(30080) };
+
+    fn service(change: impl FnOnce(&mut Service)) -> Service {
+        let mut service = Service { cluster_ips: vec!["10.96.0.1".parse().unwrap()], ..Default::default() };
+        change(&mut service);
+        service
+    }
+
+    fn endpoints(list: &[&str]) -> Vec<SocketAddr> {
+        list.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn rendered(service: &Service, cluster: &[&str], local: &[&str], old: &Entries) -> Entries {
+        let chosen = |six| match six {
+            false => Chosen { cluster: endpoints(cluster), local: endpoints(local) },
+            true => Chosen::default(),
+        };
+        let mut entries = Entries::new();
+        render(service, &PORT, chosen, old, &mut entries);
+        entries
+    }
+
+    fn lines(entries: &Entries) -> Vec<String> {
+        let mut lines: Vec<String> =
+            entries.iter().map(|(key, value)| format!("{} {key}{value}", key.place())).collect();
+        lines.sort();
+        lines
+    }
+
+    #[test]
+    fn services_become_these_entries() {
+        type Case<'a> = (&'a str, Service, &'a [&'a str], &'a [&'a str], &'a [&'a str]);
+        let cases: &[Case] = &[
+            (
+                "plain",
+                service(|_| {}),
+                &["10.1.0.1:8080", "10.1.0.2:8080"],
+                &["10.1.0.1:8080"],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.1 . 8080",
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419393 : 10.1.0.2 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403008 : 10.1.0.1 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403009 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_2_masq",
+                    "frontends4 10.96.0.1 . tcp . 80 : goto lb4_2",
+                    "hairpin4 10.1.0.1 . 10.1.0.1",
+                ],
+            ),
+            (
+                "nobody there",
+                service(|_| {}),
+                &[],
+                &[],
+                &["refused4 0.0.0.0 . tcp . 30080", "refused4 10.96.0.1 . tcp . 80"],
+            ),
+            (
+                "nobody here, both policies local",
+                service(|s| (s.external_local, s.internal_local) = (true, true)),
+                &["10.1.0.2:8080"],
+                &[],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_1_masq",
+                    "frontends4 10.96.0.1 . tcp . 80 : drop",
+                    "frontends4_local 0.0.0.0 . tcp . 30080 : drop",
+                ],
+            ),
+            (
+                "sticky",
+                service(|s| s.affinity_seconds = Some(60)),
+                &["10.1.0.2:8080"],
+                &[],
+                &[
+                    "endpoints4 0.0.0.0 . tcp . 30080 . 1263419392 : 10.1.0.2 . 8080",
+                    "endpoints4 10.96.0.1 . tcp . 80 . 1263403008 : 10.1.0.2 . 8080",
+                    "frontends4 0.0.0.0 . tcp . 30080 : goto np4_1_masq_sticky60",
+                    "frontends4 10.96.0.1 . tcp . 80 : goto lb4_1_sticky60",
+                ],
+            ),
+        ];
+        for (name, service, cluster, local, want) in cases {
+            assert_eq!(lines(&rendered(service, cluster, local, &Entries::new())), *want, "{name}");
+        }
+    }
+
+    #[test]
+    fn one_endpoint_going_moves_at_most_one_other() {
+        let service = service(|_| {});
+        let before = ["10.1.0.1:1", "10.1.0.2:1", "10.1.0.3:1", "10.1.0.4:1"];
+        let old = rendered(&service, &before, &[], &Entries::new());
+        let new = rendered(&service, &before[1..], &[], &old);
+        let mut transaction = Transaction::default();
+        transaction.change(&old, &new);
+        // For both frontends: the last endpoint into the hole, its slot away, the balancing chain changed.
+        assert_eq!((transaction.delete.len(), transaction.add.len()), (6, 4));
+    }
+
+    #[test]
+    fn elements_look_to_the_kernel_as_it_wants_them() {
+        let at = Frontend { ip: "10.96.0.1".parse().unwrap(), protocol: Protocol::Udp, port: 53 };
+        let key = Key::Endpoint { local: false, affine: false, at, slot: 1 };
+        let mark = (MARK + 1).to_ne_bytes();
+        assert_eq!(key.bytes(), [&[10, 96, 0, 1, 17, 0, 0, 0, 0, 53, 0, 0], &mark[..]].concat());
+        let value = Value::Endpoint("10.1.0.2:8080".parse().unwrap());
+        assert_eq!(value.data(), Data::Value(vec![10, 1, 0, 2, 0x1f, 0x90, 0, 0]));
+    }
+
+    #[test]
+    fn remembered_clients_of_a_slot_are_found_in_a_listing() {
+        let listing = serde_json::json!({ "nftables": [{ "map": { "elem": [
+            [{ "elem": { "val": { "concat": ["10.96.0.1", "tcp", 80, "10.1.0.9"] }, "expires": 5 } }, 7],
+            [{ "concat": ["10.96.0.1", "tcp", 80, "10.1.0.8"] }, 8],
+            [{ "concat": ["nonsense"] }, 7],
+        ] } }] });
+        let at = Frontend { ip: "10.96.0.1".parse().unwrap(), protocol: Protocol::Tcp, port: 80 };
+        assert_eq!(clients_of(&listing, &HashSet::from([(at, 7)])), ["10.96.0.1 . tcp . 80 . 10.1.0.9"]);
+    }
 }

@@ -1,0 +1,281 @@
+//! The node role: container runtime, pod network, service proxy, cluster DNS and kubelet of this machine.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use knarr_client::{Informers, Client};
+use knarr_dns::{DnsConfig, DnsServer, Upstreams};
+use knarr_network::nft::NftProgram;
+use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
+use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::pki::{Authority, Subject};
+use crate::server::Server;
+use crate::settings::Settings;
+
+const DNS_PORT: u16 = 53;
+
+fn runtime_config(settings: &Settings) -> builtin::Config {
+    let mut config = builtin::Config::new(settings.data_dir.join("runtime"), settings.run_dir.join("runtime"));
+    config.cgroup_root = cgroup_root(settings);
+    config
+}
+
+/// Two clusters on one machine keep their control groups apart by their device's name.
+fn cgroup_root(settings: &Settings) -> String {
+    if settings.device == "knarr0" { "/knarr".into() } else { format!("/knarr-{}", settings.device) }
+}
+
+fn network_config(settings: &Settings) -> Result<RoutedConfig> {
+    let parse = |cidr: &str| -> Result<Subnet> { cidr.parse().map_err(|e| anyhow!("address range {cidr:?}: {e}")) };
+    Ok(RoutedConfig {
+        device: settings.device.clone(),
+        state_dir: settings.run_dir.join("network"),
+        pod_cidrs: vec![parse(&settings.node_cidr)?],
+        cluster_cidrs: vec![parse(&settings.cluster_cidr)?],
+        service_cidrs: vec![parse(&settings.service_cidr)?],
+        mtu: None,
+    })
+}
+
+/// Starts everything a node is made of.
+pub async fn start(
+    settings: &Settings,
+    server: &Server,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    let client = server.client(&format!("system:node:{}", settings.node_name), &["system:nodes"]);
+    let informers = Informers::new(client.clone());
+    let (runtime, network) = tokio::try_join!(start_runtime(settings), start_network(settings))?;
+    let gateways = network.gateways();
+    start_proxy(settings, &informers, tasks, shutdown)?;
+    start_dns(settings, &server.client("system:apiserver", &["system:masters"]), &informers, &gateways, tasks, shutdown).await?;
+    let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        if let Err(error) = kubelet.run(stop).await {
+            tracing::error!(error = %format!("{error:#}"), "the kubelet ended");
+        }
+    });
+    Ok(())
+}
+
+async fn start_runtime(settings: &Settings) -> Result<Arc<dyn Runtime>> {
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
+        return Ok(Arc::new(remote.with_context(|| format!("container runtime at {endpoint}"))?));
+    }
+    let runtime = BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
+    for path in archives(settings)? {
+        let imported = runtime.import_image(&path, None, true).await;
+        imported.with_context(|| format!("import the image archive {}", path.display()))?;
+    }
+    Ok(Arc::new(runtime))
+}
+
+/// Image archives named in the settings: files, and those in directories.
+fn archives(settings: &Settings) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for path in &settings.images {
+        if !path.is_dir() {
+            found.push(path.clone());
+            continue;
+        }
+        for entry in std::fs::read_dir(path).with_context(|| format!("read {}", path.display()))? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if [".tar", ".tar.gz", ".tgz"].iter().any(|end| name.ends_with(end)) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+async fn start_network(settings: &Settings) -> Result<Arc<RoutedNetwork>> {
+    Ok(Arc::new(RoutedNetwork::start(network_config(settings)?).await.context("pod network")?))
+}
+
+fn start_proxy(settings: &Settings, informers: &Informers, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<()> {
+    let network = network_config(settings)?;
+    let config = ProxyConfig {
+        node_name: settings.node_name.clone(),
+        cluster_cidrs: network.cluster_cidrs,
+        service_cidrs: network.service_cidrs,
+    };
+    let proxy = ServiceProxy::new(config, Arc::new(NftProgram));
+    let (informers, stop) = (informers.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        if let Err(error) = proxy.follow(&informers, stop).await {
+            tracing::error!(%error, "the service proxy ended");
+        }
+    });
+    Ok(())
+}
+
+/// DNS listens on the pods' gateways; the `kube-dns` service leads there.
+async fn start_dns(
+    settings: &Settings,
+    client: &Client,
+    informers: &Informers,
+    gateways: &[IpAddr],
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    let service = IpAddr::V4(settings.service_address(10)?);
+    let mut own = gateways.to_vec();
+    own.push(service);
+    let config = DnsConfig {
+        domain: settings.domain.clone(),
+        listen: gateways.iter().map(|ip| SocketAddr::new(*ip, DNS_PORT)).collect(),
+        upstreams: Upstreams::from_file("/etc/resolv.conf", own),
+    };
+    let server = DnsServer::bind(config).await.context("cluster DNS")?;
+    server.follow(informers);
+    let servers: Vec<knarr_dns::wiring::Server> = gateways
+        .iter()
+        .map(|ip| knarr_dns::wiring::Server { node: settings.node_name.clone(), address: *ip, port: DNS_PORT })
+        .collect();
+    let (service, slice) = knarr_dns::wiring::objects(service, &servers);
+    publish(client, service).await?;
+    publish(client, slice).await?;
+    tasks.spawn(server.run(shutdown.clone()));
+    Ok(())
+}
+
+/// Applies an object of ours in its namespace.
+async fn publish<K>(client: &Client, object: K) -> Result<()>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + serde::Serialize
+        + serde::de::DeserializeOwned
+        + std::fmt::Debug,
+{
+    let name = object.meta().name.clone().unwrap_or_default();
+    let namespace = object.meta().namespace.clone().unwrap_or_default();
+    let api: kube::Api<K> = kube::Api::namespaced(client.clone(), &namespace);
+    let options = kube::api::PatchParams::apply("knarr").force();
+    let published = api.patch(&name, &options, &kube::api::Patch::Apply(&object)).await;
+    published.map(|_| ()).with_context(|| format!("publish {namespace}/{name}"))
+}
+
+fn kubelet(
+    settings: &Settings,
+    authority: &Authority,
+    client: Client,
+    informers: Informers,
+    runtime: Arc<dyn Runtime>,
+    network: Arc<RoutedNetwork>,
+) -> Result<knarr_kubelet::Kubelet> {
+    let (names, addresses) = ([settings.node_name.clone()], [settings.node_ip]);
+    let subject = Subject {
+        name: &format!("system:node:{}", settings.node_name),
+        groups: &["system:nodes"],
+        names: &names,
+        addresses: &addresses,
+    };
+    let serving = authority.leaf("kubelet", &subject)?;
+    let tls = authority.server_config(&serving, true, &["http/1.1"])?;
+    let own_network = settings.container_runtime_endpoint.is_none();
+    let config = knarr_kubelet::KubeletConfig {
+        node_name: settings.node_name.clone(),
+        node_addresses: vec![settings.node_ip],
+        root_dir: settings.data_dir.join("kubelet"),
+        pod_cidrs: vec![settings.node_cidr.clone()],
+        cluster_dns: vec![IpAddr::V4(settings.service_address(10)?)],
+        cluster_domain: settings.domain.clone(),
+        listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
+        tls: Some(tls),
+        cgroup_root: cgroup_root(settings),
+        log_dir: log_dir(settings),
+        ..knarr_kubelet::KubeletConfig::default()
+    };
+    let network = own_network.then_some(network as Arc<dyn knarr_network::PodNetwork>);
+    Ok(knarr_kubelet::Kubelet::new(config, client, informers, runtime, network))
+}
+
+/// Ends all containers; their pods start anew with the next `up`.
+pub fn stop_containers(settings: &Settings) -> Result<()> {
+    if settings.container_runtime_endpoint.is_some() {
+        return Ok(());
+    }
+    builtin::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
+}
+
+/// Removes everything of ours from the machine.
+pub fn purge(settings: &Settings) -> Result<()> {
+    builtin::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
+    block_on(async {
+        ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
+        knarr_network::builtin::purge(&settings.run_dir.join("network")).await.context("purge the pod network")
+    })?;
+    unmount_below(&settings.data_dir)?;
+    remove_pod_logs(settings)
+}
+
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+/// Volumes of pods are mounts below the data directory.
+fn unmount_below(dir: &Path) -> Result<()> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
+    let mut below: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(dir)).collect();
+    below.sort_by_key(|m| std::cmp::Reverse(m.len()));
+    for mount in below {
+        nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH).with_context(|| format!("unmount {mount}"))?;
+    }
+    Ok(())
+}
+
+const LOG_LINKS: &str = "/var/log/containers";
+
+/// Logs of the machine's own cluster lie where log collectors look; others keep to their directory.
+fn log_dir(settings: &Settings) -> PathBuf {
+    match settings.data_dir == Path::new(crate::settings::DATA_DIR) {
+        true => "/var/log/pods".into(),
+        false => settings.data_dir.join("pod-logs"),
+    }
+}
+
+fn remove_pod_logs(settings: &Settings) -> Result<()> {
+    let logs = log_dir(settings);
+    // The links come first: they lead into the logs and would dangle.
+    for entry in std::fs::read_dir(LOG_LINKS).into_iter().flatten().flatten() {
+        if std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(&logs)) {
+            std::fs::remove_file(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    match std::fs::remove_dir_all(&logs) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", logs.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What was looked for, each with what is left of it.
+pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
+    let checks = builtin::verify_clean(&runtime_config(settings)).map_err(|e| anyhow!("look for containers: {e}"))?;
+    let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
+    let report = block_on(async {
+        let report = knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;
+        report.context("look for network devices")
+    })?;
+    found.push((report.checked.join("; "), report.leftovers));
+    let table = block_on(async {
+        knarr_network::nft::table_exists(&NftProgram, knarr_network::proxy::TABLE).await.context("look for firewall tables")
+    })?;
+    found.push((format!("nftables table {}", knarr_network::proxy::TABLE), if table { vec![knarr_network::proxy::TABLE.into()] } else { Vec::new() }));
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
+    let mounts = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(&settings.data_dir));
+    found.push((format!("mounts below {}", settings.data_dir.display()), mounts.map(str::to_owned).collect()));
+    Ok(found)
+}

@@ -1,0 +1,139 @@
+//! The server role: store, API server, control loops and scheduler in one process.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use knarr_apiserver::api::Api;
+use knarr_apiserver::authn::Tokens;
+use knarr_apiserver::identity::User;
+use knarr_apiserver::proxy::Dialer;
+use knarr_apiserver::rbac::Rbac;
+use knarr_apiserver::registry::Registry;
+use knarr_apiserver::server::InProcess;
+use knarr_apiserver::services::Allocator;
+use knarr_apiserver::{bootstrap, server};
+use knarr_api::schema::Schema;
+use knarr_client::Client;
+use knarr_store::engine::Disk;
+use knarr_store::{Embedded, Options, Store};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::kubeconfig;
+use crate::pki::{Authority, Subject};
+use crate::settings::Settings;
+
+const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
+
+/// A running server; clients of this process call it without sockets.
+pub struct Server {
+    api: Arc<Api>,
+    pub authority: Authority,
+}
+
+impl Server {
+    /// Opens the store, creates what every cluster has, and answers on the port.
+    pub async fn start(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Server> {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
+            .await
+            .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
+        let authority = Authority::open(&settings.pki_dir())?;
+        let (key, point) = authority.token_key()?;
+        let issuer = format!("https://kubernetes.default.svc.{}", settings.domain);
+        let tokens = Tokens::new(issuer, key.as_bytes(), &point).map_err(|e| anyhow!("{e}"))?;
+        let store = open_store(settings, tasks, shutdown)?;
+        let registry = Arc::new(Registry {
+            store: store.clone(),
+            schema: Schema::builtin(),
+            services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            clock: Arc::new(jiff::Timestamp::now),
+        });
+        let advertised = SocketAddr::new(settings.node_ip, settings.port);
+        bootstrap::run(&registry, &[advertised]).await.map_err(|e| anyhow!("create the first objects: {e}"))?;
+        let kubelet_client = authority.leaf(
+            "apiserver-kubelet-client",
+            &Subject { name: "kube-apiserver-kubelet-client", groups: &["system:masters"], names: &[], addresses: &[] },
+        )?;
+        let api = Arc::new(Api {
+            rbac: Rbac::new(store),
+            registry,
+            tokens: Arc::new(tokens),
+            dialer: Dialer::new(authority.client_config(&kubelet_client)?),
+            address: advertised.to_string(),
+        });
+        let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
+        let tls = authority.server_config(&serving, false, &["h2", "http/1.1"])?;
+        let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = serve => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        let admin = authority.leaf(
+            "admin",
+            &Subject { name: "kubernetes-admin", groups: &["system:masters"], names: &[], addresses: &[] },
+        )?;
+        kubeconfig::write_admin(settings, authority.certificate(), &admin)?;
+        Ok(Server { api, authority })
+    }
+
+    /// A client of this process with the given identity.
+    pub fn client(&self, name: &str, groups: &[&str]) -> Client {
+        knarr_client::connect::in_process(InProcess::new(self.api.clone(), User::new(name, groups)))
+    }
+
+    /// Starts the control loops and the scheduler.
+    pub fn start_loops(&self, tasks: &TaskTracker, shutdown: &CancellationToken) {
+        let config = knarr_controllers::Config {
+            root_ca: self.authority.certificate().to_owned(),
+            ..knarr_controllers::Config::default()
+        };
+        let client = self.client("system:kube-controller-manager", &[]);
+        tasks.spawn(knarr_controllers::ControllerManager::run(client, config, shutdown.clone()));
+        let client = self.client("system:kube-scheduler", &[]);
+        tasks.spawn(knarr_scheduler::Scheduler::run_default(client, shutdown.clone()));
+    }
+}
+
+fn open_store(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Arc<dyn Store>> {
+    let dir = settings.data_dir.join("store");
+    std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+    let store = Arc::new(Embedded::open(Disk::open(&dir)?, Options::default())?);
+    let (expiring, stop) = (store.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            () = expiring.run_expiry() => {}
+            () = stop.cancelled() => {}
+        }
+    });
+    Ok(store)
+}
+
+/// All names the API server is called by.
+struct ServingNames {
+    names: Vec<String>,
+    addresses: Vec<IpAddr>,
+}
+
+impl ServingNames {
+    fn subject(&self) -> Subject<'_> {
+        Subject { name: "kube-apiserver", groups: &[], names: &self.names, addresses: &self.addresses }
+    }
+}
+
+fn serving_names(settings: &Settings) -> Result<ServingNames> {
+    let service = "kubernetes.default.svc";
+    let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", service].map(str::to_owned).to_vec();
+    names.push(format!("{service}.{}", settings.domain));
+    if !names.contains(&settings.node_name) {
+        names.push(settings.node_name.clone());
+    }
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V4(settings.service_address(1)?)];
+    if !addresses.contains(&settings.node_ip) {
+        addresses.push(settings.node_ip);
+    }
+    Ok(ServingNames { names, addresses })
+}
