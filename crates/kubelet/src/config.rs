@@ -1,10 +1,8 @@
 //! What a kubelet is told when it is made. Values only; where they come from is the binary's business.
 
 use k8s_openapi::api::core::v1::{NodeAddress, Taint};
-use rustls::RootCertStore;
-use rustls::server::ResolvesServerCert;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,18 +14,18 @@ pub const PORT: u16 = 10_250;
 pub const PODS_MAX: u32 = 110;
 
 /// Everything that makes this node this node.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct KubeletConfig {
     pub node_name: String,
-    /// Reported as they are; the first `InternalIP` is the pods' `hostIP`.
-    pub node_addresses: Vec<NodeAddress>,
+    /// Reported as `InternalIP`, and the pods' `hostIPs`; the first one is their `hostIP`.
+    pub node_addresses: Vec<IpAddr>,
     /// State of pods: volumes, hosts files, termination messages.
     pub root_dir: PathBuf,
     /// `/var/log/pods`: one directory per pod.
-    pub pod_log_dir: PathBuf,
+    pub log_dir: PathBuf,
     /// `/var/log/containers`: links with flat names, which log collectors read. `None` makes none.
-    pub container_log_dir: Option<PathBuf>,
-    pub cluster_dns: Vec<String>,
+    pub log_link_dir: Option<PathBuf>,
+    pub cluster_dns: Vec<IpAddr>,
     pub cluster_domain: String,
     /// The node's resolver configuration, for pods that use the node's DNS.
     pub resolv_conf: PathBuf,
@@ -43,31 +41,24 @@ pub struct KubeletConfig {
     pub cgroup_root: String,
     /// Kept back from pods: `cpu`, `memory`, `ephemeral-storage`.
     pub reserved: BTreeMap<String, String>,
-    /// The node's HTTPS server; without it there are no logs, exec and the like.
-    pub server: Option<ServerConfig>,
-}
-
-/// The node's HTTPS server. Only clients with a certificate signed by `client_ca` get past the handshake.
-#[derive(Clone, Debug)]
-pub struct ServerConfig {
+    /// Where the node's HTTPS server listens.
     pub listen: SocketAddr,
-    /// Asked at each handshake, so that certificates renew without a restart.
-    pub certificate: Arc<dyn ResolvesServerCert>,
-    pub client_ca: Arc<RootCertStore>,
-    /// Common names that may use the server (the API server's, `kubelet-client`); empty: every holder of a
-    /// certificate of `client_ca` may.
-    pub allowed_names: Vec<String>,
+    /// The server's certificate, and the CA its clients' certificates must be signed by: it must demand client
+    /// certificates. Without it there is no server, and so no logs, exec and the like.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// Who may use the server, by the certificate's groups (organisations).
+    pub allowed_groups: Vec<String>,
 }
 
-impl KubeletConfig {
-    /// The usual places and numbers for a node of this name.
-    pub fn new(node_name: impl Into<String>) -> Self {
+impl Default for KubeletConfig {
+    /// The usual places and numbers.
+    fn default() -> Self {
         KubeletConfig {
-            node_name: node_name.into(),
+            node_name: String::new(),
             node_addresses: Vec::new(),
             root_dir: PathBuf::from("/var/lib/knarr/kubelet"),
-            pod_log_dir: PathBuf::from("/var/log/pods"),
-            container_log_dir: Some(PathBuf::from("/var/log/containers")),
+            log_dir: PathBuf::from("/var/log/pods"),
+            log_link_dir: Some(PathBuf::from("/var/log/containers")),
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
@@ -79,13 +70,30 @@ impl KubeletConfig {
             version: VERSION.to_owned(),
             cgroup_root: "/kubepods".to_owned(),
             reserved: BTreeMap::new(),
-            server: None,
+            listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PORT),
+            tls: None,
+            allowed_groups: vec!["system:masters".to_owned()],
         }
     }
+}
 
-    /// The addresses pods see as their host's: every `InternalIP`.
+impl KubeletConfig {
+    /// The defaults for a node of this name.
+    pub fn new(node_name: impl Into<String>) -> Self {
+        KubeletConfig { node_name: node_name.into(), ..KubeletConfig::default() }
+    }
+
+    /// The addresses pods see as their host's.
     pub fn host_ips(&self) -> Vec<String> {
-        let internal = self.node_addresses.iter().filter(|address| address.type_ == "InternalIP");
-        internal.map(|address| address.address.clone()).collect()
+        self.node_addresses.iter().map(ToString::to_string).collect()
+    }
+
+    /// The addresses in the node's status.
+    pub fn told_addresses(&self) -> Vec<NodeAddress> {
+        let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
+        let mut out: Vec<NodeAddress> =
+            self.host_ips().into_iter().map(|ip| address("InternalIP", ip)).collect();
+        out.push(address("Hostname", self.node_name.clone()));
+        out
     }
 }

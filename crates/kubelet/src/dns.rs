@@ -50,7 +50,8 @@ fn cluster(pod: &Pod, config: &KubeletConfig, node: &str) -> DnsConfig {
     let own = [format!("{}.svc.{domain}", names::namespace(pod)), format!("svc.{domain}"), domain.clone()];
     let mut searches = own.to_vec();
     append(&mut searches, node.searches.iter());
-    DnsConfig { servers: config.cluster_dns.clone(), searches, options: vec![CLUSTER_OPTIONS.to_owned()] }
+    let servers = config.cluster_dns.iter().map(ToString::to_string).collect();
+    DnsConfig { servers, searches, options: vec![CLUSTER_OPTIONS.to_owned()] }
 }
 
 fn append<'a>(list: &mut Vec<String>, more: impl Iterator<Item = &'a String>) {
@@ -165,7 +166,7 @@ mod tests {
 
     fn file(spec: Value) -> String {
         let mut config = KubeletConfig::new("node");
-        config.cluster_dns = vec!["10.96.0.10".to_owned()];
+        config.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
         let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec})).unwrap();
         print(&resolver(&pod, &config, NODE))
     }

@@ -63,9 +63,8 @@ impl Kubelet {
 
     /// Runs until `shutdown`. Fails only if the server's address cannot be had.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let listen = self.config.server.clone();
-        let listener = match &listen {
-            Some(server) => Some(server::bind(server).await?),
+        let listener = match &self.config.tls {
+            Some(tls) => Some(server::Listener::bind(self.config.listen, tls.clone()).await?),
             None => None,
         };
         tokio::select! {

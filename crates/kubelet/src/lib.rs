@@ -35,5 +35,5 @@ pub mod volumes;
 pub mod server;
 pub mod streaming;
 
-pub use config::{KubeletConfig, ServerConfig};
+pub use config::KubeletConfig;
 pub use kubelet::Kubelet;

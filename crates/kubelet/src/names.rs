@@ -83,11 +83,11 @@ impl KubeletConfig {
     }
 
     pub(crate) fn pod_log_dir(&self, namespace: &str, name: &str, uid: &str) -> PathBuf {
-        self.pod_log_dir.join(format!("{namespace}_{name}_{uid}"))
+        self.log_dir.join(format!("{namespace}_{name}_{uid}"))
     }
 
     pub(crate) fn container_log_link(&self, namespace: &str, name: &str, container: &str, id: &str) -> Option<PathBuf> {
-        let dir = self.container_log_dir.as_ref()?;
+        let dir = self.log_link_dir.as_ref()?;
         Some(dir.join(format!("{name}_{namespace}_{container}-{id}.log")))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The status is written on change and every five minutes; between, only the lease is renewed.
 
-use crate::config::{KubeletConfig, PORT};
+use crate::config::KubeletConfig;
 use crate::context::NodeContext;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{
@@ -292,10 +292,10 @@ async fn remove_not_ready_taint(api: &Api<Node>, node: &Node) -> Result<(), kube
 
 async fn status(context: &NodeContext, node: &Node) -> NodeStatus {
     let (config, machine) = (&context.config, &context.machine);
-    let port = config.server.as_ref().map_or(PORT, |server| server.listen.port());
+    let port = config.listen.port();
     let images = context.runtime.list_images(None).await.unwrap_or_default();
     NodeStatus {
-        addresses: Some(config.node_addresses.clone()),
+        addresses: Some(config.told_addresses()),
         capacity: Some(machine.quantities(config, false)),
         allocatable: Some(machine.quantities(config, true)),
         conditions: Some(conditions(context, node).await),
