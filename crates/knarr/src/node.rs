@@ -5,17 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use k8s_openapi::api::core::v1::NodeAddress;
 use knarr_client::{Client, Informers};
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
-use knarr_kubelet::{Kubelet, KubeletConfig, ServerConfig};
+use knarr_kubelet::{Kubelet, KubeletConfig};
 use knarr_network::nft::NftProgram;
 use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
 use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::pki::{Authority, Subject};
+use crate::pki::{Authority, Clients, Subject};
 use crate::server::Server;
 use crate::settings::Settings;
 
@@ -210,27 +209,19 @@ fn kubelet(
         addresses: &addresses,
     };
     let serving = authority.leaf("kubelet", &subject)?;
-    let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
     let own_cluster = settings.data_dir == Path::new(crate::settings::DATA_DIR);
     let config = KubeletConfig {
-        node_addresses: vec![
-            address("InternalIP", settings.node_ip.to_string()),
-            address("Hostname", settings.node_name.clone()),
-        ],
+        node_addresses: vec![settings.node_ip],
         root_dir: settings.data_dir.join("kubelet"),
-        pod_log_dir: log_dir(settings),
-        container_log_dir: own_cluster.then(|| PathBuf::from(LOG_LINKS)),
-        cluster_dns: vec![settings.service_address(10)?.to_string()],
+        log_dir: log_dir(settings),
+        log_link_dir: own_cluster.then(|| PathBuf::from(LOG_LINKS)),
+        cluster_dns: vec![IpAddr::V4(settings.service_address(10)?)],
         cluster_domain: settings.domain.clone(),
         pod_cidrs: vec![settings.node_cidr.clone()],
         control_plane: true,
         cgroup_root: format!("{}/kubepods", cgroup_root(settings)),
-        server: Some(ServerConfig {
-            listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
-            certificate: authority.resolver(&serving)?,
-            client_ca: Arc::new(authority.roots()?),
-            allowed_names: vec![crate::server::KUBELET_CLIENT.into()],
-        }),
+        listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
+        tls: Some(authority.server_config(&serving, Clients::Required, &["http/1.1"])?),
         ..KubeletConfig::new(&settings.node_name)
     };
     let own_network = settings.container_runtime_endpoint.is_none();

@@ -16,8 +16,7 @@ use rcgen::{
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::server::WebPkiClientVerifier;
 
 use crate::settings::write_private;
 
@@ -40,6 +39,13 @@ pub struct Subject<'a> {
     /// DNS names and addresses; a leaf with any serves, one without is a client.
     pub names: &'a [String],
     pub addresses: &'a [IpAddr],
+}
+
+/// Must clients show a certificate?
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Clients {
+    Required,
+    Optional,
 }
 
 /// The certificate authority of a cluster.
@@ -116,8 +122,7 @@ impl Authority {
         Ok((pem, key.public_key_raw().to_vec()))
     }
 
-    /// What trusts this authority, and nobody else.
-    pub fn roots(&self) -> Result<RootCertStore> {
+    fn roots(&self) -> Result<RootCertStore> {
         let mut roots = RootCertStore::empty();
         roots.add(
             CertificateDer::from_pem_slice(self.certificate.as_bytes())
@@ -126,16 +131,13 @@ impl Authority {
         Ok(roots)
     }
 
-    /// Shows the leaf at every handshake.
-    pub fn resolver(&self, leaf: &Leaf) -> Result<Arc<dyn ResolvesServerCert>> {
-        let (chain, key) = parse(leaf)?;
-        let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
-        Ok(Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, key))))
-    }
-
-    /// Serves with the leaf; clients may show certificates of this authority.
-    pub fn server_config(&self, leaf: &Leaf, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
-        let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?)).allow_unauthenticated();
+    /// Serves with the leaf; certificates that clients show are of this authority.
+    pub fn server_config(&self, leaf: &Leaf, clients: Clients, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
+        let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?));
+        let verifier = match clients {
+            Clients::Required => verifier,
+            Clients::Optional => verifier.allow_unauthenticated(),
+        };
         let (chain, key) = parse(leaf)?;
         let mut config = rustls::ServerConfig::builder()
             .with_client_cert_verifier(verifier.build()?)

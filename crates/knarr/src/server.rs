@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::kubeconfig;
-use crate::pki::{Authority, Subject};
+use crate::pki::{Authority, Clients, Subject};
 use crate::settings::Settings;
 
 /// The name the API server shows to kubelets.
@@ -73,7 +73,7 @@ impl Server {
             address: advertised.to_string(),
         });
         let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
-        let tls = authority.server_config(&serving, &["h2", "http/1.1"])?;
+        let tls = authority.server_config(&serving, Clients::Optional, &["h2", "http/1.1"])?;
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {
             tokio::select! {
