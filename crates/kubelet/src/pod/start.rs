@@ -255,6 +255,11 @@ async fn start(
         make_message_file(file).map_err(|error| refuse(context, pod, name, "CreateContainerError", error))?;
     }
     let log_path = config.log_path.clone();
+    // Runtimes expect the directory of a container's log to be there.
+    if let Some(dir) = PathBuf::from(&ready.config.log_directory).join(&log_path).parent() {
+        let made = std::fs::create_dir_all(dir);
+        made.map_err(|error| refuse(context, pod, name, "CreateContainerError", format!("make {}: {error}", dir.display())))?;
+    }
     let created = runtime.create_container(&ready.sandbox.id, config, ready.config.clone()).await;
     let id = created.map_err(|error| refuse(context, pod, name, "CreateContainerError", error.to_string()))?;
     context.container_event(pod, name, EventType::Normal, "Created", format!("Container created: {name}"));
