@@ -22,11 +22,14 @@ use kube::Client;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 /// How long to wait before asking a runtime again that does not answer.
 const RUNTIME_RETRY: Duration = Duration::from_secs(1);
+
+/// Workers that have ended and are not cleared away yet; more wait.
+const DONE_LEN_MAX: usize = 64;
 
 /// A node's agent. [`Kubelet::run`] does everything.
 pub struct Kubelet {
@@ -144,7 +147,7 @@ async fn dispatch(context: &Arc<NodeContext>, mut events: impl futures::Stream<I
     context.pods.wait_synced().await;
     context.services.wait_synced().await;
     context.node.wait_synced().await;
-    let done = Arc::new(Notify::new());
+    let (done, mut finished) = mpsc::channel(DONE_LEN_MAX);
     let mut workers = Workers::new();
     let mut sandboxes = adopt(context, &mut workers, &done).await;
     for pod in context.pods.list() {
@@ -159,12 +162,9 @@ async fn dispatch(context: &Arc<NodeContext>, mut events: impl futures::Stream<I
                 // A runtime that has ended has nothing to say; the node's status tells of it.
                 None => std::future::pending().await,
             },
-            () = done.notified() => {
-                workers.retain(|_, worker| !worker.is_finished());
-                // A pod of the same name may have come while the old one was taken down.
-                for pod in context.pods.list() {
-                    ensure(context, &mut workers, &ObjectKey::of(&*pod), names::uid(&pod), &done);
-                }
+            // The pod may still be there, with finalizers: its next change brings a worker again.
+            uid = finished.recv() => {
+                uid.and_then(|uid| workers.remove(&uid));
             }
         }
         // New images are told with the status; they come with new workers.
@@ -175,14 +175,14 @@ async fn dispatch(context: &Arc<NodeContext>, mut events: impl futures::Stream<I
     }
 }
 
-fn ensure(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, uid: &str, done: &Arc<Notify>) {
+fn ensure(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, uid: &str, done: &mpsc::Sender<String>) {
     if !workers.contains_key(uid) {
         let worker = pod::spawn(context.clone(), key.clone(), uid.to_owned(), done.clone());
         workers.insert(uid.to_owned(), worker);
     }
 }
 
-fn pod_changed(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, done: &Arc<Notify>) {
+fn pod_changed(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, done: &mpsc::Sender<String>) {
     for worker in workers.values().filter(|worker| worker.context.key == *key) {
         worker.wake();
     }
@@ -193,7 +193,7 @@ fn pod_changed(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKe
 
 /// Takes over what runs already, after a restart: what the API knows goes on, what it does not know is taken down
 /// by its worker. Returns which pod each sandbox is of.
-async fn adopt(context: &Arc<NodeContext>, workers: &mut Workers, done: &Arc<Notify>) -> HashMap<String, String> {
+async fn adopt(context: &Arc<NodeContext>, workers: &mut Workers, done: &mpsc::Sender<String>) -> HashMap<String, String> {
     let sandboxes = loop {
         match context.runtime.list_pod_sandbox(None).await {
             Ok(sandboxes) => break sandboxes,

@@ -35,5 +35,8 @@ pub mod volumes;
 pub mod server;
 pub mod streaming;
 
+#[cfg(test)]
+mod fake;
+
 pub use config::KubeletConfig;
 pub use kubelet::Kubelet;

@@ -55,9 +55,11 @@ pub struct State {
     pub volumes: Option<BTreeMap<String, Ready>>,
     /// When volumes have to be looked at though nothing changed.
     pub volumes_due: Option<Instant>,
-    /// When to try again what failed, and how often it failed in a row.
+    /// When to try again to make volumes, sandbox and network, and how often that failed in a row.
     pub retry_at: Option<Instant>,
     pub failures: u32,
+    /// When to try again to start a container.
+    pub not_before: BTreeMap<String, Instant>,
     /// The network of the present sandbox is attached, or need not be.
     pub attached: Option<String>,
 }

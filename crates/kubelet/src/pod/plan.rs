@@ -157,12 +157,6 @@ fn without_sandbox(input: &Input<'_>, spec: &PodSpec) -> Plan {
     if nothing_left || init_failed {
         return plan;
     }
-    if let Some((at, _)) = observed.sandboxes.first().map(|_| ()).and(input.state.retry_at.map(|at| (at, ()))) {
-        if at > input.now {
-            plan.look_again = Some(at);
-            return plan;
-        }
-    }
     plan.sandbox = Some(attempt);
     let first_init = spec.init_containers.iter().flatten().next();
     match first_init {
@@ -305,6 +299,10 @@ fn start(input: &Input<'_>, plan: &mut Plan, name: &str, ended: Option<&Seen>) {
             plan.look_again = Some(plan.look_again.map_or(at, |earlier| earlier.min(at)));
             return;
         }
+    }
+    if let Some(at) = input.state.not_before.get(name).copied().filter(|at| *at > input.now) {
+        plan.look_again = Some(plan.look_again.map_or(at, |earlier| earlier.min(at)));
+        return;
     }
     let before = input.observed.latest(name);
     let attempt = match before {

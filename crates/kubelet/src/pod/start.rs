@@ -35,19 +35,21 @@ pub(super) async fn run(context: Arc<PodContext>, pod: Arc<Pod>, observed: Obser
             return retry(&context);
         }
     };
-    let mut failed = false;
+    {
+        let mut state = context.state.lock();
+        (state.failures, state.retry_at) = (0, None);
+    }
     for item in &plan.start {
         let Some(container) = build::find_container(&pod, &item.name) else { continue };
-        if let Err(failure) = start(&context, &pod, &container, item, &ready).await {
-            failed |= failure;
-        }
-        context.wake.notify_one();
-    }
-    if failed {
-        retry(&context);
-    } else {
+        let result = start(&context, &pod, &container, item, &ready).await;
+        let at = result.err().map(|after| Instant::now() + after);
         let mut state = context.state.lock();
-        (state.failures, state.retry_at) = (0, state.retry_at.filter(|at| *at > Instant::now()));
+        match at {
+            Some(at) => _ = state.not_before.insert(item.name.clone(), at),
+            None => _ = state.not_before.remove(&item.name),
+        }
+        drop(state);
+        context.wake.notify_one();
     }
 }
 
@@ -92,6 +94,7 @@ async fn prepare(context: &PodContext, pod: &Pod, observed: &Observed, plan: &Pl
         (None, Some(live)) => live.id.clone(),
         _ => {
             limit_pod(context, pod, &parent).map_err(failed)?;
+            forget_network(context).await.map_err(failed)?;
             create_sandbox(context, pod, config.clone()).await.map_err(failed)?
         }
     };
@@ -176,6 +179,14 @@ async fn runtime_handler(context: &PodContext, class: &str) -> Result<String, St
     Ok(found.handler)
 }
 
+/// A new sandbox has a new network namespace: what led to an old one goes first.
+async fn forget_network(context: &PodContext) -> Result<(), String> {
+    let node = &context.node;
+    let Some(network) = node.network.as_ref().filter(|_| !node.runtime.attaches_network()) else { return Ok(()) };
+    context.state.lock().attached = None;
+    network.detach(&context.uid).await.map_err(|error| format!("detach the former sandbox's network: {error}"))
+}
+
 /// Gives the sandbox its network, once in a worker's life: after a restart it repairs what is missing.
 async fn attach(context: &PodContext, pod: &Pod, sandbox_id: &str) -> Result<(), String> {
     let node = &context.node;
@@ -211,14 +222,14 @@ fn hosts_file(context: &PodContext, pod: &Pod, pod_ips: &[String]) -> Result<Opt
     Ok(Some(path))
 }
 
-/// Starts one container. The error says whether it is worth a retry of ours.
+/// Starts one container. The error says after which time to try again.
 async fn start(
     context: &Arc<PodContext>,
     pod: &Arc<Pod>,
     container: &Container,
     item: &Start,
     ready: &ReadyPod,
-) -> Result<(), bool> {
+) -> Result<(), Duration> {
     let name = &container.name;
     let about = super::container_reference(pod, name);
     if let Some(failed_at) = item.failed_at {
@@ -230,10 +241,7 @@ async fn start(
             let message = format!("Error: {}", failure.reason);
             context.container_event(pod, name, EventType::Warning, "Failed", message);
             wait(context, name, failure.reason, &failure.message);
-            if let Some(after) = failure.retry {
-                look_again(context, after);
-            }
-            return Err(false);
+            return Err(failure.retry.unwrap_or(RETRY_MAX));
         }
     };
     let (config, message_file) = match configure(context, pod, container, item, ready, &image).await {
@@ -279,7 +287,8 @@ async fn start(
     };
     super::stop::kill(context, pod, &kill, grace).await;
     wait(context, name, "PostStartHookError", &message);
-    Err(false)
+    // It counts as a crash; the back-off of those does the waiting.
+    Ok(())
 }
 
 fn wait(context: &PodContext, name: &str, reason: &str, message: &str) {
@@ -287,17 +296,11 @@ fn wait(context: &PodContext, name: &str, reason: &str, message: &str) {
     context.state.lock().waiting.insert(name.to_owned(), waiting);
 }
 
-fn look_again(context: &PodContext, after: Duration) {
-    let at = Instant::now() + after;
-    let mut state = context.state.lock();
-    state.retry_at = Some(state.retry_at.filter(|have| *have > Instant::now()).map_or(at, |have| have.min(at)));
-}
-
 /// Tells why a container cannot be started; a later try may go better.
-fn refuse(context: &PodContext, pod: &Pod, name: &str, reason: &str, message: String) -> bool {
+fn refuse(context: &PodContext, pod: &Pod, name: &str, reason: &str, message: String) -> Duration {
     context.container_event(pod, name, EventType::Warning, "Failed", format!("Error: {message}"));
     wait(context, name, reason, &message);
-    true
+    RETRY_MAX
 }
 
 async fn remove_unstarted(context: &PodContext, name: &str) {

@@ -82,7 +82,6 @@ pub(super) async fn kill_all(context: Arc<PodContext>, pod: Arc<Pod>, observed: 
             kill(&context, &pod, &as_kill(seen), left).await;
         }
     }
-    context.wake.notify_one();
 }
 
 /// Takes the network and the sandboxes down; containers and their logs stay to be looked at.

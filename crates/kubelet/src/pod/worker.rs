@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -42,11 +43,6 @@ impl Handle {
     pub fn wake(&self) {
         self.context.wake.notify_one();
     }
-
-    /// Whether the pod is gone for good.
-    pub fn is_finished(&self) -> bool {
-        self.task.is_finished()
-    }
 }
 
 impl Drop for Handle {
@@ -56,9 +52,9 @@ impl Drop for Handle {
     }
 }
 
-/// Starts the worker of a pod; `done` is told when the pod is gone for good. A pod the API does not know is taken
+/// Starts the worker of a pod; `done` is told the uid when the pod is gone for good. A pod the API does not know is taken
 /// down.
-pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: Arc<Notify>) -> Handle {
+pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: mpsc::Sender<String>) -> Handle {
     let wake = Arc::new(Notify::new());
     let probers = Probers::new(node.runtime.clone(), node.recorder.clone(), wake.clone());
     let context = Arc::new(PodContext {
@@ -74,6 +70,7 @@ pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: Arc<Noti
         context: context.clone(),
         probers,
         op: None,
+        kill: None,
         latest: None,
         last_pod: None,
         released: false,
@@ -83,8 +80,9 @@ pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: Arc<Noti
         volumes_stale: false,
     };
     let task = tokio::spawn(async move {
+        let uid = worker.context.uid.clone();
         worker.run().await;
-        done.notify_one();
+        let _ = done.send(uid).await;
     });
     Handle { context, task }
 }
@@ -92,7 +90,10 @@ pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: Arc<Noti
 struct Worker {
     context: Arc<PodContext>,
     probers: Probers,
+    /// Starting, or ending the whole pod.
     op: Option<Op>,
+    /// Ending single containers, beside a start: a hook or pull under way is not cut off by it.
+    kill: Option<Op>,
     /// The pod as our last write left it, until the informer has it.
     latest: Option<Arc<Pod>>,
     /// The pod as last seen: what is stopped after the API has forgotten it.
@@ -110,6 +111,8 @@ struct Worker {
 struct Op {
     kind: OpKind,
     task: JoinHandle<()>,
+    /// Set before the worker is woken; the task itself ends a moment later.
+    done: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -148,18 +151,29 @@ impl Worker {
             let context = self.context.clone();
             tokio::select! {
                 () = context.wake.notified() => {}
-                () = context.references_changed.notified() => self.volumes_stale = true,
+                () = context.references_changed.notified() => self.references_changed(),
                 () = sleep_until(at) => {}
             }
         }
+    }
+
+    /// What failed for a missing object may go well now.
+    fn references_changed(&mut self) {
+        self.volumes_stale = true;
+        let mut state = self.context.state.lock();
+        state.retry_at = None;
+        let State { waiting, not_before, .. } = &mut *state;
+        not_before.retain(|name, _| waiting.get(name).is_some_and(|why| why.reason != "CreateContainerConfigError"));
     }
 
     async fn sync(&mut self) -> Step<Next> {
         let pod = self.pod();
         let observed = self.observe().await?;
         self.read_messages(&observed);
-        if self.op.as_ref().is_some_and(|op| op.task.is_finished()) {
-            self.op = None;
+        for slot in [&mut self.op, &mut self.kill] {
+            if slot.as_ref().is_some_and(|op| op.done.load(Ordering::Acquire)) {
+                *slot = None;
+            }
         }
         let Some(pod) = pod else { return self.take_down(&observed).await };
         if let Some(last) = &self.last_pod {
@@ -269,10 +283,12 @@ impl Worker {
         self.note_backoff(pod, &plan);
         if !plan.kill.is_empty() {
             let (context, pod, kills) = (self.context.clone(), pod.clone(), std::mem::take(&mut plan.kill));
-            self.begin(OpKind::Kill, async move {
+            let work = async move {
                 futures::future::join_all(kills.iter().map(|kill| stop::kill(&context, &pod, kill, grace))).await;
-                context.wake.notify_one();
-            });
+            };
+            if self.kill.is_none() {
+                self.kill = Some(self.begin(OpKind::Kill, work));
+            }
             return None;
         }
         if (plan.start.is_empty() && plan.sandbox.is_none()) || self.op.is_some() {
@@ -281,12 +297,8 @@ impl Worker {
         if let Some(at) = state_retry.filter(|at| *at > Instant::now()) {
             return Some(at);
         }
-        let (context, pod, observed) = (self.context.clone(), pod.clone(), observed.clone());
-        let wake = context.wake.clone();
-        self.begin(OpKind::Start, async move {
-            start::run(context, pod, observed, plan).await;
-            wake.notify_one();
-        });
+        let work = start::run(self.context.clone(), pod.clone(), observed.clone(), plan);
+        self.op = Some(self.begin(OpKind::Start, work));
         None
     }
 
@@ -301,17 +313,16 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, kind: OpKind, work: impl Future<Output = ()> + Send + 'static) {
-        // The finished task must be seen as finished when it wakes the worker.
+    fn begin(&self, kind: OpKind, work: impl Future<Output = ()> + Send + 'static) -> Op {
         let wake = self.context.wake.clone();
-        let task = tokio::spawn(work);
-        let watched = tokio::spawn(async move {
-            let mut guard = AbortGuard(task);
-            let _ = (&mut guard.0).await;
-            drop(guard);
+        let done = Arc::new(AtomicBool::new(false));
+        let told = done.clone();
+        let task = tokio::spawn(async move {
+            work.await;
+            told.store(true, Ordering::Release);
             wake.notify_one();
         });
-        self.op = Some(Op { kind, task: watched });
+        Op { kind, task, done }
     }
 
     fn kill_all(&mut self, pod: &Arc<Pod>, observed: &Observed, grace_s: i64) {
@@ -319,9 +330,9 @@ impl Worker {
         if matches!(self.op.as_ref().map(|op| op.kind), Some(OpKind::KillAll(have)) if have <= grace_s) {
             return;
         }
-        self.op = None;
+        (self.op, self.kill) = (None, None);
         let work = stop::kill_all(self.context.clone(), pod.clone(), observed.clone(), grace_s);
-        self.begin(OpKind::KillAll(grace_s), work);
+        self.op = Some(self.begin(OpKind::KillAll(grace_s), work));
     }
 
     fn update_probes(&mut self, pod: &Arc<Pod>, observed: &Observed) {
@@ -563,14 +574,6 @@ enum Written {
     Done,
     /// Someone else wrote first; this is the pod now.
     Conflict(Arc<Pod>),
-}
-
-struct AbortGuard(JoinHandle<()>);
-
-impl Drop for AbortGuard {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 fn version(pod: &Pod) -> u64 {

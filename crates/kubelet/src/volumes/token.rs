@@ -66,13 +66,13 @@ impl ApiTokens {
             name: Some(names::name(pod).to_owned()),
             uid: Some(names::uid(pod).to_owned()),
         };
-        let audiences = if audience.is_empty() { Vec::new() } else { vec![audience.to_owned()] };
+        let audiences = (!audience.is_empty()).then(|| vec![audience.to_owned()]);
         let spec = TokenRequestSpec {
             audiences,
             expiration_seconds: Some(expiration_s),
             bound_object_ref: Some(bound),
         };
-        let request = TokenRequest { spec, ..Default::default() };
+        let request = TokenRequest { spec: Some(spec), ..Default::default() };
         let api = Api::<ServiceAccount>::namespaced(self.client.clone(), names::namespace(pod));
         let answer = api.create_token_request(account, &PostParams::default(), &request).await;
         answer.map_err(|error| format!("failed to fetch token: {error}"))
@@ -90,12 +90,14 @@ impl Tokens for ApiTokens {
         }
         let answer = self.request(pod, audience, expiration_s).await?;
         let status = answer.status.ok_or("failed to fetch token: the answer has no status")?;
-        let life = self.clock.until(status.expiration_timestamp.0);
+        let value = status.token.ok_or("failed to fetch token: the answer has no token")?;
+        let expires = status.expiration_timestamp.ok_or("failed to fetch token: the answer has no end")?;
+        let life = self.clock.until(expires.0);
         let jitter = Duration::from_secs(rand::random_range(0..=JITTER_S_MAX));
         let refresh_after = (life * USED_PERCENT / 100).min(AGE_MAX).saturating_sub(jitter);
         let refresh_at = now.saturating_add(jiff::SignedDuration::try_from(refresh_after).unwrap_or_default());
-        let known = Known { value: status.token.clone(), refresh_at: refresh_at.unwrap_or(now) };
+        let known = Known { value: value.clone(), refresh_at: refresh_at.unwrap_or(now) };
         self.known.lock().entry(uid.to_owned()).or_default().insert(key, known);
-        Ok(Token { value: status.token, refresh_after })
+        Ok(Token { value, refresh_after })
     }
 }
