@@ -10,7 +10,8 @@ use serde_json::Value;
 
 fn wire() -> Option<PathBuf> {
     let root = std::env::var_os("KNARR_REFERENCE").map(PathBuf::from);
-    let root = root.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference"));
+    let root =
+        root.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference"));
     Some(root.join("wire")).filter(|p| p.is_dir())
 }
 
@@ -25,7 +26,9 @@ fn filled_objects_read_the_same_from_both_encodings() {
     for kind in schema.kinds() {
         let group = if kind.group.is_empty() { "core" } else { &kind.group };
         let file = |end: &str| dir.join(format!("{group}.{}.{}.{end}", kind.version, kind.kind));
-        let (Ok(json), Ok(bytes)) = (std::fs::read(file("json")), std::fs::read(file("pb"))) else { continue };
+        let (Ok(json), Ok(bytes)) = (std::fs::read(file("json")), std::fs::read(file("pb"))) else {
+            continue;
+        };
         compared += 1;
         let from_json = decode::json(schema, kind.type_id, &json).expect("upstream's json decodes").value;
         let result = protobuf::decode(schema, kind.type_id, &bytes)

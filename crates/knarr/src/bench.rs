@@ -59,20 +59,32 @@ async fn run(args: &BenchArgs) -> Result<()> {
     let kubeconfig = match (&args.kubeconfig, &settings) {
         (Some(path), _) => path.clone(),
         (None, Some(settings)) => settings.admin_kubeconfig(),
-        (None, None) => anyhow::bail!("no cluster in {}; name one with --kubeconfig", args.data_dir.display()),
+        (None, None) => {
+            anyhow::bail!("no cluster in {}; name one with --kubeconfig", args.data_dir.display())
+        }
     };
     let client = knarr_client::connect::from_kubeconfig(&kubeconfig, None).await?;
     if let Some(memory) = processes.memory_kilobytes() {
-        println!("{:<44} {:>10.1} MB PSS", "memory of all processes, before the load", memory as f64 / 1024.0);
+        println!(
+            "{:<44} {:>10.1} MB PSS",
+            "memory of all processes, before the load",
+            memory as f64 / 1024.0
+        );
     }
     if args.idle_seconds > 0 {
         idle(&processes, Duration::from_secs(args.idle_seconds)).await;
     }
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let namespace: Namespace = serde_json::from_value(json!({ "metadata": { "name": NAMESPACE } }))?;
-    namespaces.create(&PostParams::default(), &namespace).await.context("create the namespace of the benchmark")?;
+    namespaces
+        .create(&PostParams::default(), &namespace)
+        .await
+        .context("create the namespace of the benchmark")?;
     let result = measure(args, &kubeconfig, &client, &processes).await;
-    namespaces.delete(NAMESPACE, &DeleteParams::default()).await.context("delete the namespace of the benchmark")?;
+    namespaces
+        .delete(NAMESPACE, &DeleteParams::default())
+        .await
+        .context("delete the namespace of the benchmark")?;
     result?;
     if let Some(memory) = processes.memory_kilobytes() {
         println!("{:<44} {:>10.1} MB PSS", "memory of all processes, after the load", memory as f64 / 1024.0);
@@ -89,7 +101,9 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     phase("creates, 4 KB each, durable", &clients, args.objects, processes, |client, n| {
         let payload = payload.clone();
         async move {
-            let object: ConfigMap = serde_json::from_value(json!({ "metadata": { "name": format!("b{n}") }, "data": { "x": payload } }))?;
+            let object: ConfigMap = serde_json::from_value(
+                json!({ "metadata": { "name": format!("b{n}") }, "data": { "x": payload } }),
+            )?;
             Api::namespaced(client, NAMESPACE).create(&PostParams::default(), &object).await?;
             Ok(())
         }
@@ -98,17 +112,25 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     phase("gets", &clients, args.objects * 2, processes, |client, n| {
         let name = format!("b{}", n % args.objects);
         async move {
-            let request = http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{name}")).body(Vec::new())?;
+            let request = http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{name}"))
+                .body(Vec::new())?;
             client.request_text(request).await?;
             Ok(())
         }
     })
     .await?;
-    phase(&format!("lists of {}", args.objects), &clients[..clients.len().min(4)], 40, processes, |client, _| async move {
-        let request = http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps")).body(Vec::new())?;
-        client.request_text(request).await?;
-        Ok(())
-    })
+    phase(
+        &format!("lists of {}", args.objects),
+        &clients[..clients.len().min(4)],
+        40,
+        processes,
+        |client, _| async move {
+            let request =
+                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps")).body(Vec::new())?;
+            client.request_text(request).await?;
+            Ok(())
+        },
+    )
     .await?;
     if args.pods > 0 {
         pod_starts(args, client).await?;
@@ -117,7 +139,13 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
 }
 
 /// Runs `count` requests over the clients and prints rate, latencies and the server's CPU time per request.
-async fn phase<F, Fut>(what: &str, clients: &[Client], count: usize, processes: &Processes, request: F) -> Result<()>
+async fn phase<F, Fut>(
+    what: &str,
+    clients: &[Client],
+    count: usize,
+    processes: &Processes,
+    request: F,
+) -> Result<()>
 where
     F: Fn(Client, usize) -> Fut,
     Fut: Future<Output = Result<()>>,
@@ -145,7 +173,11 @@ where
     let mut times: Vec<Duration> = times.into_iter().flatten().collect();
     times.sort_unstable();
     let rate = times.len() as f64 / elapsed;
-    print!("{what:<44} {rate:>10.0} /s  p50 {:>7.2} ms  p99 {:>7.2} ms", millis(&times, 50), millis(&times, 99));
+    print!(
+        "{what:<44} {rate:>10.0} /s  p50 {:>7.2} ms  p99 {:>7.2} ms",
+        millis(&times, 50),
+        millis(&times, 99)
+    );
     match (cpu, processes.cpu_seconds()) {
         (Some(before), Some(after)) => {
             println!("  server {:>7.0} us CPU each", (after - before) / times.len().max(1) as f64 * 1e6);
@@ -213,7 +245,8 @@ impl Processes {
         let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()).filter(|pid| {
             let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let args: Vec<String> = command.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect();
+            let args: Vec<String> =
+                command.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect();
             let role = args.get(1).map(String::as_str).unwrap_or_default();
             let ours = args.iter().any(|a| *a == data || a.starts_with(&format!("{run}/")));
             ours && ["run", "supervise", knarr_runtime::keeper::ARGUMENT].contains(&role)

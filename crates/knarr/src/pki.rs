@@ -132,7 +132,12 @@ impl Authority {
     }
 
     /// Serves with the leaf; certificates that clients show are of this authority.
-    pub fn server_config(&self, leaf: &Leaf, clients: Clients, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
+    pub fn server_config(
+        &self,
+        leaf: &Leaf,
+        clients: Clients,
+        protocols: &[&str],
+    ) -> Result<Arc<rustls::ServerConfig>> {
         let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?));
         let verifier = match clients {
             Clients::Required => verifier,

@@ -88,7 +88,9 @@ impl UpArgs {
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
         }
         if settings.container_runtime_endpoint.is_some() && !settings.images.is_empty() {
-            bail!("--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint");
+            bail!(
+                "--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint"
+            );
         }
         settings.server_only |= self.server_only;
         settings.service_range()?;

@@ -206,9 +206,13 @@ impl Watch {
         // Writes to files of a directory are told to watches of the directory.
         let flags = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE_SELF;
         inotify.add_watch(&dir, flags)?;
+<<<<<<< HEAD
         // SAFETY: the descriptor is owned by the value given away here, and is closed with it, not before.
         let inotify = unsafe { AsyncFd::register(Events(inotify))? };
         Ok(Watch { inotify })
+=======
+        Ok(Watch { inotify: AsyncFd::register(Events(inotify))? })
+>>>>>>> kubelet
     }
 
     async fn changed(&mut self) -> io::Result<()> {
