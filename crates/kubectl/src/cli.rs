@@ -72,7 +72,11 @@ fn refuse(error: &clap::Error, args: &[String]) -> i32 {
 /// Upstream lets every boolean flag be written `--flag=true` and `--flag=false`; clap knows only `--flag`.
 fn plain_booleans(args: &[String]) -> Vec<String> {
     let (mut switches, mut valued) = (Vec::new(), Vec::new());
-    collect_flags(&Cli::command(), &mut switches, &mut valued);
+    let command = Cli::command();
+    let verb = args.iter().find_map(|arg| command.find_subcommand(arg));
+    for command in std::iter::once(&command).chain(verb) {
+        collect_flags(command, &mut switches, &mut valued);
+    }
     let mut result = vec!["kubectl".to_owned()];
     let mut rest = args.iter();
     for arg in rest.by_ref() {
@@ -97,8 +101,9 @@ fn collect_flags(command: &Command, switches: &mut Vec<String>, valued: &mut Vec
         let list = if matches!(arg.get_action(), ArgAction::SetTrue) { &mut *switches } else { &mut *valued };
         list.push(long.to_owned());
     }
-    for sub in command.get_subcommands() {
-        collect_flags(sub, switches, valued);
+    // The root's subcommands are the other verbs; only the verb at hand has any of interest.
+    if command.get_name() != "kubectl" {
+        command.get_subcommands().for_each(|sub| collect_flags(sub, switches, valued));
     }
 }
 

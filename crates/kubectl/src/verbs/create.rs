@@ -223,8 +223,6 @@ struct BindingArgs {
     role: Option<String>,
     #[arg(long)]
     clusterrole: Option<String>,
-    #[arg(long = "as-user", visible_alias = "user-name")]
-    users: Vec<String>,
     #[arg(long)]
     group: Vec<String>,
     /// NAMESPACE:NAME
@@ -262,6 +260,11 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
         Kind::Clusterrolebinding(a) => (binding(context, "ClusterRoleBinding", &a)?, a.common),
         Kind::Token(a) => return token(context, &a).await,
     };
+    // `--user` of a binding names its subject, not an entry of the kubeconfig.
+    if object.str_at("kind").ends_with("RoleBinding") && context.args.user.is_some() {
+        let context = Context::new(crate::context::GlobalArgs { user: None, ..context.args.clone() });
+        return send(&context, &common, object, "").await;
+    }
     send(context, &common, object, "").await
 }
 
@@ -566,7 +569,7 @@ fn binding(context: &Context, kind: &str, args: &BindingArgs) -> Result<Value> {
     };
     let mut subjects = Vec::new();
     // `--user` is also the kubeconfig's user; upstream gives it the meaning of a subject here.
-    for user in args.users.iter().chain(&context.args.user) {
+    if let Some(user) = &context.args.user {
         subjects.push(json!({ "apiGroup": GROUP, "kind": "User", "name": user }));
     }
     for group in &args.group {

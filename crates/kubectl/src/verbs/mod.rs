@@ -38,6 +38,8 @@ verbs! {
     Rollout => rollout,
     /// Set a new size for a deployment, replica set, or replication controller.
     Scale => scale,
+    /// Display cluster information.
+    ClusterInfo => cluster_info,
     /// Show details of a specific resource or group of resources.
     Describe => describe,
     /// Print the logs for a container in a pod.
@@ -49,10 +51,16 @@ verbs! {
     Exec => exec,
     /// Forward one or more local ports to a pod.
     PortForward => port_forward,
+    /// Inspect authorization.
+    Auth => auth,
+    /// List events.
+    Events => events,
     /// Apply a configuration to a resource by file name or stdin.
     Apply => apply,
     /// Update fields of a resource.
     Patch => patch,
+    /// Replace a resource by file name or stdin.
+    Replace => replace,
     /// Wait for a specific condition on one or many resources.
     Wait => wait,
     /// Update the labels on a resource.
@@ -63,6 +71,13 @@ verbs! {
     ApiResources => api_resources,
     /// Print the supported API versions on the server, in the form of "group/version".
     ApiVersions => api_versions,
+    /// Modify kubeconfig files.
+    Config => config,
     /// Print the client and server version information.
     Version => version,
+    /// Display resource (CPU/memory) usage.
+    Top => top,
+    /// Verbs of upstream that are not built.
+    #[command(hide = true, aliases = ["kustomize", "proxy", "certificate", "debug", "plugin", "options", "alpha"])]
+    Completion => completion,
 }
