@@ -85,7 +85,9 @@ fn plain_booleans(args: &[String]) -> Vec<String> {
             break;
         }
         let switch = arg.strip_prefix("--").and_then(|a| a.split_once('='));
-        match switch.filter(|(name, _)| switches.iter().any(|s| s == name) && !valued.iter().any(|v| v == name)) {
+        match switch
+            .filter(|(name, _)| switches.iter().any(|s| s == name) && !valued.iter().any(|v| v == name))
+        {
             Some((name, "true")) => result.push(format!("--{name}")),
             Some((_, "false")) => {}
             _ => result.push(arg.clone()),
@@ -132,15 +134,35 @@ mod tests {
     #[test]
     fn everyday_commands_parse() {
         for line in [
-            "get pods -o wide -n default", "-n x get po,svc -A", "get pods -w --no-headers", "get pods -ojsonpath={.items}",
-            "create deployment web --image=nginx:latest --replicas=3", "create -f x.yaml", "apply -f a -f b -R",
-            "delete deployment,service web", "delete pod x --wait=false --grace-period=0 --force", "logs x --tail=-1 -f",
-            "exec -it x -c c -- sh -c ls", "exec x -- cat /etc/hostname", "scale deployment web --replicas=5",
-            "patch deployment web -p {}", "rollout status deployment/web --timeout=60s", "rollout undo deployment/web --to-revision=2",
-            "set image deployment/web nginx=nginx:next", "set env deployment/web A=b C-", "expose deployment web --port=80 --type=NodePort",
-            "port-forward deployment/web 18080:80", "wait --for=condition=Ready pod/client --timeout=60s", "version",
-            "api-resources", "label pod x a=b c- --overwrite", "run x --image=y --restart=Never -- sh -c true",
-            "create secret generic s --from-literal=a=b", "config get-contexts", "auth can-i get pods", "explain pod.spec",
+            "get pods -o wide -n default",
+            "-n x get po,svc -A",
+            "get pods -w --no-headers",
+            "get pods -ojsonpath={.items}",
+            "create deployment web --image=nginx:latest --replicas=3",
+            "create -f x.yaml",
+            "apply -f a -f b -R",
+            "delete deployment,service web",
+            "delete pod x --wait=false --grace-period=0 --force",
+            "logs x --tail=-1 -f",
+            "exec -it x -c c -- sh -c ls",
+            "exec x -- cat /etc/hostname",
+            "scale deployment web --replicas=5",
+            "patch deployment web -p {}",
+            "rollout status deployment/web --timeout=60s",
+            "rollout undo deployment/web --to-revision=2",
+            "set image deployment/web nginx=nginx:next",
+            "set env deployment/web A=b C-",
+            "expose deployment web --port=80 --type=NodePort",
+            "port-forward deployment/web 18080:80",
+            "wait --for=condition=Ready pod/client --timeout=60s",
+            "version",
+            "api-resources",
+            "label pod x a=b c- --overwrite",
+            "run x --image=y --restart=Never -- sh -c true",
+            "create secret generic s --from-literal=a=b",
+            "config get-contexts",
+            "auth can-i get pods",
+            "explain pod.spec",
         ] {
             let args = line.split(' ').map(str::to_owned).collect::<Vec<_>>();
             if let Err(error) = Cli::try_parse_from(plain_booleans(&args)) {

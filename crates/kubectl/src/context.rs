@@ -134,7 +134,10 @@ impl Context {
         if let Some(namespace) = &self.args.namespace {
             return Ok(namespace.clone());
         }
-        if self.connection.initialized() && self.args.kubeconfig.is_none() && self.kubeconfig_paths().is_empty() {
+        if self.connection.initialized()
+            && self.args.kubeconfig.is_none()
+            && self.kubeconfig_paths().is_empty()
+        {
             return Ok("default".into());
         }
         let config = self.kubeconfig()?;
@@ -187,7 +190,9 @@ impl Context {
         let mut config = if kubeconfig.contexts.is_empty() {
             kube::Config::new(self.args.server.as_deref().unwrap_or_default().parse().map_err(|e| fail(&e))?)
         } else {
-            if options.context.is_none() && kubeconfig.current_context.as_deref().unwrap_or_default().is_empty() {
+            if options.context.is_none()
+                && kubeconfig.current_context.as_deref().unwrap_or_default().is_empty()
+            {
                 kubeconfig.current_context = kubeconfig.contexts.first().map(|c| c.name.clone());
             }
             kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|e| fail(&e))?
@@ -212,8 +217,9 @@ impl Context {
         (config.read_timeout, config.write_timeout) = (None, None);
         if let Some(server) = &self.args.server {
             let server = if server.contains("://") { server.clone() } else { format!("https://{server}") };
-            config.cluster_url =
-                server.parse().map_err(|e| Error::plain(format!("invalid server address {server:?}: {e}")))?;
+            config.cluster_url = server
+                .parse()
+                .map_err(|e| Error::plain(format!("invalid server address {server:?}: {e}")))?;
         }
         if let Some(token) = &self.args.token {
             config.auth_info.token = Some(token.clone().into());
@@ -259,7 +265,8 @@ impl Context {
             query.extend_pairs(&ask.query);
             uri = format!("{path}?{}", query.finish());
         }
-        let mut request = Request::builder().method(&method).uri(&uri).header("accept", ask.accept.unwrap_or(JSON));
+        let mut request =
+            Request::builder().method(&method).uri(&uri).header("accept", ask.accept.unwrap_or(JSON));
         let body = ask.body.map(|(content_type, bytes)| {
             request = std::mem::take(&mut request).header("content-type", content_type);
             bytes
@@ -365,8 +372,8 @@ impl Context {
 }
 
 fn parse_event(line: &str) -> Result<Event> {
-    let mut event: Value =
-        serde_json::from_str(line).map_err(|e| Error::plain(format!("unable to decode an event from the watch stream: {e}")))?;
+    let mut event: Value = serde_json::from_str(line)
+        .map_err(|e| Error::plain(format!("unable to decode an event from the watch stream: {e}")))?;
     let object = event["object"].take();
     match event.str_at("type") {
         "ERROR" => Err(Error::Server { status: object, during: None }),
@@ -397,7 +404,10 @@ async fn refusal(response: http::Response<Body>) -> Error {
                 body.trim().to_owned()
             };
             let reason = if code == http::StatusCode::NOT_FOUND { "NotFound" } else { "" };
-            Error::Server { status: json!({ "message": message, "reason": reason, "code": code.as_u16() }), during: None }
+            Error::Server {
+                status: json!({ "message": message, "reason": reason, "code": code.as_u16() }),
+                during: None,
+            }
         }
     }
 }
@@ -435,7 +445,8 @@ mod tests {
 
     #[test]
     fn durations_are_gos() {
-        for (text, millis) in [("5", 5000), ("1m30s", 90_000), ("250ms", 250), ("1.5h", 5_400_000), ("0s", 0)] {
+        for (text, millis) in [("5", 5000), ("1m30s", 90_000), ("250ms", 250), ("1.5h", 5_400_000), ("0s", 0)]
+        {
             assert_eq!(parse_duration(text), Some(Duration::from_millis(millis)), "{text}");
         }
         for text in ["", "x", "5y", "-1s"] {

@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::context::{Ask, Context};
 use crate::error::{Error, Result};
 
-const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
+const AGGREGATED: &str =
+    "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
 
 /// One resource as the server names it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -105,7 +106,11 @@ impl Discovery {
                         short: strings(found.list_at("shortNames")),
                         categories: strings(found.list_at("categories")),
                         verbs: strings(found.list_at("verbs")),
-                        subresources: found.list_at("subresources").iter().map(|s| s.str_at("subresource").into()).collect(),
+                        subresources: found
+                            .list_at("subresources")
+                            .iter()
+                            .map(|s| s.str_at("subresource").into())
+                            .collect(),
                     });
                 }
             }
@@ -119,12 +124,17 @@ impl Discovery {
             versions.push((String::new(), version.as_str().unwrap_or_default().into()));
         }
         for group in answer.list_at("groups") {
-            let mut of_group: Vec<&str> = group.list_at("versions").iter().map(|v| v.str_at("version")).collect();
+            let mut of_group: Vec<&str> =
+                group.list_at("versions").iter().map(|v| v.str_at("version")).collect();
             of_group.sort_by_key(|v| *v != group.str_at("preferredVersion.version"));
             versions.extend(of_group.into_iter().map(|v| (group.name_of_group(), v.to_owned())));
         }
         for (group, version) in versions {
-            let path = if group.is_empty() { format!("{root}/{version}") } else { format!("{root}/{group}/{version}") };
+            let path = if group.is_empty() {
+                format!("{root}/{version}")
+            } else {
+                format!("{root}/{group}/{version}")
+            };
             let list = context.get(&path).await?;
             self.push_version(&group, &version);
             self.read_resource_list(&group, &version, &list);
@@ -166,7 +176,11 @@ impl Discovery {
         let (name, rest) = lower.split_once('.').map_or((lower.as_str(), None), |(n, r)| (n, Some(r)));
         let matches = |r: &&Resource| match rest {
             None => true,
-            Some(rest) => r.group == rest || r.group.starts_with(&format!("{rest}.")) || format!("{}.{}", r.version, r.group) == rest,
+            Some(rest) => {
+                r.group == rest
+                    || r.group.starts_with(&format!("{rest}."))
+                    || format!("{}.{}", r.version, r.group) == rest
+            }
         };
         let by = |test: &dyn Fn(&Resource) -> bool| self.resources.iter().filter(matches).find(|r| test(r));
         by(&|r| r.plural == name)
@@ -212,18 +226,25 @@ pub mod tests {
     use super::*;
 
     pub fn sample() -> Discovery {
-        let resource = |group: &str, version: &str, kind: &str, plural: &str, short: &[&str], namespaced: bool| Resource {
-            group: group.into(),
-            version: version.into(),
-            kind: kind.into(),
-            plural: plural.into(),
-            singular: kind.to_lowercase(),
-            namespaced,
-            short: short.iter().map(|s| s.to_string()).collect(),
-            categories: if ["pods", "services", "deployments"].contains(&plural) { vec!["all".into()] } else { vec![] },
-            verbs: ["get", "list"].map(String::from).to_vec(),
-            subresources: vec![],
-        };
+        let resource =
+            |group: &str, version: &str, kind: &str, plural: &str, short: &[&str], namespaced: bool| {
+                Resource {
+                    group: group.into(),
+                    version: version.into(),
+                    kind: kind.into(),
+                    plural: plural.into(),
+                    singular: kind.to_lowercase(),
+                    namespaced,
+                    short: short.iter().map(|s| s.to_string()).collect(),
+                    categories: if ["pods", "services", "deployments"].contains(&plural) {
+                        vec!["all".into()]
+                    } else {
+                        vec![]
+                    },
+                    verbs: ["get", "list"].map(String::from).to_vec(),
+                    subresources: vec![],
+                }
+            };
         Discovery {
             versions: vec!["v1".into(), "apps/v1".into(), "events.k8s.io/v1".into()],
             resources: vec![
@@ -241,9 +262,17 @@ pub mod tests {
     fn every_form_of_a_name_finds_its_resource() {
         let discovery = sample();
         for (word, qualified) in [
-            ("pods", "pods"), ("pod", "pods"), ("po", "pods"), ("Pod", "pods"), ("svc", "services"),
-            ("deploy", "deployments.apps"), ("deployments.apps", "deployments.apps"), ("deployment.v1.apps", "deployments.apps"),
-            ("events", "events"), ("events.events.k8s.io", "events.events.k8s.io"), ("ev", "events"),
+            ("pods", "pods"),
+            ("pod", "pods"),
+            ("po", "pods"),
+            ("Pod", "pods"),
+            ("svc", "services"),
+            ("deploy", "deployments.apps"),
+            ("deployments.apps", "deployments.apps"),
+            ("deployment.v1.apps", "deployments.apps"),
+            ("events", "events"),
+            ("events.events.k8s.io", "events.events.k8s.io"),
+            ("ev", "events"),
         ] {
             assert_eq!(discovery.find(word).expect(word).qualified(), qualified, "{word}");
         }

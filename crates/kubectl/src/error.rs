@@ -88,7 +88,8 @@ impl fmt::Display for Error {
             Error::Raw(text) => f.write_str(text),
             Error::Server { status, during } => server(f, status, during.as_deref().unwrap_or_default()),
             Error::Many(errors) => {
-                let lines: Vec<String> = errors.iter().map(ToString::to_string).filter(|l| !l.is_empty()).collect();
+                let lines: Vec<String> =
+                    errors.iter().map(ToString::to_string).filter(|l| !l.is_empty()).collect();
                 f.write_str(&lines.join("\n"))
             }
             Error::Exit(_) => Ok(()),
@@ -152,7 +153,11 @@ pub fn unreachable(error: &dyn std::error::Error, host: &str) -> Error {
 impl From<std::io::Error> for Error {
     fn from(error: std::io::Error) -> Self {
         // A closed pipe behind us (`kubectl get pods | head`) is no failure worth words.
-        if error.kind() == std::io::ErrorKind::BrokenPipe { Error::Exit(1) } else { Error::Plain(error.to_string()) }
+        if error.kind() == std::io::ErrorKind::BrokenPipe {
+            Error::Exit(1)
+        } else {
+            Error::Plain(error.to_string())
+        }
     }
 }
 

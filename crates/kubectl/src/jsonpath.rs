@@ -165,7 +165,9 @@ fn passes(left: &Operand, test: Option<&(Operator, Operand)>, root: &Value, item
     };
     match (value(left), test) {
         (found, None) => found.is_some(),
-        (Some(left), Some((operator, right))) => value(right).is_some_and(|right| compare(&left, *operator, &right)),
+        (Some(left), Some((operator, right))) => {
+            value(right).is_some_and(|right| compare(&left, *operator, &right))
+        }
         (None, Some(_)) => false,
     }
 }
@@ -452,7 +454,8 @@ impl Parser {
                     word.push(c);
                     self.at += 1;
                 }
-                let literal = serde_json::from_str::<Value>(&word).ok().filter(|v| v.is_number() || v.is_boolean());
+                let literal =
+                    serde_json::from_str::<Value>(&word).ok().filter(|v| v.is_number() || v.is_boolean());
                 literal.map(Operand::Literal).ok_or_else(|| format!("unrecognized word {word:?} in a filter"))
             }
         }
@@ -489,7 +492,10 @@ mod tests {
             ("{.items[*].status['phase','n']}", "Running 1 Pending 2 Running 3"),
             ("{.items[0].metadata.labels.app\\.kubernetes\\.io/name}", "x"),
             ("{.items[0].metadata.labels['app.kubernetes.io/name']}", "x"),
-            ("{range .items[*]}{.metadata.name}{\"\\t\"}{.status.phase}{\"\\n\"}{end}", "a\tRunning\nb\tPending\nc\tRunning\n"),
+            (
+                "{range .items[*]}{.metadata.name}{\"\\t\"}{.status.phase}{\"\\n\"}{end}",
+                "a\tRunning\nb\tPending\nc\tRunning\n",
+            ),
             ("{range .items[*]}{.metadata.name}={$.kind} {end}", "a=List b=List c=List "),
             ("{.items[?(@.status.phase==\"Running\")].metadata.name}", "a c"),
             ("{.items[?(@.status.phase=='Pending')].metadata.name}", "b"),

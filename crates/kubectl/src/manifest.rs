@@ -28,7 +28,10 @@ pub fn read(names: &[String], recursive: bool) -> Result<Vec<Document>> {
             std::io::stdin().lock().take(MANIFEST_BYTES_MAX).read_to_string(&mut text)?;
             documents.extend(parse(&text, "STDIN")?);
         } else if name.starts_with("http://") || name.starts_with("https://") {
-            return Err(Error::refused("reading manifests from URLs", "fetch the file first: curl -fsSL URL | kubectl apply -f -"));
+            return Err(Error::refused(
+                "reading manifests from URLs",
+                "fetch the file first: curl -fsSL URL | kubectl apply -f -",
+            ));
         } else {
             read_path(Path::new(name), recursive, &mut documents)?;
         }
@@ -42,9 +45,10 @@ pub fn read(names: &[String], recursive: bool) -> Result<Vec<Document>> {
 fn nothing_in(names: &[String]) -> Error {
     match names.first() {
         None => Error::plain("must specify one of -f and -k"),
-        Some(first) if Path::new(first).is_dir() => {
-            Error::plain(format!("error reading [{}]: recognized file extensions are [.json .yaml .yml]", names.join(" ")))
-        }
+        Some(first) if Path::new(first).is_dir() => Error::plain(format!(
+            "error reading [{}]: recognized file extensions are [.json .yaml .yml]",
+            names.join(" ")
+        )),
         Some(_) => Error::plain("no objects passed"),
     }
 }
@@ -86,8 +90,9 @@ fn read_file(path: &Path, documents: &mut Vec<Document>) -> Result<()> {
 pub fn parse(text: &str, source: &str) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
-        let value = Value::deserialize(document)
-            .map_err(|e| Error::plain(format!("error parsing {source}: error converting YAML to JSON: {e}")))?;
+        let value = Value::deserialize(document).map_err(|e| {
+            Error::plain(format!("error parsing {source}: error converting YAML to JSON: {e}"))
+        })?;
         push(value, source, &mut documents)?;
     }
     Ok(documents)
@@ -98,10 +103,14 @@ fn push(mut value: Value, source: &str, documents: &mut Vec<Document>) -> Result
         return Ok(());
     }
     let missing = |what: &str| {
-        Error::plain(format!("error validating {source:?}: error validating data: {what} not set; if you choose to ignore these errors, turn validation off with --validate=false"))
+        Error::plain(format!(
+            "error validating {source:?}: error validating data: {what} not set; if you choose to ignore these errors, turn validation off with --validate=false"
+        ))
     };
     if !value.is_object() {
-        return Err(Error::plain(format!("error parsing {source}: a manifest must be an object, found {value}")));
+        return Err(Error::plain(format!(
+            "error parsing {source}: a manifest must be an object, found {value}"
+        )));
     }
     if value.str_at("kind").ends_with("List") && value.get("items").is_some_and(Value::is_array) {
         let Value::Array(items) = value["items"].take() else { return Ok(()) };
@@ -125,7 +134,8 @@ mod tests {
     #[test]
     fn documents_lists_and_json_come_apart() {
         let text = "---\n# nothing\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: a}\n---\napiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Pod, metadata: {name: b}}\n- {apiVersion: v1, kind: Pod, metadata: {name: c}}\n";
-        let names: Vec<String> = parse(text, "x").expect("parses").iter().map(|d| d.object.name().to_owned()).collect();
+        let names: Vec<String> =
+            parse(text, "x").expect("parses").iter().map(|d| d.object.name().to_owned()).collect();
         assert_eq!(names, ["a", "b", "c"]);
         let json = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"d"}}"#;
         assert_eq!(parse(json, "x").expect("parses").len(), 1);
@@ -134,7 +144,9 @@ mod tests {
     #[test]
     fn what_is_no_object_is_refused() {
         assert!(parse("a: [", "x.yaml").expect_err("broken").to_string().contains("error parsing x.yaml"));
-        assert!(parse("kind: Pod\n", "x").expect_err("no version").to_string().contains("apiVersion not set"));
+        assert!(
+            parse("kind: Pod\n", "x").expect_err("no version").to_string().contains("apiVersion not set")
+        );
         assert!(parse("- a\n", "x").expect_err("a list").to_string().contains("must be an object"));
     }
 }

@@ -162,7 +162,13 @@ fn keyed(
     }
 }
 
-fn primitives(patch: &mut Map<String, Value>, name: &str, original: &[Value], wanted: &[Value], current: &[Value]) {
+fn primitives(
+    patch: &mut Map<String, Value>,
+    name: &str,
+    original: &[Value],
+    wanted: &[Value],
+    current: &[Value],
+) {
     let added: Vec<Value> = wanted.iter().filter(|v| !current.contains(v)).cloned().collect();
     let gone: Vec<Value> =
         original.iter().filter(|v| !wanted.contains(v) && current.contains(v)).cloned().collect();
@@ -193,7 +199,8 @@ mod tests {
         let type_id = type_of("apps/v1", "Deployment");
         let made = three_way(type_id, &original, &modified, &current);
         assert_eq!(made, patch);
-        let patched = knarr_api::patch::strategic_value(Schema::builtin(), type_id.expect("built in"), current, made);
+        let patched =
+            knarr_api::patch::strategic_value(Schema::builtin(), type_id.expect("built in"), current, made);
         assert_eq!(patched.expect("applies"), result);
     }
 
@@ -215,7 +222,9 @@ mod tests {
             pod(json!({"containers":[{"name":"a","image":"x"}]})),
             pod(json!({"containers":[{"name":"a","image":"y"}]})),
             pod(json!({"containers":[{"name":"a","image":"x","tty":true},{"name":"side"}]})),
-            pod(json!({"$setElementOrder/containers":[{"name":"a"}],"containers":[{"name":"a","image":"y"}]})),
+            pod(
+                json!({"$setElementOrder/containers":[{"name":"a"}],"containers":[{"name":"a","image":"y"}]}),
+            ),
             pod(json!({"containers":[{"name":"a","image":"y","tty":true},{"name":"side"}]})),
         );
     }
@@ -248,7 +257,8 @@ mod tests {
 
     #[test]
     fn the_annotation_holds_the_manifest_without_itself() {
-        let object = json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"x","namespace":"default"}});
+        let object =
+            json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"x","namespace":"default"}});
         let sent = with_last_applied(&object);
         let text = sent["metadata"]["annotations"][LAST_APPLIED].as_str().expect("is there");
         assert_eq!(
@@ -260,7 +270,8 @@ mod tests {
 
     #[test]
     fn custom_resources_merge_as_json() {
-        let patch = three_way(None, &json!({"a":1,"b":[1]}), &json!({"b":[2]}), &json!({"a":1,"b":[1],"c":3}));
+        let patch =
+            three_way(None, &json!({"a":1,"b":[1]}), &json!({"b":[2]}), &json!({"a":1,"b":[1],"c":3}));
         assert_eq!(patch, json!({"a":null,"b":[2]}));
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::jsonpath::{self, Template};
-use crate::table::{Growing, align, GET};
+use crate::table::{GET, Growing, align};
 use crate::yaml;
 
 /// The flags of every verb that prints objects.
@@ -26,7 +26,9 @@ pub struct OutputArgs {
 /// A chosen format.
 pub enum Format {
     /// The server's table; with its wide columns or without.
-    Table { wide: bool },
+    Table {
+        wide: bool,
+    },
     Json,
     Yaml,
     Name,
@@ -42,14 +44,18 @@ impl OutputArgs {
         if argument.is_empty() {
             argument = self.template.as_deref().unwrap_or_default();
         }
-        let template = |text: &str| Template::parse(text).map_err(|e| Error::plain(format!("error parsing jsonpath {text}, {e}")));
+        let template = |text: &str| {
+            Template::parse(text).map_err(|e| Error::plain(format!("error parsing jsonpath {text}, {e}")))
+        };
         match name {
             "" => Ok(Format::Table { wide: false }),
             "wide" => Ok(Format::Table { wide: true }),
             "json" => Ok(Format::Json),
             "yaml" => Ok(Format::Yaml),
             "name" => Ok(Format::Name),
-            "jsonpath" if argument.is_empty() => Err(Error::plain("template format specified but no template given")),
+            "jsonpath" if argument.is_empty() => {
+                Err(Error::plain("template format specified but no template given"))
+            }
             "jsonpath" => Ok(Format::JsonPath(template(argument)?)),
             "jsonpath-as-json" => Ok(Format::JsonPathAsJson(template(argument)?)),
             "jsonpath-file" => Ok(Format::JsonPath(template(&read_template(argument)?)?)),
@@ -126,7 +132,9 @@ fn columns(spec: &str) -> Result<Format> {
     let mut columns = Vec::new();
     for column in split_columns(spec) {
         let Some((header, path)) = column.split_once(':') else {
-            return Err(Error::plain(format!("unexpected custom-columns spec: {column}, expected <header>:<json-path-expr>")));
+            return Err(Error::plain(format!(
+                "unexpected custom-columns spec: {column}, expected <header>:<json-path-expr>"
+            )));
         };
         columns.push((header.to_owned(), relaxed(path)?));
     }
@@ -159,7 +167,11 @@ fn columns_from_file(text: &str) -> Result<Format> {
     let paths: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
     let headers: Vec<&str> = headers.collect();
     if headers.is_empty() || headers.len() != paths.len() {
-        return Err(Error::plain(format!("number of headers ({}) and field specifications ({}) don't match", headers.len(), paths.len())));
+        return Err(Error::plain(format!(
+            "number of headers ({}) and field specifications ({}) don't match",
+            headers.len(),
+            paths.len()
+        )));
     }
     let columns = headers.iter().zip(paths).map(|(h, p)| Ok((h.to_string(), relaxed(p)?)));
     Ok(Format::Columns(columns.collect::<Result<_>>()?))
@@ -178,7 +190,8 @@ pub fn custom_columns(columns: &[(String, Template)], items: &[Value], headers: 
     }
     for item in items {
         let cells = columns.iter().map(|(_, template)| {
-            let found: Vec<String> = template.find(item).into_iter().filter(|v| !v.is_null()).map(jsonpath::print).collect();
+            let found: Vec<String> =
+                template.find(item).into_iter().filter(|v| !v.is_null()).map(jsonpath::print).collect();
             if found.is_empty() { "<none>".to_owned() } else { found.join(",") }
         });
         text += &cells.collect::<Vec<_>>().join("\t");
@@ -239,7 +252,9 @@ impl TablePrinter {
         cells.extend(options.events.then(|| "EVENT".to_owned()));
         cells.extend(options.namespace.then(|| "NAMESPACE".to_owned()));
         cells.extend(self.shown().map(|(_, column)| column.str_at("name").to_uppercase()));
-        cells.extend(options.label_columns.iter().map(|key| key.rsplit('/').next().unwrap_or(key).to_uppercase()));
+        cells.extend(
+            options.label_columns.iter().map(|key| key.rsplit('/').next().unwrap_or(key).to_uppercase()),
+        );
         cells.extend(options.show_labels.then(|| "LABELS".to_owned()));
         cells
     }
@@ -260,7 +275,8 @@ impl TablePrinter {
             cells.push(prefix.map_or_else(|| cell.clone(), |p| format!("{p}/{cell}")));
         }
         for key in &options.label_columns {
-            cells.push(labels.and_then(|l| l.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned());
+            cells
+                .push(labels.and_then(|l| l.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned());
         }
         if options.show_labels {
             cells.push(labels_text(labels));
@@ -280,8 +296,11 @@ fn cell_text(cell: &Value) -> String {
 
 /// `a=b,c=d`, or `<none>`.
 pub fn labels_text(labels: Option<&serde_json::Map<String, Value>>) -> String {
-    let pairs: Vec<String> =
-        labels.into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
+    let pairs: Vec<String> = labels
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
+        .collect();
     if pairs.is_empty() { "<none>".into() } else { pairs.join(",") }
 }
 
@@ -301,11 +320,26 @@ mod tests {
         for (options, expected) in [
             (plain.clone(), "NAME    READY\nweb-1   1/1\nb       0/1\n"),
             (TableOptions { headers: false, ..plain.clone() }, "web-1   1/1\nb       0/1\n"),
-            (TableOptions { wide: true, ..plain.clone() }, "NAME    READY   IP\nweb-1   1/1     10.0.0.1\nb       0/1     \n"),
-            (TableOptions { namespace: true, ..plain.clone() }, "NAMESPACE   NAME    READY\nx           web-1   1/1\nyy          b       0/1\n"),
-            (TableOptions { show_labels: true, ..plain.clone() }, "NAME    READY   LABELS\nweb-1   1/1     app=web\nb       0/1     <none>\n"),
-            (TableOptions { label_columns: vec!["app".into()], ..plain.clone() }, "NAME    READY   APP\nweb-1   1/1     web\nb       0/1     \n"),
-            (TableOptions { prefix: Some("pod".into()), ..plain.clone() }, "NAME        READY\npod/web-1   1/1\npod/b       0/1\n"),
+            (
+                TableOptions { wide: true, ..plain.clone() },
+                "NAME    READY   IP\nweb-1   1/1     10.0.0.1\nb       0/1     \n",
+            ),
+            (
+                TableOptions { namespace: true, ..plain.clone() },
+                "NAMESPACE   NAME    READY\nx           web-1   1/1\nyy          b       0/1\n",
+            ),
+            (
+                TableOptions { show_labels: true, ..plain.clone() },
+                "NAME    READY   LABELS\nweb-1   1/1     app=web\nb       0/1     <none>\n",
+            ),
+            (
+                TableOptions { label_columns: vec!["app".into()], ..plain.clone() },
+                "NAME    READY   APP\nweb-1   1/1     web\nb       0/1     \n",
+            ),
+            (
+                TableOptions { prefix: Some("pod".into()), ..plain.clone() },
+                "NAME        READY\npod/web-1   1/1\npod/b       0/1\n",
+            ),
         ] {
             assert_eq!(TablePrinter::new(options).print(&table(), None), expected);
         }
@@ -313,8 +347,13 @@ mod tests {
 
     #[test]
     fn custom_columns_show_none_for_what_is_missing() {
-        let Ok(Format::Columns(spec)) = columns("NAME:.metadata.name,PORTS:.spec.ports[*].port") else { panic!("parses") };
-        let items = [json!({"metadata":{"name":"a"},"spec":{"ports":[{"port":1},{"port":2}]}}), json!({"metadata":{"name":"b"}})];
+        let Ok(Format::Columns(spec)) = columns("NAME:.metadata.name,PORTS:.spec.ports[*].port") else {
+            panic!("parses")
+        };
+        let items = [
+            json!({"metadata":{"name":"a"},"spec":{"ports":[{"port":1},{"port":2}]}}),
+            json!({"metadata":{"name":"b"}}),
+        ];
         assert_eq!(custom_columns(&spec, &items, true), "NAME   PORTS\na      1,2\nb      <none>\n");
     }
 

@@ -35,13 +35,25 @@ pub async fn of_workload(context: &Context, found: &Found) -> Result<Vec<Value>>
     if matches!(kind, "ReplicaSet" | "DaemonSet" | "StatefulSet" | "Job") {
         pods.retain(|pod| controlled_by(pod, found.object.uid()));
     }
-    pods.sort_by_key(|pod| (!is_ready(pod), pod.str_at("status.phase") != "Running", pod.at("metadata.deletionTimestamp").is_some()));
+    pods.sort_by_key(|pod| {
+        (
+            !is_ready(pod),
+            pod.str_at("status.phase") != "Running",
+            pod.at("metadata.deletionTimestamp").is_some(),
+        )
+    });
     Ok(pods)
 }
 
 /// Lists pods by selectors; all namespaces where none is given.
-pub async fn list(context: &Context, namespace: Option<&str>, labels: &str, fields: &str) -> Result<Vec<Value>> {
-    let path = namespace.map_or_else(|| "/api/v1/pods".to_owned(), |n| format!("/api/v1/namespaces/{n}/pods"));
+pub async fn list(
+    context: &Context,
+    namespace: Option<&str>,
+    labels: &str,
+    fields: &str,
+) -> Result<Vec<Value>> {
+    let path =
+        namespace.map_or_else(|| "/api/v1/pods".to_owned(), |n| format!("/api/v1/namespaces/{n}/pods"));
     let mut query = Vec::new();
     if !labels.is_empty() {
         query.push(("labelSelector", labels.to_owned()));

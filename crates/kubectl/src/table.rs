@@ -111,7 +111,8 @@ mod tests {
 
     #[test]
     fn get_columns_are_three_spaces_apart() {
-        let rows = [["NAME", "READY", "STATUS"], ["web-1", "1/1", "Running"], ["a-long-pod-name", "0/1", "Pending"]];
+        let rows =
+            [["NAME", "READY", "STATUS"], ["web-1", "1/1", "Running"], ["a-long-pod-name", "0/1", "Pending"]];
         let rows: Vec<Vec<String>> = rows.iter().map(|r| r.iter().map(|c| c.to_string()).collect()).collect();
         assert_eq!(
             Growing::default().rows(&rows),

@@ -48,7 +48,9 @@ pub fn resolve(discovery: &Discovery, words: &[String]) -> Result<Vec<Target>> {
             if names.is_empty() {
                 targets.push(Target { resource, name: None });
             } else {
-                targets.extend(names.iter().map(|n| Target { resource: resource.clone(), name: Some(n.clone()) }));
+                targets.extend(
+                    names.iter().map(|n| Target { resource: resource.clone(), name: Some(n.clone()) }),
+                );
             }
         }
     }
@@ -64,9 +66,7 @@ fn resolve_slash(discovery: &Discovery, word: &str) -> Result<Target> {
         ));
     };
     if kind.is_empty() || name.is_empty() || name.contains('/') {
-        return Err(Error::plain(
-            "arguments in resource/name form must have a single resource and name",
-        ));
+        return Err(Error::plain("arguments in resource/name form must have a single resource and name"));
     }
     Ok(Target { resource: discovery.find(kind)?.clone(), name: Some(name.to_owned()) })
 }
@@ -149,7 +149,11 @@ mod tests {
     fn read(line: &str) -> std::result::Result<String, String> {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         let targets = resolve(&crate::discovery::tests::sample(), &words).map_err(|e| e.to_string())?;
-        Ok(targets.iter().map(|t| format!("{}:{}", t.resource.qualified(), t.name.as_deref().unwrap_or("*"))).collect::<Vec<_>>().join(" "))
+        Ok(targets
+            .iter()
+            .map(|t| format!("{}:{}", t.resource.qualified(), t.name.as_deref().unwrap_or("*")))
+            .collect::<Vec<_>>()
+            .join(" "))
     }
 
     #[test]
@@ -167,7 +171,9 @@ mod tests {
 
     #[test]
     fn mixed_forms_are_refused() {
-        assert!(read("pod pod/a").expect_err("mixed").contains("there is no need to specify a resource type"));
+        assert!(
+            read("pod pod/a").expect_err("mixed").contains("there is no need to specify a resource type")
+        );
         assert!(read("pod/").expect_err("no name").contains("must have a single resource and name"));
     }
 }

@@ -22,7 +22,8 @@ pub fn rollout_status(kind: &str, object: &Value, revision: i64) -> Result<(Stri
 
 /// Has the controller seen the newest spec?
 fn observed(object: &Value) -> bool {
-    object.int_at("metadata.generation").unwrap_or(0) <= object.int_at("status.observedGeneration").unwrap_or(0)
+    object.int_at("metadata.generation").unwrap_or(0)
+        <= object.int_at("status.observedGeneration").unwrap_or(0)
 }
 
 fn deployment(object: &Value, revision: i64) -> Result<(String, bool)> {
@@ -46,7 +47,8 @@ fn deployment(object: &Value, revision: i64) -> Result<(String, bool)> {
     let count = |path: &str| object.int_at(path).unwrap_or(0);
     let (wanted, replicas) = (object.int_at("spec.replicas").unwrap_or(1), count("status.replicas"));
     let (updated, available) = (count("status.updatedReplicas"), count("status.availableReplicas"));
-    let waiting = |what: String| Ok((format!("Waiting for deployment {name:?} rollout to finish: {what}..."), false));
+    let waiting =
+        |what: String| Ok((format!("Waiting for deployment {name:?} rollout to finish: {what}..."), false));
     if updated < wanted {
         return waiting(format!("{updated} out of {wanted} new replicas have been updated"));
     }
@@ -67,7 +69,8 @@ fn daemon_set(object: &Value) -> (String, bool) {
     let count = |path: &str| object.int_at(path).unwrap_or(0);
     let desired = count("status.desiredNumberScheduled");
     let (updated, available) = (count("status.updatedNumberScheduled"), count("status.numberAvailable"));
-    let waiting = |what: String| (format!("Waiting for daemon set {name:?} rollout to finish: {what}..."), false);
+    let waiting =
+        |what: String| (format!("Waiting for daemon set {name:?} rollout to finish: {what}..."), false);
     if updated < desired {
         return waiting(format!("{updated} out of {desired} new pods have been updated"));
     }
@@ -93,15 +96,31 @@ fn stateful_set(object: &Value) -> Result<(String, bool)> {
     if let Some(partition) = object.int_at("spec.updateStrategy.rollingUpdate.partition").filter(|p| *p > 0) {
         if updated < wanted - partition {
             let goal = wanted - partition;
-            return Ok((format!("Waiting for partitioned roll out to finish: {updated} out of {goal} new pods have been updated..."), false));
+            return Ok((
+                format!(
+                    "Waiting for partitioned roll out to finish: {updated} out of {goal} new pods have been updated..."
+                ),
+                false,
+            ));
         }
         return Ok((format!("partitioned roll out complete: {updated} new pods have been updated..."), true));
     }
     let revision = object.str_at("status.updateRevision");
     if revision != object.str_at("status.currentRevision") {
-        return Ok((format!("waiting for statefulset rolling update to complete {updated} pods at revision {revision}..."), false));
+        return Ok((
+            format!(
+                "waiting for statefulset rolling update to complete {updated} pods at revision {revision}..."
+            ),
+            false,
+        ));
     }
-    Ok((format!("statefulset rolling update complete {} pods at revision {revision}...", count("status.currentReplicas")), true))
+    Ok((
+        format!(
+            "statefulset rolling update complete {} pods at revision {revision}...",
+            count("status.currentReplicas")
+        ),
+        true,
+    ))
 }
 
 /// The condition of this type.
@@ -116,7 +135,10 @@ pub fn annotation<'o>(object: &'o Value, key: &str) -> Option<&'o str> {
 
 /// Is the object owned by one with this uid, as its controller?
 pub fn controlled_by(object: &Value, uid: &str) -> bool {
-    object.list_at("metadata.ownerReferences").iter().any(|o| o.bool_at("controller") && o.uid() == uid || o.str_at("uid") == uid)
+    object
+        .list_at("metadata.ownerReferences")
+        .iter()
+        .any(|o| o.bool_at("controller") && o.uid() == uid || o.str_at("uid") == uid)
 }
 
 /// The selector of a workload or service as a query: `a=b,c in (d)`.
@@ -124,8 +146,11 @@ pub fn selector_text(selector: Option<&Value>) -> String {
     let Some(selector) = selector else { return String::new() };
     let structured = selector.get("matchLabels").is_some() || selector.get("matchExpressions").is_some();
     let labels = if structured { selector.map_at("matchLabels") } else { selector.as_object() };
-    let mut terms: Vec<String> =
-        labels.into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
+    let mut terms: Vec<String> = labels
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
+        .collect();
     for expression in selector.list_at("matchExpressions") {
         let key = expression.str_at("key");
         let values: Vec<&str> = expression.list_at("values").iter().filter_map(Value::as_str).collect();
@@ -145,7 +170,9 @@ pub fn pod_spec_path(kind: &str) -> Result<&'static str> {
     match kind {
         "Pod" => Ok("spec"),
         "CronJob" => Ok("spec.jobTemplate.spec.template.spec"),
-        "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet" | "Job" | "ReplicationController" => Ok("spec.template.spec"),
+        "Deployment" | "ReplicaSet" | "DaemonSet" | "StatefulSet" | "Job" | "ReplicationController" => {
+            Ok("spec.template.spec")
+        }
         _ => Err(Error::plain(format!("{kind} has no pod template"))),
     }
 }
@@ -165,16 +192,43 @@ mod tests {
         unseen.set_at("status.observedGeneration", 1);
         for (kind, object, line, done) in [
             ("Deployment", unseen, "Waiting for deployment spec update to be observed...", false),
-            ("Deployment", deploy(3, 3, 1, 3), "Waiting for deployment \"web\" rollout to finish: 1 out of 3 new replicas have been updated...", false),
-            ("Deployment", deploy(3, 4, 3, 3), "Waiting for deployment \"web\" rollout to finish: 1 old replicas are pending termination...", false),
-            ("Deployment", deploy(3, 3, 3, 2), "Waiting for deployment \"web\" rollout to finish: 2 of 3 updated replicas are available...", false),
+            (
+                "Deployment",
+                deploy(3, 3, 1, 3),
+                "Waiting for deployment \"web\" rollout to finish: 1 out of 3 new replicas have been updated...",
+                false,
+            ),
+            (
+                "Deployment",
+                deploy(3, 4, 3, 3),
+                "Waiting for deployment \"web\" rollout to finish: 1 old replicas are pending termination...",
+                false,
+            ),
+            (
+                "Deployment",
+                deploy(3, 3, 3, 2),
+                "Waiting for deployment \"web\" rollout to finish: 2 of 3 updated replicas are available...",
+                false,
+            ),
             ("Deployment", deploy(3, 3, 3, 3), "deployment \"web\" successfully rolled out", true),
-            ("DaemonSet", json!({"metadata":{"name":"d"},"status":{"desiredNumberScheduled":2,"updatedNumberScheduled":1}}),
-                "Waiting for daemon set \"d\" rollout to finish: 1 out of 2 new pods have been updated...", false),
-            ("DaemonSet", json!({"metadata":{"name":"d"},"status":{"desiredNumberScheduled":1,"updatedNumberScheduled":1,"numberAvailable":1}}),
-                "daemon set \"d\" successfully rolled out", true),
-            ("StatefulSet", json!({"metadata":{"name":"s"},"spec":{"replicas":2},"status":{"readyReplicas":1}}),
-                "Waiting for 1 pods to be ready...", false),
+            (
+                "DaemonSet",
+                json!({"metadata":{"name":"d"},"status":{"desiredNumberScheduled":2,"updatedNumberScheduled":1}}),
+                "Waiting for daemon set \"d\" rollout to finish: 1 out of 2 new pods have been updated...",
+                false,
+            ),
+            (
+                "DaemonSet",
+                json!({"metadata":{"name":"d"},"status":{"desiredNumberScheduled":1,"updatedNumberScheduled":1,"numberAvailable":1}}),
+                "daemon set \"d\" successfully rolled out",
+                true,
+            ),
+            (
+                "StatefulSet",
+                json!({"metadata":{"name":"s"},"spec":{"replicas":2},"status":{"readyReplicas":1}}),
+                "Waiting for 1 pods to be ready...",
+                false,
+            ),
         ] {
             assert_eq!(rollout_status(kind, &object, 0).expect("has a status"), (line.to_owned(), done));
         }
@@ -191,8 +245,10 @@ mod tests {
     fn selectors_become_queries() {
         for (selector, text) in [
             (json!({"app":"web","x":"y"}), "app=web,x=y"),
-            (json!({"matchLabels":{"app":"web"},"matchExpressions":[{"key":"t","operator":"In","values":["a","b"]},{"key":"g","operator":"DoesNotExist"}]}),
-                "app=web,t in (a,b),!g"),
+            (
+                json!({"matchLabels":{"app":"web"},"matchExpressions":[{"key":"t","operator":"In","values":["a","b"]},{"key":"g","operator":"DoesNotExist"}]}),
+                "app=web,t in (a,b),!g",
+            ),
         ] {
             assert_eq!(selector_text(Some(&selector)), text);
         }

@@ -74,7 +74,8 @@ fn scalar(value: &Value, indent: usize) -> String {
 }
 
 fn can_be_literal(string: &str) -> bool {
-    !string.chars().any(|c| c != '\n' && c != '\t' && c.is_control()) && !string.starts_with([' ', '\n', '\t'])
+    !string.chars().any(|c| c != '\n' && c != '\t' && c.is_control())
+        && !string.starts_with([' ', '\n', '\t'])
         && !string.lines().any(|l| l.ends_with(' '))
 }
 
@@ -121,17 +122,28 @@ fn reads_as_other_type(string: &str) -> bool {
 fn is_number(string: &str) -> bool {
     let unsigned = string.strip_prefix(['-', '+']).unwrap_or(string);
     let radix = |prefix: &str, radix: u32| {
-        unsigned.strip_prefix(prefix).is_some_and(|d| !d.is_empty() && d.chars().all(|c| c.is_digit(radix) || c == '_'))
+        unsigned
+            .strip_prefix(prefix)
+            .is_some_and(|d| !d.is_empty() && d.chars().all(|c| c.is_digit(radix) || c == '_'))
     };
-    if radix("0x", 16) || radix("0b", 2) || radix("0o", 8) || [".inf", ".Inf", ".INF", ".nan", ".NaN", ".NAN"].contains(&unsigned) {
+    if radix("0x", 16)
+        || radix("0b", 2)
+        || radix("0o", 8)
+        || [".inf", ".Inf", ".INF", ".nan", ".NaN", ".NAN"].contains(&unsigned)
+    {
         return true;
     }
-    if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.') || !unsigned.contains(|c: char| c.is_ascii_digit()) {
+    if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+        || !unsigned.contains(|c: char| c.is_ascii_digit())
+    {
         return false;
     }
     let digits = unsigned.replace('_', "");
-    let sexagesimal = digits.contains(':') && digits.split(':').all(|p| !p.is_empty() && p.chars().all(|c| c.is_ascii_digit()));
-    sexagesimal || (digits.parse::<f64>().is_ok() && digits.chars().all(|c| c.is_ascii_digit() || ".eE+-".contains(c)))
+    let sexagesimal = digits.contains(':')
+        && digits.split(':').all(|p| !p.is_empty() && p.chars().all(|c| c.is_ascii_digit()));
+    sexagesimal
+        || (digits.parse::<f64>().is_ok()
+            && digits.chars().all(|c| c.is_ascii_digit() || ".eE+-".contains(c)))
 }
 
 /// `2026-01-02`, with or without a time behind it.
@@ -140,7 +152,8 @@ fn is_time(string: &str) -> bool {
     if bytes.len() < 8 || !bytes[..4].iter().all(u8::is_ascii_digit) || bytes[4] != b'-' {
         return false;
     }
-    string.parse::<jiff::civil::Date>().is_ok() && bytes.len() == 10 || string.parse::<jiff::Timestamp>().is_ok()
+    string.parse::<jiff::civil::Date>().is_ok() && bytes.len() == 10
+        || string.parse::<jiff::Timestamp>().is_ok()
 }
 
 fn needs_quotes(string: &str) -> bool {
@@ -197,7 +210,8 @@ mod tests {
         let object = json!({"b":[{"x":1,"a":["p",["q"],{}]},"s"],"a":{"n":{"t":"one\ntwo\n","u":"one\ntwo","w":" lead\nx","v":"tab\there"}},
             "c":"#no","d":"a #b","e":"0x10","f":"y","g":"ends:","h":"\u{7}"});
         let text = print(&object);
-        let back: serde_json::Value = serde_yaml_ng::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
+        let back: serde_json::Value =
+            serde_yaml_ng::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
         assert_eq!(back, object, "{text}");
     }
 

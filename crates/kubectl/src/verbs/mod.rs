@@ -30,6 +30,8 @@ verbs! {
     Run => run,
     /// Set specific features on objects.
     Set => set,
+    /// Get documentation for a resource.
+    Explain => explain,
     /// Display one or many resources.
     Get => get,
     /// Delete resources by file names, stdin, resources and names, or by resources and label selector.
@@ -40,6 +42,14 @@ verbs! {
     Scale => scale,
     /// Display cluster information.
     ClusterInfo => cluster_info,
+    /// Mark node as unschedulable.
+    Cordon => cordon,
+    /// Mark node as schedulable.
+    Uncordon => uncordon,
+    /// Drain node in preparation for maintenance.
+    Drain => drain,
+    /// Update the taints on one or more nodes.
+    Taint => taint,
     /// Show details of a specific resource or group of resources.
     Describe => describe,
     /// Print the logs for a container in a pod.
@@ -55,12 +65,16 @@ verbs! {
     Auth => auth,
     /// List events.
     Events => events,
+    /// Diff the live version against a would-be applied version.
+    Diff => diff,
     /// Apply a configuration to a resource by file name or stdin.
     Apply => apply,
     /// Update fields of a resource.
     Patch => patch,
     /// Replace a resource by file name or stdin.
     Replace => replace,
+    /// Edit a resource on the server.
+    Edit => edit,
     /// Wait for a specific condition on one or many resources.
     Wait => wait,
     /// Update the labels on a resource.
@@ -77,6 +91,10 @@ verbs! {
     Version => version,
     /// Display resource (CPU/memory) usage.
     Top => top,
+    /// Auto-scale a deployment, replica set, stateful set, or replication controller.
+    Autoscale => autoscale,
+    /// Copy files and directories to and from containers.
+    Cp => cp,
     /// Verbs of upstream that are not built.
     #[command(hide = true, aliases = ["kustomize", "proxy", "certificate", "debug", "plugin", "options", "alpha"])]
     Completion => completion,
