@@ -37,8 +37,9 @@ pub fn selects_node(spec: &PodSpec, labels: &BTreeMap<String, String>, name: &st
     let required =
         affinity.and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
     selected
-        && required
-            .is_none_or(|required| required.node_selector_terms.iter().any(|term| term_holds(term, labels, name)))
+        && required.is_none_or(|required| {
+            required.node_selector_terms.iter().any(|term| term_holds(term, labels, name))
+        })
 }
 
 /// All expressions and fields of a term hold; an empty term never does.

@@ -5,10 +5,10 @@ mod history;
 mod placement;
 mod update;
 
-use crate::pods::{self, PodControl};
 use crate::Context;
+use crate::pods::{self, PodControl};
 use futures::future::{BoxFuture, join_all};
-use history::{History, HASH_LABEL};
+use history::{HASH_LABEL, History};
 use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, DaemonSetStatus};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use knarr_client::expectations::Expectations;
@@ -128,7 +128,9 @@ impl DaemonSets {
         if keys.is_empty() && !change.is_deleted() && owner::controller_of(&pod.metadata).is_none() {
             let sets = self.sets.list_in(pod.metadata.namespace.as_deref().unwrap_or_default());
             let matches = |set: &&Arc<DaemonSet>| {
-                selector(set).is_ok_and(|selector| !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref()))
+                selector(set).is_ok_and(|selector| {
+                    !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref())
+                })
             };
             keys.extend(sets.iter().filter(matches).map(|set| ObjectKey::of(&**set)));
         }
@@ -220,11 +222,16 @@ impl DaemonSets {
             delete.extend(present.iter().filter(|pod| !pods::is_terminating(pod)).cloned());
             return Requeue::Done;
         }
-        let (ended, mut running): (Vec<_>, Vec<_>) =
-            present.iter().filter(|pod| !pods::is_terminating(pod)).cloned().partition(|pod| pods::is_finished(pod));
+        let (ended, mut running): (Vec<_>, Vec<_>) = present
+            .iter()
+            .filter(|pod| !pods::is_terminating(pod))
+            .cloned()
+            .partition(|pod| pods::is_finished(pod));
         let requeue = self.replace_ended(set, node, &ended, delete);
         // Of several the oldest stays; while an update surges, one old and one new pod are wanted.
-        running.sort_by_key(|pod| (pods::node_of(pod).is_none(), pod.metadata.creation_timestamp.as_ref().map(|t| t.0)));
+        running.sort_by_key(|pod| {
+            (pods::node_of(pod).is_none(), pod.metadata.creation_timestamp.as_ref().map(|t| t.0))
+        });
         if update::max_surge(set, 1) == 0 {
             delete.extend(running.into_iter().skip(1));
         }
@@ -250,7 +257,8 @@ impl DaemonSets {
                 let message = format!("Found failed daemon pod {key} on node {node}, will try to kill it");
                 self.recorder.event(set, EventType::Warning, "FailedDaemonPod", message);
             } else {
-                let message = format!("Found succeeded daemon pod {key} on node {node}, will try to delete it");
+                let message =
+                    format!("Found succeeded daemon pod {key} on node {node}, will try to delete it");
                 self.recorder.event(set, EventType::Normal, "SucceededDaemonPod", message);
             }
             delete.push(pod.clone());
@@ -263,7 +271,8 @@ impl DaemonSets {
         let mut failed = self.failed.lock();
         let entry = failed.entry((pods::uid(&set.metadata).to_owned(), node.to_owned()));
         let (count, last) = *entry.or_insert((0, Instant::now()));
-        let delay = if count == 0 { Duration::ZERO } else { FAILED_BASE.saturating_mul(1 << (count - 1).min(20)) };
+        let delay =
+            if count == 0 { Duration::ZERO } else { FAILED_BASE.saturating_mul(1 << (count - 1).min(20)) };
         let left = delay.min(FAILED_MAX).saturating_sub(last.elapsed());
         if !left.is_zero() {
             return Some(left);
@@ -299,7 +308,13 @@ impl DaemonSets {
         join_all(deletions).await.into_iter().collect()
     }
 
-    async fn create_one(&self, key: &ObjectKey, set: &DaemonSet, history: &History, node: &str) -> Result<()> {
+    async fn create_one(
+        &self,
+        key: &ObjectKey,
+        set: &DaemonSet,
+        history: &History,
+        node: &str,
+    ) -> Result<()> {
         let Some(spec) = &set.spec else { return Ok(()) };
         let mut pod = pods::from_template(&spec.template, &set.metadata, owner::controller_ref(set));
         let labels = pod.metadata.labels.get_or_insert_default();
@@ -342,7 +357,9 @@ impl DaemonSets {
             status.current_number_scheduled += i32::from(!present.is_empty());
             // The oldest ready pod speaks for the node.
             let mut ordered: Vec<_> = present.to_vec();
-            ordered.sort_by_key(|pod| (!pods::is_ready(pod), pod.metadata.creation_timestamp.as_ref().map(|t| t.0)));
+            ordered.sort_by_key(|pod| {
+                (!pods::is_ready(pod), pod.metadata.creation_timestamp.as_ref().map(|t| t.0))
+            });
             let Some(pod) = ordered.first() else { continue };
             status.number_ready += i32::from(pods::is_ready(pod));
             available += i32::from(pods::is_available(pod, min_ready_seconds(set), now));

@@ -7,9 +7,9 @@ mod rollout;
 mod scale;
 mod status;
 
+use crate::Context;
 use crate::pods::{self, message_of};
 use crate::util::{same_template, template_hash};
-use crate::Context;
 use annotations::{REVISION, revision};
 use futures::future::BoxFuture;
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentStatus, ReplicaSet, ReplicaSetSpec};
@@ -163,7 +163,11 @@ impl Deployments {
         candidates.extend(self.sets.by_index(pods::BY_CONTROLLER, &pods::orphans_of(namespace)));
         let mut claimed = Vec::new();
         for set in candidates {
-            match owner::claim(&deployment.metadata, &set.metadata, selector.matches(set.metadata.labels.as_ref())) {
+            match owner::claim(
+                &deployment.metadata,
+                &set.metadata,
+                selector.matches(set.metadata.labels.as_ref()),
+            ) {
                 Claim::Keep => claimed.push(ReplicaSet::clone(&set)),
                 Claim::Release => {
                     owner::release(&self.context.client, pods::uid(&deployment.metadata), &*set).await?;
@@ -203,7 +207,12 @@ impl Deployments {
     }
 
     /// Copies annotations, revision and minReadySeconds to the set that already exists.
-    async fn refresh_new(&self, deployment: &Deployment, set: ReplicaSet, revision: i64) -> Result<ReplicaSet> {
+    async fn refresh_new(
+        &self,
+        deployment: &Deployment,
+        set: ReplicaSet,
+        revision: i64,
+    ) -> Result<ReplicaSet> {
         let mut wanted = set.clone();
         annotations::set_on_new(deployment, &mut wanted, revision, true);
         if let Some(spec) = wanted.spec.as_mut() {
@@ -222,7 +231,8 @@ impl Deployments {
         }
         let key = ObjectKey::of(old);
         let encode = |set: &ReplicaSet| {
-            serde_json::to_value(set).map_err(|error| Error::terminal(format!("encode {key}"), error.to_string()))
+            serde_json::to_value(set)
+                .map_err(|error| Error::terminal(format!("encode {key}"), error.to_string()))
         };
         let mut difference = patch::merge_diff(&encode(old)?, &encode(&new)?);
         difference["metadata"]["uid"] = json!(old.metadata.uid);
@@ -292,10 +302,12 @@ impl Deployments {
                 }
                 created
             }
-            Err(error) if error.is_already_exists() => match self.resolve_collision(rollout, &set_name).await? {
-                Some(existing) => existing,
-                None => return Err(error),
-            },
+            Err(error) if error.is_already_exists() => {
+                match self.resolve_collision(rollout, &set_name).await? {
+                    Some(existing) => existing,
+                    None => return Err(error),
+                }
+            }
             // The namespace goes away and the deployment with it.
             Err(error) if error.is_namespace_terminating() => return Ok(()),
             Err(error) => return self.note_failed_create(rollout, &set_name, error).await,

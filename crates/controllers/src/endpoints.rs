@@ -7,7 +7,9 @@ use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{EndpointAddress, EndpointPort, EndpointSubset, Endpoints, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use knarr_client::selector::Labels;
-use knarr_client::{Controller, During, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
+use knarr_client::{
+    Controller, During, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
+};
 use knarr_client::{ignore_gone, patch};
 use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::json;
@@ -72,7 +74,9 @@ impl EndpointsLoop {
 
     /// The Service is gone and its endpoints with it, but only those this loop made: others' are not ours.
     async fn remove_left_over(&self, key: &ObjectKey, known: Option<&Endpoints>) -> Result<()> {
-        let ours = |endpoints: &Endpoints| endpoints.metadata.labels.iter().flatten().any(|(key, _)| key == MANAGED_BY);
+        let ours = |endpoints: &Endpoints| {
+            endpoints.metadata.labels.iter().flatten().any(|(key, _)| key == MANAGED_BY)
+        };
         if !known.is_some_and(ours) {
             return Ok(());
         }
@@ -116,7 +120,12 @@ impl EndpointsLoop {
 
     async fn update(&self, known: &Endpoints, wanted: Endpoints, key: &ObjectKey) -> Result<()> {
         let cut = |endpoints: &Endpoints| {
-            endpoints.metadata.annotations.as_ref().and_then(|annotations| annotations.get(OVER_CAPACITY)).cloned()
+            endpoints
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|annotations| annotations.get(OVER_CAPACITY))
+                .cloned()
         };
         if known.subsets.as_deref().unwrap_or_default() == wanted.subsets.as_deref().unwrap_or_default()
             && known.metadata.labels == wanted.metadata.labels
@@ -173,7 +182,8 @@ impl Subsets {
                 Some((port.name.clone().unwrap_or_default(), protocol, number, port.app_protocol.clone()))
             })
             .collect();
-        let has_ports = service.spec.as_ref().is_some_and(|spec| spec.ports.iter().flatten().next().is_some());
+        let has_ports =
+            service.spec.as_ref().is_some_and(|spec| spec.ports.iter().flatten().next().is_some());
         // A pod without any of the Service's ports is not behind it.
         if has_ports && ports.is_empty() {
             return;
@@ -223,7 +233,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn endpoints_follow_pods_and_go_with_their_service() {
         for seed in 0..5 {
-            let harness = Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
+            let harness =
+                Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
             harness.start(start);
             harness.create::<Service>(service(json!({}))).await;
             for (name, ip, ready) in [("a", "10.0.0.1", true), ("b", "10.0.0.2", false)] {

@@ -8,7 +8,9 @@ use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use knarr_client::expectations::Expectations;
 use knarr_client::selector::Labels;
-use knarr_client::{Change, Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
+use knarr_client::{
+    Change, Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
+};
 use knarr_client::{ignore_gone, owner, patch};
 use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::json;
@@ -85,7 +87,8 @@ impl Reconcile for Slices {
         let carried_out = self.carry_out(&key, &service, plan).await;
         if let Err(error) = carried_out {
             if !error.is_conflict() {
-                let message = format!("Error updating Endpoint Slices for Service {key}: {}", pods::message_of(&error));
+                let message =
+                    format!("Error updating Endpoint Slices for Service {key}: {}", pods::message_of(&error));
                 self.recorder.event(&*service, EventType::Warning, "FailedToUpdateEndpointSlices", message);
             }
             return Err(error);
@@ -105,7 +108,8 @@ struct Plan {
 impl Slices {
     fn slice_changed(&self, change: &Change<EndpointSlice>) -> Vec<ObjectKey> {
         let slice = change.object();
-        let keys: Vec<_> = [Some(slice), change.old()].into_iter().flatten().filter_map(|slice| key_of(slice)).collect();
+        let keys: Vec<_> =
+            [Some(slice), change.old()].into_iter().flatten().filter_map(|slice| key_of(slice)).collect();
         if let Some(key) = keys.first() {
             let uid = pods::uid(&slice.metadata);
             self.expectations.creation_seen(key, uid);
@@ -200,7 +204,8 @@ impl Slices {
             let uid = pods::uid(&slice.metadata);
             self.expectations.deleting(key, uid);
             let deleted = api.delete(&name, &DeleteParams::default()).await;
-            let deleted = ignore_gone(deleted.during(|| format!("delete endpoint slice {}/{name}", key.namespace)));
+            let deleted =
+                ignore_gone(deleted.during(|| format!("delete endpoint slice {}/{name}", key.namespace)));
             if deleted.is_err() || self.slices.get(&key.namespace, &name).is_none() {
                 self.expectations.deletion_seen(key, uid);
             }
@@ -233,7 +238,12 @@ fn ports_in(slice: &EndpointSlice) -> Ports {
         .flatten()
         .map(|port| {
             let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
-            (port.name.clone().unwrap_or_default(), protocol, port.port.unwrap_or(0), port.app_protocol.clone())
+            (
+                port.name.clone().unwrap_or_default(),
+                protocol,
+                port.port.unwrap_or(0),
+                port.app_protocol.clone(),
+            )
         })
         .collect();
     ports.sort();
@@ -286,13 +296,20 @@ fn pack_ports(
         let stay: Vec<Endpoint> = known.iter().filter_map(|one| missing.remove(&identity(one))).collect();
         kept.push((slice, stay));
     }
-    let changes = |slice: &EndpointSlice, stay: &[Endpoint]| slice.endpoints.as_deref().unwrap_or_default() != stay;
+    let changes =
+        |slice: &EndpointSlice, stay: &[Endpoint]| slice.endpoints.as_deref().unwrap_or_default() != stay;
     // Slices that change anyway first, fuller ones before emptier ones.
     kept.sort_by_key(|(slice, stay)| (!changes(slice, stay), std::cmp::Reverse(stay.len())));
     let mut rest: Vec<Endpoint> = missing.into_values().collect();
     for (slice, stay) in &mut kept {
         let room = ENDPOINTS_MAX.saturating_sub(stay.len());
-        let takes = if changes(slice, stay) { room.min(rest.len()) } else if rest.len() <= room { rest.len() } else { 0 };
+        let takes = if changes(slice, stay) {
+            room.min(rest.len())
+        } else if rest.len() <= room {
+            rest.len()
+        } else {
+            0
+        };
         stay.extend(rest.drain(..takes));
     }
     while !rest.is_empty() || (kept.is_empty() && plan_is_empty_for(plan, family, ports)) {
@@ -307,7 +324,8 @@ fn pack_ports(
         }
         left += 1;
         let new = slice_of(service, family, ports, stay);
-        let same = slice.endpoints.as_deref().unwrap_or_default() == new.endpoints.as_deref().unwrap_or_default();
+        let same =
+            slice.endpoints.as_deref().unwrap_or_default() == new.endpoints.as_deref().unwrap_or_default();
         if !same || slice.metadata.labels != new.metadata.labels {
             plan.update.push((slice, new));
         }
@@ -389,7 +407,8 @@ pub mod tests {
     }
 
     fn sizes(slices: &[EndpointSlice]) -> Vec<usize> {
-        let mut sizes: Vec<_> = slices.iter().map(|slice| slice.endpoints.as_ref().map_or(0, Vec::len)).collect();
+        let mut sizes: Vec<_> =
+            slices.iter().map(|slice| slice.endpoints.as_ref().map_or(0, Vec::len)).collect();
         sizes.sort_unstable();
         sizes
     }
@@ -397,7 +416,8 @@ pub mod tests {
     #[tokio::test(start_paused = true)]
     async fn slices_hold_a_hundred_and_every_pod_is_in_exactly_one() {
         for seed in 0..3 {
-            let harness = Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
+            let harness =
+                Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
             harness.start(start);
             harness.create::<Service>(service(json!({}))).await;
             harness.api.wait_for::<EndpointSlice>("an empty slice", |slices| sizes(slices) == [0]).await;
@@ -412,8 +432,11 @@ pub mod tests {
             harness.api.set_faults(Faults::default());
             harness.assert_quiet().await;
             let slices = harness.api.objects::<EndpointSlice>();
-            let mut ips: Vec<_> =
-                slices.iter().flat_map(|slice| slice.endpoints.iter().flatten()).map(|one| &one.addresses[0]).collect();
+            let mut ips: Vec<_> = slices
+                .iter()
+                .flat_map(|slice| slice.endpoints.iter().flatten())
+                .map(|one| &one.addresses[0])
+                .collect();
             ips.sort();
             ips.dedup();
             assert_eq!(ips.len(), 120);

@@ -23,6 +23,7 @@ use serde_json::json;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +35,8 @@ const CONCURRENCY: usize = 20;
 const ABSENT_MAX: usize = 500;
 /// Between tries of a discovery that failed.
 const DISCOVERY_RETRY: Duration = Duration::from_secs(2);
+/// How long to wait for the first lists of all kinds.
+const SYNC_MAX: Duration = Duration::from_secs(30);
 /// Kinds that come in floods and never own or are owned.
 const IGNORED: [(&str, &str); 2] = [("", "events"), ("events.k8s.io", "events")];
 
@@ -43,6 +46,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         graph: Mutex::new(Graph::default()),
         queue: WorkQueue::new(),
         kinds: RwLock::default(),
+        kinds_changed: Notify::new(),
         absent: Mutex::default(),
     });
     Box::pin(collector.run(context, shutdown))
@@ -55,6 +59,8 @@ struct Collector {
     queue: WorkQueue<String>,
     /// By API group and kind.
     kinds: RwLock<HashMap<(String, String), (ApiResource, Scope)>>,
+    /// A custom resource definition changed.
+    kinds_changed: Notify,
     /// Owners (uid, namespace looked in) that the server said do not exist.
     absent: Mutex<HashSet<(String, String)>>,
 }
@@ -63,12 +69,13 @@ impl Collector {
     async fn run(self: Arc<Self>, context: Context, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = self.watch_all(&context) => {}
+            () = self.follow_kinds(&context) => {}
         }
         let mut in_work = JoinSet::new();
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
+                () = self.kinds_changed.notified() => self.follow_kinds(&context).await,
                 Some(_) = in_work.join_next() => {}
                 Some(uid) = self.queue.next(), if in_work.len() < CONCURRENCY => {
                     in_work.spawn(self.clone().work(uid));
@@ -78,10 +85,11 @@ impl Collector {
         self.queue.shut_down();
     }
 
-    /// Starts a metadata watch for every kind and waits until all are known: a graph with holes would take owners for
-    /// absent more often than needed (never wrongly: absence is always asked for).
-    async fn watch_all(self: &Arc<Self>, context: &Context) {
-        let kinds = loop {
+    /// Starts a metadata watch for every kind that has none, and waits until its objects are known: a graph with holes
+    /// would take owners for absent more often than needed (never wrongly: absence is always asked for). Ends the
+    /// watches of kinds that are gone.
+    async fn follow_kinds(self: &Arc<Self>, context: &Context) {
+        let found = loop {
             match self.discover().await {
                 Ok(kinds) => break kinds,
                 Err(error) => {
@@ -90,18 +98,33 @@ impl Collector {
                 }
             }
         };
+        let found: HashMap<_, _> = found
+            .into_iter()
+            .map(|(resource, capabilities)| {
+                ((resource.group.clone(), resource.kind.clone()), (resource, capabilities.scope))
+            })
+            .collect();
+        let gone: Vec<_> =
+            self.kinds.read().keys().filter(|key| !found.contains_key(*key)).cloned().collect();
+        for key in gone {
+            if let Some((resource, _)) = self.kinds.write().remove(&key) {
+                context.informers.stop_metadata(&resource);
+            }
+        }
         let mut informers = Vec::new();
-        for (resource, capabilities) in kinds {
-            let key = (resource.group.clone(), resource.kind.clone());
-            let namespaced = capabilities.scope.clone();
-            self.kinds.write().insert(key, (resource.clone(), namespaced));
+        for (key, (resource, scope)) in found {
+            if self.kinds.write().insert(key, (resource.clone(), scope)).is_some() {
+                continue;
+            }
             let informer = context.informers.metadata(&resource);
             let (this, kind) = (self.clone(), Arc::new(resource));
             informer.on_change(move |change| this.changed(&kind, change));
             informers.push(informer);
         }
-        for informer in informers {
-            informer.wait_synced().await;
+        let synced = futures::future::join_all(informers.iter().map(|informer| informer.wait_synced()));
+        if tokio::time::timeout(SYNC_MAX, synced).await.is_err() {
+            // One kind that cannot be listed must not stop all others.
+            tracing::warn!("not every kind could be listed, collecting garbage without those");
         }
     }
 
@@ -119,6 +142,9 @@ impl Collector {
     }
 
     fn changed(&self, kind: &Arc<ApiResource>, change: MetaChange<'_>) {
+        if kind.group == "apiextensions.k8s.io" {
+            self.kinds_changed.notify_one();
+        }
         let look_at = match change {
             MetaChange::Applied(meta) => self.graph.lock().apply(kind, meta),
             MetaChange::Deleted(meta) => self.graph.lock().remove(meta.uid.as_deref().unwrap_or_default()),
@@ -225,7 +251,8 @@ impl Collector {
             return Ok(OwnerState::Absent);
         }
         let api = self.metadata_api(&kind, namespace);
-        let live = or_none(api.get(&reference.name).await.during(|| format!("read owner {}", reference.name)))?;
+        let live =
+            or_none(api.get(&reference.name).await.during(|| format!("read owner {}", reference.name)))?;
         match live.filter(|live| live.metadata.uid.as_ref() == Some(&reference.uid)) {
             Some(live) if is_waiting(&live.metadata) => Ok(OwnerState::WaitsForDependents),
             Some(_) => Ok(OwnerState::Solid),
@@ -249,7 +276,12 @@ impl Collector {
         self.patch(identity, live, json!({"ownerReferences": left})).await
     }
 
-    async fn patch(&self, identity: &Identity, live: &ObjectMeta, mut metadata: serde_json::Value) -> Result<()> {
+    async fn patch(
+        &self,
+        identity: &Identity,
+        live: &ObjectMeta,
+        mut metadata: serde_json::Value,
+    ) -> Result<()> {
         metadata["uid"] = json!(live.uid);
         metadata["resourceVersion"] = json!(live.resource_version);
         let api = self.metadata_api(&identity.kind, &identity.namespace);
@@ -294,7 +326,8 @@ impl Collector {
         for uid in dependents {
             let Some(dependent) = self.graph.lock().identity(&uid) else { continue };
             if let Some(meta) = self.read(&dependent).await? {
-                let owned = meta.owner_references.iter().flatten().any(|reference| reference.uid == identity.uid);
+                let owned =
+                    meta.owner_references.iter().flatten().any(|reference| reference.uid == identity.uid);
                 if owned {
                     self.drop_owners(&dependent, &meta, std::slice::from_ref(&identity.uid)).await?;
                 }
@@ -308,7 +341,9 @@ impl Collector {
         finalizers.retain(|name| name != finalizer);
         match self.patch(identity, live, json!({"finalizers": finalizers})).await {
             // Someone changed it meanwhile: look again.
-            Err(error) if error.is_conflict() => Err(Error::not_yet(format!("finalize {identity}"), "it changed")),
+            Err(error) if error.is_conflict() => {
+                Err(Error::not_yet(format!("finalize {identity}"), "it changed"))
+            }
             result => result,
         }
     }

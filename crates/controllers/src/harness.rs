@@ -30,7 +30,11 @@ pub struct Harness {
 type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
 
 pub trait Object:
-    Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + DeserializeOwned + Serialize + Debug
+    Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+    + Clone
+    + DeserializeOwned
+    + Serialize
+    + Debug
 {
 }
 impl<K> Object for K where
@@ -56,7 +60,13 @@ impl Harness {
         let clock = Clock::starting_at(jiff::Timestamp::now());
         let context = Context::new(api.client(), config, clock);
         let shutdown = CancellationToken::new();
-        Harness { api, context, started: Mutex::default(), shutdown: shutdown.clone(), _stop: shutdown.drop_guard() }
+        Harness {
+            api,
+            context,
+            started: Mutex::default(),
+            shutdown: shutdown.clone(),
+            _stop: shutdown.drop_guard(),
+        }
     }
 
     pub fn start(&self, start: Start) {
@@ -152,7 +162,8 @@ pub fn run_kubelet(harness: &Harness) {
                     .patch_status(&key.name, &Default::default(), &kube::api::Patch::Merge(&status))
                     .await
                     .is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404))
-                {}
+                {
+                }
             }
         }
     });

@@ -59,8 +59,9 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         context,
     });
     let observer = this.clone();
-    let controller =
-        Controller::new("job").watch(&jobs).watch_changes(&all_pods, move |change| observer.pod_changed(change));
+    let controller = Controller::new("job")
+        .watch(&jobs)
+        .watch_changes(&all_pods, move |change| observer.pod_changed(change));
     Box::pin(controller.run(this, shutdown))
 }
 
@@ -100,7 +101,9 @@ impl Reconcile for Jobs {
             return Ok(Requeue::Done);
         };
         let foreign = job.spec.as_ref().and_then(|spec| spec.managed_by.as_deref());
-        if foreign.is_some_and(|manager| manager != "kubernetes.io/job-controller") || self.is_stale(&key, &job) {
+        if foreign.is_some_and(|manager| manager != "kubernetes.io/job-controller")
+            || self.is_stale(&key, &job)
+        {
             return Ok(Requeue::Done);
         }
         if is_finished(&job) {
@@ -121,7 +124,8 @@ impl Jobs {
     fn pod_changed(&self, change: &Change<Pod>) -> Vec<ObjectKey> {
         let pod = change.object();
         let versions = [Some(pod), change.old()].into_iter().flatten();
-        let mut keys: Vec<_> = versions.filter_map(|pod| owner::controller_key::<Job>(&pod.metadata)).collect();
+        let mut keys: Vec<_> =
+            versions.filter_map(|pod| owner::controller_key::<Job>(&pod.metadata)).collect();
         if let Some(key) = keys.first() {
             let uid = pods::uid(&pod.metadata);
             self.expectations.creation_seen(key, uid);
@@ -132,7 +136,9 @@ impl Jobs {
         if keys.is_empty() && !change.is_deleted() && owner::controller_of(&pod.metadata).is_none() {
             let jobs = self.jobs.list_in(pod.metadata.namespace.as_deref().unwrap_or_default());
             let matches = |job: &&Arc<Job>| {
-                selector(job).is_ok_and(|selector| !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref()))
+                selector(job).is_ok_and(|selector| {
+                    !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref())
+                })
             };
             keys.extend(jobs.iter().filter(matches).map(|job| ObjectKey::of(&**job)));
         }
@@ -140,7 +146,8 @@ impl Jobs {
     }
 
     fn is_stale(&self, key: &ObjectKey, job: &Job) -> bool {
-        let version = job.metadata.resource_version.as_deref().and_then(|version| version.parse::<u64>().ok());
+        let version =
+            job.metadata.resource_version.as_deref().and_then(|version| version.parse::<u64>().ok());
         let written = self.written.lock().get(key).copied();
         version.zip(written).is_some_and(|(version, written)| version < written)
     }
@@ -220,7 +227,8 @@ impl Jobs {
 
     /// Says in a condition, and by an event, that the job was suspended or resumed.
     fn note_suspension(&self, turn: &mut Turn) {
-        let known = util::find(&turn.status.conditions, "Suspended").map(|condition| condition.status.clone());
+        let known =
+            util::find(&turn.status.conditions, "Suspended").map(|condition| condition.status.clone());
         let (status, reason, message) = match (turn.is_suspended(), known.as_deref()) {
             (true, Some("True")) | (false, None | Some("False")) => return,
             (true, _) => ("True", "JobSuspended", "Job suspended"),
@@ -278,7 +286,11 @@ impl Jobs {
     ) -> Result<(usize, Requeue)> {
         let mut requeue = Requeue::Done;
         let mut wanted = Vec::new();
-        let whole_job = if turn.spec.backoff_limit_per_index.is_none() { turn.backoff(&turn.pods) } else { Duration::ZERO };
+        let whole_job = if turn.spec.backoff_limit_per_index.is_none() {
+            turn.backoff(&turn.pods)
+        } else {
+            Duration::ZERO
+        };
         if !whole_job.is_zero() {
             return Ok((0, Requeue::After(whole_job)));
         }
@@ -287,7 +299,8 @@ impl Jobs {
                 break;
             }
             if turn.spec.backoff_limit_per_index.is_some() {
-                let own: Vec<_> = turn.pods.iter().filter(|pod| index_of(pod) == Some(index)).cloned().collect();
+                let own: Vec<_> =
+                    turn.pods.iter().filter(|pod| index_of(pod) == Some(index)).cloned().collect();
                 let wait = turn.backoff(&own);
                 if !wait.is_zero() {
                     requeue = requeue.sooner(Requeue::After(wait));
@@ -317,7 +330,8 @@ impl Jobs {
     }
 
     async fn create_one(&self, turn: &Turn, index: Option<i32>) -> Result<()> {
-        let mut pod = pods::from_template(&turn.spec.template, &turn.job.metadata, owner::controller_ref(&*turn.job));
+        let mut pod =
+            pods::from_template(&turn.spec.template, &turn.job.metadata, owner::controller_ref(&*turn.job));
         pod.metadata.finalizers.get_or_insert_default().push(FINALIZER.to_owned());
         if let Some(index) = index {
             give_index(&mut pod, turn, index);
@@ -368,7 +382,8 @@ impl Turn {
     }
 
     fn replaces_only_failed(&self) -> bool {
-        self.spec.pod_replacement_policy.as_deref() == Some("Failed") || self.spec.pod_failure_policy.is_some()
+        self.spec.pod_replacement_policy.as_deref() == Some("Failed")
+            || self.spec.pod_failure_policy.is_some()
     }
 
     /// How many pods should run now.
@@ -392,7 +407,9 @@ impl Turn {
         let mut keep = tally.active.clone();
         if let Some(completions) = self.completions_if_indexed() {
             let mut taken = Indexes::default();
-            keep.sort_by_key(|pod| (!pods::is_ready(pod), pod.metadata.creation_timestamp.as_ref().map(|t| t.0)));
+            keep.sort_by_key(|pod| {
+                (!pods::is_ready(pod), pod.metadata.creation_timestamp.as_ref().map(|t| t.0))
+            });
             keep.retain(|pod| {
                 let index = index_of(pod).filter(|index| *index < completions && !tally.is_done(*index));
                 let fine = index.is_some_and(|index| taken.insert(index));
@@ -428,21 +445,25 @@ impl Turn {
         let deadline = self.spec.active_deadline_seconds.zip(self.status.start_time.as_ref());
         let Some((seconds, start)) = deadline.filter(|_| !self.is_suspended()) else { return Requeue::Done };
         let due = start.0.saturating_add(jiff::SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MAX);
-        Duration::try_from(due.duration_since(self.now)).map_or(Requeue::Done, |left| {
-            if left.is_zero() { Requeue::Done } else { Requeue::After(left) }
-        })
+        Duration::try_from(due.duration_since(self.now))
+            .map_or(Requeue::Done, |left| if left.is_zero() { Requeue::Done } else { Requeue::After(left) })
     }
 }
 
 /// When the pod's last container ended, or when it was deleted.
 fn ended_at(pod: &Pod) -> Option<Timestamp> {
     let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
-    let states = statuses.into_iter().flatten().filter_map(|status| status.state.as_ref()?.terminated.as_ref());
+    let states =
+        statuses.into_iter().flatten().filter_map(|status| status.state.as_ref()?.terminated.as_ref());
     let finished = states.filter_map(|state| state.finished_at.as_ref().map(|time| time.0)).max();
     let deleted = || pod.metadata.deletion_timestamp.as_ref().map(|time| time.0);
     let changed = || {
         let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-        conditions.into_iter().flatten().filter_map(|c| c.last_transition_time.as_ref().map(|time| time.0)).max()
+        conditions
+            .into_iter()
+            .flatten()
+            .filter_map(|c| c.last_transition_time.as_ref().map(|time| time.0))
+            .max()
     };
     let created = || pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
     finished.or_else(deleted).or_else(changed).or_else(created)
@@ -468,7 +489,10 @@ fn give_index(pod: &mut Pod, turn: &Turn, index: i32) {
         let of_index = turn.pods.iter().filter(|pod| index_of(pod) == Some(index));
         let failed = of_index.filter(|pod| tracking::counts_as_failed(turn, pod));
         let failures = failed.map(|pod| failures_before(pod) + 1).max().unwrap_or(0);
-        pod.metadata.annotations.get_or_insert_default().insert(INDEX_FAILURES.to_owned(), failures.to_string());
+        pod.metadata
+            .annotations
+            .get_or_insert_default()
+            .insert(INDEX_FAILURES.to_owned(), failures.to_string());
     }
     let Some(spec) = pod.spec.as_mut() else { return };
     spec.hostname = Some(format!("{job}-{index}"));

@@ -13,19 +13,19 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
-mod deployment;
-mod replicaset;
 mod daemonset;
-mod job;
+mod deployment;
 mod endpoints;
 mod endpointslice;
-mod service;
-mod namespace;
-mod service_account;
-mod root_ca;
 mod garbage_collector;
+mod job;
+mod namespace;
 mod node_lifecycle;
 mod pod_gc;
+mod replicaset;
+mod root_ca;
+mod service;
+mod service_account;
 
 #[cfg(test)]
 mod harness;

@@ -57,3 +57,6 @@ impl ControllerManager {
         LOOPS.iter().map(|(name, _)| *name)
     }
 }
+
+#[cfg(test)]
+mod tests;

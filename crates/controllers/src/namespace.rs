@@ -5,8 +5,10 @@ use crate::{Context, pods, util};
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Namespace, NamespaceCondition, Pod};
 use knarr_client::patch::{self, Guard};
-use knarr_client::{Change, Controller, During, Error, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone};
-use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, PostParams, PartialObjectMeta};
+use knarr_client::{
+    Change, Controller, During, Error, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone,
+};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, PartialObjectMeta, PostParams};
 use kube::discovery::{Discovery, Scope, verbs};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -108,7 +110,9 @@ impl Namespaces {
             .collect();
         let is_pods = |resource: &ApiResource| resource.group.is_empty() && resource.plural == "pods";
         for pods_first in [true, false] {
-            for (resource, capabilities) in deletable.iter().filter(|(resource, _)| is_pods(resource) == pods_first) {
+            for (resource, capabilities) in
+                deletable.iter().filter(|(resource, _)| is_pods(resource) == pods_first)
+            {
                 let collection = capabilities.supports_operation(verbs::DELETE_COLLECTION);
                 if let Err(error) = self.delete_all(namespace, resource, collection, &mut swept).await {
                     swept.failures.push(error);
@@ -169,7 +173,9 @@ impl Namespaces {
             if old.is_some_and(|old| same(&old)) {
                 continue;
             }
-            let since = old.filter(|old| old.status == condition_status).and_then(|old| old.last_transition_time.clone());
+            let since = old
+                .filter(|old| old.status == condition_status)
+                .and_then(|old| old.last_transition_time.clone());
             let new = NamespaceCondition {
                 type_: type_.to_owned(),
                 status: condition_status.to_owned(),
@@ -223,20 +229,28 @@ impl Swept {
     /// Type, status, reason and message of all five conditions, in upstream's words.
     fn conditions(&self) -> [(&'static str, &'static str, &'static str, String); 5] {
         let list = |counts: &BTreeMap<String, usize>, word: &str| {
-            counts.iter().map(|(name, count)| format!("{name}{word} {count} resource instances")).collect::<Vec<_>>().join(", ")
+            counts
+                .iter()
+                .map(|(name, count)| format!("{name}{word} {count} resource instances"))
+                .collect::<Vec<_>>()
+                .join(", ")
         };
         let discovery = match &self.discovery_failure {
             None => ("False", "ResourcesDiscovered", "All resources successfully discovered".to_owned()),
-            Some(error) => ("True", "DiscoveryFailed", format!("Discovery failed for some groups, 1 failing: {error}")),
+            Some(error) => {
+                ("True", "DiscoveryFailed", format!("Discovery failed for some groups, 1 failing: {error}"))
+            }
         };
         let parsed = ("False", "ParsedGroupVersions", "All legacy kube types successfully parsed".to_owned());
-        let failures = self.failures.iter().filter(|_| self.discovery_failure.is_none()).map(ToString::to_string);
+        let failures =
+            self.failures.iter().filter(|_| self.discovery_failure.is_none()).map(ToString::to_string);
         let failures = failures.collect::<Vec<_>>().join(", ");
         let content = if failures.is_empty() {
             let done = "All content successfully deleted, may be waiting on finalization";
             ("False", "ContentDeleted", done.to_owned())
         } else {
-            let message = format!("Failed to delete all resource types, {} remaining: {failures}", self.failures.len());
+            let message =
+                format!("Failed to delete all resource types, {} remaining: {failures}", self.failures.len());
             ("True", "ContentDeletionFailed", message)
         };
         let remaining = if self.remaining.is_empty() {
@@ -282,7 +296,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_deleted_namespace_goes_when_its_last_object_does() {
         for seed in 0..5 {
-            let harness = Harness::new(seed, Faults { conflict: 0.2, error: 0.2, drop_watch: 0.2, duplicate: 0.2 });
+            let harness =
+                Harness::new(seed, Faults { conflict: 0.2, error: 0.2, drop_watch: 0.2, duplicate: 0.2 });
             harness.start(start);
             harness.create_global::<Namespace>(json!({"metadata": {"name": NAMESPACE}})).await;
             let held = json!({"metadata": {"name": "held", "finalizers": ["test/hold"]}});
@@ -292,7 +307,8 @@ mod tests {
             while api.delete(NAMESPACE, &DeleteParams::default()).await.is_err() {}
             let told = |namespaces: &[Namespace]| {
                 let status = namespaces[0].status.clone().unwrap_or_default();
-                let message = |type_: &str| util::find(&status.conditions, type_).and_then(|c| c.message.clone());
+                let message =
+                    |type_: &str| util::find(&status.conditions, type_).and_then(|c| c.message.clone());
                 message("NamespaceFinalizersRemaining").as_deref()
                     == Some(
                         "Some content in the namespace has finalizers remaining: test/hold in 1 resource instances",

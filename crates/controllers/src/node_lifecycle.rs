@@ -12,7 +12,9 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use knarr_client::informer::Selection;
-use knarr_client::{Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
+use knarr_client::{
+    Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
+};
 use knarr_client::{ignore_gone, patch};
 use kube::api::{Api, Patch, PatchParams};
 use parking_lot::Mutex;
@@ -52,7 +54,8 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         // A change of readiness may turn the whole cluster's disruption around, so it concerns all nodes.
         .watch_changes(&nodes, move |change| {
             let ready = |node: &Node| ready_status(node).to_owned();
-            let turned = change.is_deleted() || change.old().is_none_or(|old| ready(old) != ready(change.object()));
+            let turned =
+                change.is_deleted() || change.old().is_none_or(|old| ready(old) != ready(change.object()));
             let all = if turned { known.list() } else { vec![change.object().clone()] };
             let mut keys: Vec<_> = all.iter().map(|node| ObjectKey::of(&**node)).collect();
             keys.push(ObjectKey::of(&**change.object()));
@@ -111,7 +114,9 @@ impl Reconcile for Lifecycle {
 
 fn ready_status(node: &Node) -> &str {
     let status = node.status.as_ref();
-    status.and_then(|status| util::find(&status.conditions, "Ready")).map_or("", |ready| ready.status.as_str())
+    status
+        .and_then(|status| util::find(&status.conditions, "Ready"))
+        .map_or("", |ready| ready.status.as_str())
 }
 
 impl Lifecycle {
@@ -189,11 +194,18 @@ impl Lifecycle {
         let wanted = self.wanted_taints(node, silent);
         let mut taints: Vec<Taint> = present
             .iter()
-            .filter(|taint| !is_ours(taint) || wanted.iter().any(|wanted| same(wanted, taint)))
+            .filter(|taint| {
+                // A node that never reported keeps the taint it was registered with.
+                let unreported =
+                    taint.key == NOT_READY && taint.effect == NO_SCHEDULE && ready_status(node).is_empty();
+                !is_ours(taint) || unreported || wanted.iter().any(|wanted| same(wanted, taint))
+            })
             .cloned()
             .collect();
-        let missing: Vec<_> = wanted.into_iter().filter(|taint| !present.iter().any(|known| same(known, taint))).collect();
-        taints.extend(missing.into_iter().map(|taint| Taint { time_added: self.time_added(&taint), ..taint }));
+        let missing: Vec<_> =
+            wanted.into_iter().filter(|taint| !present.iter().any(|known| same(known, taint))).collect();
+        taints
+            .extend(missing.into_iter().map(|taint| Taint { time_added: self.time_added(&taint), ..taint }));
         if taints == present {
             return Ok(());
         }
@@ -257,7 +269,8 @@ impl Lifecycle {
             });
             let change = json!({"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": [ready]}});
             let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &key.namespace);
-            let patched = api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(change)).await;
+            let patched =
+                api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(change)).await;
             ignore_gone(patched.during(|| format!("mark pod {key} not ready")))?;
         }
         Ok(())
@@ -270,7 +283,8 @@ fn is_only_our_verdict(old: &Sign, new: &Sign) -> bool {
 }
 
 fn is_ours(taint: &Taint) -> bool {
-    let by_condition = CONDITION_TAINTS.iter().any(|(_, _, key)| *key == taint.key) || taint.key == UNSCHEDULABLE;
+    let by_condition =
+        CONDITION_TAINTS.iter().any(|(_, _, key)| *key == taint.key) || taint.key == UNSCHEDULABLE;
     match taint.effect.as_str() {
         NO_SCHEDULE => by_condition,
         NO_EXECUTE => taint.key == NOT_READY || taint.key == UNREACHABLE,
@@ -318,7 +332,8 @@ mod tests {
             tokio::spawn(async move {
                 let api: Api<Lease> = Api::namespaced(client, LEASES);
                 loop {
-                    let lease = json!({"metadata": {"name": "alive"}, "spec": {"renewTime": clock.micro_time()}});
+                    let lease =
+                        json!({"metadata": {"name": "alive"}, "spec": {"renewTime": clock.micro_time()}});
                     let lease: Lease = serde_json::from_value(lease).unwrap();
                     if api.create(&Default::default(), &lease).await.is_err() {
                         let spec = json!({"spec": lease.spec});
@@ -332,7 +347,10 @@ mod tests {
         let tainted = |nodes: &[Node]| {
             let silent = nodes.iter().find(|node| node.metadata.name.as_deref() == Some("silent")).unwrap();
             taints(silent)
-                == [(UNREACHABLE.to_owned(), NO_EXECUTE.to_owned()), (UNREACHABLE.to_owned(), NO_SCHEDULE.to_owned())]
+                == [
+                    (UNREACHABLE.to_owned(), NO_EXECUTE.to_owned()),
+                    (UNREACHABLE.to_owned(), NO_SCHEDULE.to_owned()),
+                ]
         };
         let nodes = harness.api.wait_for::<Node>("the taints", tainted).await;
         assert!((50..52).contains(&began.elapsed().as_secs()));
@@ -345,7 +363,10 @@ mod tests {
         let api: Api<Node> = Api::all(harness.client());
         let ready = json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}});
         api.patch_status("silent", &PatchParams::default(), &Patch::Merge(ready)).await.unwrap();
-        harness.api.wait_for::<Node>("no taints", |nodes| nodes.iter().all(|node| taints(node).is_empty())).await;
+        harness
+            .api
+            .wait_for::<Node>("no taints", |nodes| nodes.iter().all(|node| taints(node).is_empty()))
+            .await;
         heartbeats.abort();
     }
 

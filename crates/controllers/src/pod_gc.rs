@@ -5,7 +5,9 @@ use crate::pods::{self, BY_NODE};
 use crate::{Context, util};
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
-use knarr_client::{Controller, During, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone, or_none};
+use knarr_client::{
+    Controller, During, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone, or_none,
+};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -37,8 +39,12 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
             }
             keys
         })
-        .watch_map(&nodes, move |node| {
-            let name = node.metadata.name.as_deref().unwrap_or_default();
+        .watch_changes(&nodes, move |change| {
+            // Heartbeats concern nobody.
+            if change.old().is_some_and(|old| is_out_of_service(old) == is_out_of_service(change.object())) {
+                return Vec::new();
+            }
+            let name = change.object().metadata.name.as_deref().unwrap_or_default();
             on_nodes.by_index(BY_NODE, name).iter().map(|pod| ObjectKey::of(&**pod)).collect()
         });
     let this = PodGc { context, pods: all_pods, nodes, missing_since: Mutex::default() };
@@ -84,7 +90,11 @@ impl Reconcile for PodGc {
 }
 
 fn is_out_of_service(node: &Node) -> bool {
-    let tainted = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten()).any(|taint| taint.key == OUT_OF_SERVICE);
+    let tainted = node
+        .spec
+        .iter()
+        .flat_map(|spec| spec.taints.iter().flatten())
+        .any(|taint| taint.key == OUT_OF_SERVICE);
     let ready = node.status.as_ref().is_some_and(|status| util::is_true(&status.conditions, "Ready"));
     tainted && !ready
 }
@@ -146,7 +156,8 @@ impl PodGc {
                 }]);
             }
             let change = json!({"metadata": {"uid": pod.metadata.uid}, "status": status});
-            let patched = api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(change)).await;
+            let patched =
+                api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(change)).await;
             ignore_gone(patched.during(|| format!("write status of pod {key}")))?;
         }
         tracing::info!(pod = %key, message, "garbage collecting pod");

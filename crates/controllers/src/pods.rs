@@ -136,7 +136,12 @@ impl PodControl {
         match &created {
             Ok(pod) => {
                 let name = pod.metadata.name.as_deref().unwrap_or_default();
-                self.recorder.event(owner, EventType::Normal, "SuccessfulCreate", format!("Created pod: {name}"));
+                self.recorder.event(
+                    owner,
+                    EventType::Normal,
+                    "SuccessfulCreate",
+                    format!("Created pod: {name}"),
+                );
             }
             Err(error) if error.is_namespace_terminating() => {}
             Err(error) => {
@@ -157,7 +162,12 @@ impl PodControl {
         let deleted = self.api(&pod.metadata.namespace).delete(&name, &params).await;
         match deleted.during(|| format!("delete pod {}", ObjectKey::of(pod))) {
             Ok(_) => {
-                self.recorder.event(owner, EventType::Normal, "SuccessfulDelete", format!("Deleted pod: {name}"));
+                self.recorder.event(
+                    owner,
+                    EventType::Normal,
+                    "SuccessfulDelete",
+                    format!("Deleted pod: {name}"),
+                );
                 Ok(())
             }
             // Gone, or another pod has the name now.
@@ -235,7 +245,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn pod(name: &str, node: &str, ready: bool, cost: &str) -> Arc<Pod> {
-        let conditions: Vec<Value> = if ready { vec![json!({"type": "Ready", "status": "True"})] } else { vec![] };
+        let conditions: Vec<Value> =
+            if ready { vec![json!({"type": "Ready", "status": "True"})] } else { vec![] };
         let pod = json!({
             "metadata": {"name": name, "uid": name, "annotations": {DELETION_COST: cost}},
             "spec": {"containers": [], "nodeName": node},

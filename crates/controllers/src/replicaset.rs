@@ -1,8 +1,8 @@
 //! ReplicaSet: as many active pods as `spec.replicas` says, of those its selector matches and nobody else controls.
 
+use crate::Context;
 use crate::pods::{self, PodControl};
 use crate::util::{find, remove};
-use crate::Context;
 use futures::future::{BoxFuture, join_all};
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::Pod;
@@ -188,13 +188,20 @@ impl ReplicaSets {
         Ok(())
     }
 
-    async fn delete(&self, key: &ObjectKey, set: &ReplicaSet, active: &[Arc<Pod>], surplus: usize) -> Result<()> {
+    async fn delete(
+        &self,
+        key: &ObjectKey,
+        set: &ReplicaSet,
+        active: &[Arc<Pod>],
+        surplus: usize,
+    ) -> Result<()> {
         if surplus == 0 {
             return Ok(());
         }
         let mut candidates = active.to_vec();
         let family = self.family(set);
-        let rank = |pod: &Pod| family.iter().filter(|other| pods::node_of(other) == pods::node_of(pod)).count();
+        let rank =
+            |pod: &Pod| family.iter().filter(|other| pods::node_of(other) == pods::node_of(pod)).count();
         pods::rank_for_deletion(&mut candidates, self.context.clock.now(), rank);
         let deletions = candidates.into_iter().take(surplus).map(|pod| async move {
             let uid = pods::uid(&pod.metadata);
@@ -241,10 +248,12 @@ impl ReplicaSets {
     ) -> ReplicaSetStatus {
         let now = self.context.clock.now();
         let template = set.spec.as_ref().and_then(|spec| spec.template.as_ref());
-        let labels = template.and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
+        let labels =
+            template.and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
         let fully_labeled = Selector::equal(&labels);
         let count = |test: &dyn Fn(&Pod) -> bool| active.iter().filter(|pod| test(pod)).count() as i32;
-        let terminating = claimed.iter().filter(|pod| pods::is_terminating(pod) && !pods::is_finished(pod)).count();
+        let terminating =
+            claimed.iter().filter(|pod| pods::is_terminating(pod) && !pods::is_finished(pod)).count();
         let old = set.status.clone().unwrap_or_default();
         ReplicaSetStatus {
             replicas: active.len() as i32,
@@ -321,9 +330,11 @@ mod tests {
             let harness = Harness::new(seed, faults);
             harness.start(start);
             harness.create::<ReplicaSet>(set(7)).await;
-            let exact = |wanted: usize| move |pods: &[Pod]| {
-                assert!(pods.len() <= 7, "never more than the wish");
-                pods.len() == wanted
+            let exact = |wanted: usize| {
+                move |pods: &[Pod]| {
+                    assert!(pods.len() <= 7, "never more than the wish");
+                    pods.len() == wanted
+                }
             };
             harness.api.wait_for::<Pod>("7 pods", exact(7)).await;
             harness.patch::<ReplicaSet>("web", json!({"spec": {"replicas": 3}})).await;
@@ -344,11 +355,13 @@ mod tests {
         harness.create::<Pod>(orphan).await;
         harness.start(start);
         harness.create::<ReplicaSet>(set(2)).await;
-        let owned = |pods: &[Pod]| pods.iter().filter(|pod| owner::controller_of(&pod.metadata).is_some()).count();
+        let owned =
+            |pods: &[Pod]| pods.iter().filter(|pod| owner::controller_of(&pod.metadata).is_some()).count();
         let pods = harness.api.wait_for::<Pod>("2 owned pods", |pods| owned(pods) == 2).await;
         assert_eq!(pods.len(), 2, "the orphan counts");
         harness.patch::<Pod>("orphan", json!({"metadata": {"labels": {"app": "other"}}})).await;
-        let pods = harness.api.wait_for::<Pod>("a replacement", |pods| pods.len() == 3 && owned(pods) == 2).await;
+        let pods =
+            harness.api.wait_for::<Pod>("a replacement", |pods| pods.len() == 3 && owned(pods) == 2).await;
         assert!(pods.iter().any(|pod| pod.metadata.name.as_deref() == Some("orphan")));
         harness.assert_quiet().await;
     }

@@ -54,9 +54,12 @@ impl Reconcile for RootCa {
 
 impl RootCa {
     fn is_right(&self, map: &ConfigMap) -> bool {
-        let described = map.metadata.annotations.iter().flatten().any(|(key, value)| {
-            key == DESCRIPTION_KEY && value == DESCRIPTION
-        });
+        let described = map
+            .metadata
+            .annotations
+            .iter()
+            .flatten()
+            .any(|(key, value)| key == DESCRIPTION_KEY && value == DESCRIPTION);
         described && map.data.as_ref() == Some(&self.data())
     }
 
@@ -111,7 +114,8 @@ mod tests {
         harness.create_global::<Namespace>(json!({"metadata": {"name": crate::harness::NAMESPACE}})).await;
         harness.api.wait_for::<ConfigMap>("the bundle", |maps| maps.len() == 1).await;
         harness.patch::<ConfigMap>(NAME, json!({"data": {"ca.crt": "forged", "more": "x"}})).await;
-        let right = |maps: &[ConfigMap]| maps[0].data == Some([(DATA_KEY.to_owned(), "PEM".to_owned())].into());
+        let right =
+            |maps: &[ConfigMap]| maps[0].data == Some([(DATA_KEY.to_owned(), "PEM".to_owned())].into());
         harness.api.wait_for::<ConfigMap>("the bundle repaired", right).await;
         harness.assert_quiet().await;
     }

@@ -10,8 +10,6 @@ use std::sync::Arc;
 
 /// Marks what belongs to a Service without a cluster IP.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-/// When the change happened that led to the present endpoints.
-pub const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// The Service's selector; `None` for one without, whose endpoints are somebody else's business.
 pub fn selector(service: &Service) -> Option<Selector> {
@@ -75,7 +73,8 @@ pub fn pods_of(service: &Service, all: &Informer<Pod>, with_terminating: bool) -
 /// All addresses of a pod.
 pub fn addresses(pod: &Pod) -> impl Iterator<Item = IpAddr> {
     let status = pod.status.as_ref();
-    let several = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten().map(|ip| ip.ip.as_str());
+    let several =
+        status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten().map(|ip| ip.ip.as_str());
     let one = status.and_then(|status| status.pod_ip.as_deref());
     let known = several.clone().next().is_some();
     several.chain(one.filter(move |_| !known)).filter_map(|ip| ip.parse().ok())

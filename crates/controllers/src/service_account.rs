@@ -14,7 +14,8 @@ const NAME: &str = "default";
 
 pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
     let namespaces = context.informers.get::<Namespace>();
-    let accounts = context.informers.select::<ServiceAccount>(Selection::fields(format!("metadata.name={NAME}")));
+    let accounts =
+        context.informers.select::<ServiceAccount>(Selection::fields(format!("metadata.name={NAME}")));
     let controller = Controller::new("serviceaccount")
         .watch(&namespaces)
         .watch_map(&accounts, |account| account.metadata.namespace.iter().map(ObjectKey::cluster).collect());

@@ -115,7 +115,8 @@ pub fn scaled(value: &IntOrString, total: i32, round_up: bool) -> i32 {
         IntOrString::String(text) => {
             let percent: i64 = text.trim_end_matches('%').parse().unwrap_or(0);
             let hundredfold = percent * i64::from(total);
-            let rounded = if round_up { (hundredfold + 99).div_euclid(100) } else { hundredfold.div_euclid(100) };
+            let rounded =
+                if round_up { (hundredfold + 99).div_euclid(100) } else { hundredfold.div_euclid(100) };
             i32::try_from(rounded).unwrap_or(i32::MAX)
         }
     }

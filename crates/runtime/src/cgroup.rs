@@ -56,7 +56,8 @@ pub struct Usage {
 impl Cgroups {
     /// Looks at the mounts of this host.
     pub fn detect() -> Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").step(|| "read /proc/self/mountinfo".into())?;
+        let mounts =
+            fs::read_to_string("/proc/self/mountinfo").step(|| "read /proc/self/mountinfo".into())?;
         Self::from_mountinfo(&mounts)
     }
 
@@ -65,7 +66,9 @@ impl Cgroups {
         let mut v2 = None;
         for line in mountinfo.lines() {
             let Some((mount, fs)) = line.split_once(" - ") else { continue };
-            let Some(point) = mount.split(' ').nth(4).filter(|point| point.starts_with(MOUNT)) else { continue };
+            let Some(point) = mount.split(' ').nth(4).filter(|point| point.starts_with(MOUNT)) else {
+                continue;
+            };
             let mut fs = fs.split(' ');
             match fs.next() {
                 Some("cgroup2") if point == MOUNT => v2 = Some(PathBuf::from(point)),
@@ -170,7 +173,8 @@ impl Cgroups {
     pub fn set_pids_max(&self, path: &str, max: Option<u64>) -> Result<()> {
         let Some(dir) = self.dir(path, "pids") else { return Ok(()) };
         let value = max.map_or("max".to_owned(), |max| max.to_string());
-        fs::write(dir.join("pids.max"), &value).step(|| format!("write {value} to {}/pids.max", dir.display()))
+        fs::write(dir.join("pids.max"), &value)
+            .step(|| format!("write {value} to {}/pids.max", dir.display()))
     }
 
     /// On v1, restricts which devices may be used, one rule per line as the kernel writes them (`c 1:3 rwm`).
@@ -193,9 +197,9 @@ impl Cgroups {
     /// How often the kernel killed for lack of memory in this group.
     pub fn oom_kills(&self, path: &str) -> u64 {
         match &self.layout {
-            Layout::V1(_) => {
-                self.dir(path, "memory").map_or(0, |dir| flat_value(&dir.join("memory.oom_control"), "oom_kill"))
-            }
+            Layout::V1(_) => self
+                .dir(path, "memory")
+                .map_or(0, |dir| flat_value(&dir.join("memory.oom_control"), "oom_kill")),
             Layout::V2(root) => flat_value(&join(root, path).join("memory.events"), "oom_kill"),
         }
     }
@@ -319,7 +323,8 @@ impl std::fmt::Display for DeviceRule {
 impl DeviceRules {
     /// What every container may use: the pseudo devices of `/dev`, its terminals, and making nodes of any device.
     pub fn standard() -> Self {
-        let rule = |kind, major, minor, access: &str| DeviceRule { kind, major, minor, access: access.into() };
+        let rule =
+            |kind, major, minor, access: &str| DeviceRule { kind, major, minor, access: access.into() };
         let mut allow = vec![rule('c', None, None, "m"), rule('b', None, None, "m")];
         for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)] {
             allow.push(rule('c', Some(major), Some(minor), "rwm"));
@@ -565,17 +570,13 @@ mod tests {
         let dirs = groups.dirs("/knarr/a");
         assert_eq!(
             dirs,
-            [
-                Path::new("/sys/fs/cgroup/cpu,cpuacct/knarr/a"),
-                Path::new("/sys/fs/cgroup/memory/knarr/a")
-            ]
+            [Path::new("/sys/fs/cgroup/cpu,cpuacct/knarr/a"), Path::new("/sys/fs/cgroup/memory/knarr/a")]
         );
     }
 
     #[test]
     fn unified_hosts_use_v2() {
-        let groups =
-            Cgroups::from_mountinfo("30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw").unwrap();
+        let groups = Cgroups::from_mountinfo("30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw").unwrap();
         assert_eq!(groups.version(), "v2");
         assert_eq!(groups.dirs("/knarr/a"), [Path::new("/sys/fs/cgroup/knarr/a")]);
     }

@@ -55,7 +55,11 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// With `verbose`, the info map holds `netns` (path of the network namespace; absent with host network) for the
     /// built-in runtime, or whatever the remote runtime tells; read it with [`netns_path`].
-    async fn pod_sandbox_status(&self, sandbox_id: &str, verbose: bool) -> Result<v1::PodSandboxStatusResponse>;
+    async fn pod_sandbox_status(
+        &self,
+        sandbox_id: &str,
+        verbose: bool,
+    ) -> Result<v1::PodSandboxStatusResponse>;
 
     async fn list_pod_sandbox(&self, filter: Option<v1::PodSandboxFilter>) -> Result<Vec<v1::PodSandbox>>;
 
@@ -81,7 +85,11 @@ pub trait Runtime: Send + Sync + 'static {
 
     async fn list_containers(&self, filter: Option<v1::ContainerFilter>) -> Result<Vec<v1::Container>>;
 
-    async fn container_status(&self, container_id: &str, verbose: bool) -> Result<v1::ContainerStatusResponse>;
+    async fn container_status(
+        &self,
+        container_id: &str,
+        verbose: bool,
+    ) -> Result<v1::ContainerStatusResponse>;
 
     /// Changes cpu, memory and cpuset limits of a running container in place.
     async fn update_container_resources(
@@ -118,7 +126,10 @@ pub trait Runtime: Send + Sync + 'static {
 
     async fn container_stats(&self, container_id: &str) -> Result<v1::ContainerStats>;
 
-    async fn list_container_stats(&self, filter: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>>;
+    async fn list_container_stats(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>>;
 
     async fn pod_sandbox_stats(&self, sandbox_id: &str) -> Result<v1::PodSandboxStats>;
 
@@ -153,13 +164,32 @@ pub trait Runtime: Send + Sync + 'static {
 /// What happened to a sandbox or container. Ids are the runtime's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    SandboxStarted { sandbox_id: String },
-    SandboxStopped { sandbox_id: String },
-    SandboxRemoved { sandbox_id: String },
-    ContainerCreated { sandbox_id: String, container_id: String },
-    ContainerStarted { sandbox_id: String, container_id: String },
-    ContainerExited { sandbox_id: String, container_id: String, exit: ContainerExit },
-    ContainerRemoved { sandbox_id: String, container_id: String },
+    SandboxStarted {
+        sandbox_id: String,
+    },
+    SandboxStopped {
+        sandbox_id: String,
+    },
+    SandboxRemoved {
+        sandbox_id: String,
+    },
+    ContainerCreated {
+        sandbox_id: String,
+        container_id: String,
+    },
+    ContainerStarted {
+        sandbox_id: String,
+        container_id: String,
+    },
+    ContainerExited {
+        sandbox_id: String,
+        container_id: String,
+        exit: ContainerExit,
+    },
+    ContainerRemoved {
+        sandbox_id: String,
+        container_id: String,
+    },
     /// Events were lost (slow subscriber, connection to the runtime renewed): list to see the present.
     Resync,
 }

@@ -12,6 +12,7 @@ pub mod stream;
 pub use builtin::BuiltinRuntime;
 pub use cri::Runtime;
 pub use error::{Error, Kind, Result};
+pub use remote::RemoteRuntime;
 pub use stream::{Duplex, ExecSession, Reader, TerminalSize, Writer};
 
 pub mod builtin;
@@ -20,6 +21,7 @@ mod device_filter;
 pub mod host;
 pub mod image;
 pub mod keeper;
+pub mod remote;
 mod rootdir;
 mod seccomp;
 pub mod spec;

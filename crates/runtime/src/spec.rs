@@ -34,6 +34,7 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
 ];
 
+/// In the kernel's numbering.
 const ALL_CAPABILITIES: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -91,8 +92,7 @@ const MASKED_PATHS: [&str; 10] = [
     "/sys/firmware",
 ];
 
-const READONLY_PATHS: [&str; 5] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// What a spec is made from.
 pub struct Input<'a> {
@@ -181,7 +181,33 @@ pub fn generate(input: &Input<'_>) -> Result<Value> {
     if let Some(seccomp) = &input.seccomp {
         spec["linux"]["seccomp"] = seccomp.clone();
     }
+    if has_option(&spec["mounts"], "rshared") {
+        // Otherwise the whole file system becomes a slave of the host's, and nothing goes back.
+        spec["linux"]["rootfsPropagation"] = "shared".into();
+    }
     Ok(spec)
+}
+
+/// Replaces the sources of binds of host paths that are not bidirectional by `staged(index)`; returns the sources
+/// in that order, each with whether it follows the host's later mounts.
+pub fn stage_mounts(spec: &mut Value, staged: impl Fn(usize) -> String) -> Vec<(String, bool)> {
+    let mut out = Vec::new();
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        let has = |name: &str| has_option(&json!([mount]), name);
+        let (private, slave) = (has("rprivate"), has("rslave"));
+        if !private && !slave {
+            continue;
+        }
+        let source = mount["source"].as_str().unwrap_or_default().to_owned();
+        mount["source"] = staged(out.len()).into();
+        out.push((source, slave));
+    }
+    out
+}
+
+fn has_option(mounts: &Value, name: &str) -> bool {
+    let mounts = mounts.as_array().into_iter().flatten();
+    mounts.flat_map(|mount| mount["options"].as_array().into_iter().flatten()).any(|option| option == name)
 }
 
 /// The process that an exec runs: the container's own, with another command, and a terminal or none.
@@ -216,7 +242,7 @@ fn process(
             "gid": input.user.gid,
             "additionalGids": input.user.groups,
         },
-        "capabilities": capabilities(security)?,
+        "capabilities": capabilities(security, &input.limits)?,
         "oomScoreAdj": resources.oom_score_adj.max(input.limits.oom_score_adj_min),
         "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files }],
     });
@@ -269,7 +295,8 @@ fn environment(input: &Input<'_>) -> Result<Vec<String>> {
 }
 
 fn working_dir(input: &Input<'_>) -> Result<String> {
-    let wanted = [&input.config.working_dir, &input.image.working_dir].into_iter().find(|dir| !dir.is_empty());
+    let wanted =
+        [&input.config.working_dir, &input.image.working_dir].into_iter().find(|dir| !dir.is_empty());
     let dir = wanted.map_or("/", String::as_str);
     if !dir.starts_with('/') {
         return Err(Error::invalid(format!("working directory {dir:?} must be an absolute path")));
@@ -277,40 +304,56 @@ fn working_dir(input: &Input<'_>) -> Result<String> {
     Ok(dir.to_owned())
 }
 
-fn capabilities(security: &v1::LinuxContainerSecurityContext) -> Result<Value> {
-    if security.privileged {
-        let all: Vec<&str> = known_capabilities();
-        return Ok(json!({ "bounding": all, "effective": all, "permitted": all }));
-    }
-    let asked = security.capabilities.clone().unwrap_or_default();
-    let has_all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("all"));
-    let mut set: Vec<String> = if has_all(&asked.add_capabilities) {
-        known_capabilities().iter().map(|name| (*name).to_owned()).collect()
-    } else {
-        DEFAULT_CAPABILITIES.iter().map(|name| (*name).to_owned()).collect()
-    };
-    if has_all(&asked.drop_capabilities) && !has_all(&asked.add_capabilities) {
-        set.clear();
-    }
-    for name in plain(&asked.add_capabilities)? {
-        if !set.contains(&name) {
-            set.push(name);
-        }
-    }
-    let dropped = plain(&asked.drop_capabilities)?;
-    set.retain(|name| !dropped.contains(name));
-    let ambient = plain(&asked.add_ambient_capabilities)?;
-    for name in &ambient {
-        if !set.contains(name) {
-            set.push(name.clone());
-        }
-    }
+fn capabilities(security: &v1::LinuxContainerSecurityContext, limits: &HostLimits) -> Result<Value> {
+    let set = capability_names(security, limits)?;
     let mut value = json!({ "bounding": set, "effective": set, "permitted": set });
-    if !ambient.is_empty() {
+    let ambient = plain(&security.capabilities.clone().unwrap_or_default().add_ambient_capabilities)?;
+    if !ambient.is_empty() && !security.privileged {
         value["inheritable"] = json!(ambient);
         value["ambient"] = json!(ambient);
     }
     Ok(value)
+}
+
+/// The capabilities a container gets: docker's default set with what the pod adds and drops, or all.
+///
+/// What the host does not let us pass on is left out, as containerd does it.
+pub fn capability_names(
+    security: &v1::LinuxContainerSecurityContext,
+    limits: &HostLimits,
+) -> Result<Vec<String>> {
+    let ours = |name: &str| {
+        let number = ALL_CAPABILITIES.iter().position(|have| *have == name);
+        number.is_some_and(|number| limits.capabilities >> number & 1 == 1)
+    };
+    let all =
+        || ALL_CAPABILITIES.map(str::to_owned).into_iter().filter(|name| ours(name)).collect::<Vec<_>>();
+    if security.privileged {
+        return Ok(all());
+    }
+    let asked = security.capabilities.clone().unwrap_or_default();
+    let has_all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("all"));
+    let mut set = match (has_all(&asked.add_capabilities), has_all(&asked.drop_capabilities)) {
+        (true, _) => all(),
+        (false, true) => Vec::new(),
+        (false, false) => DEFAULT_CAPABILITIES.map(str::to_owned).to_vec(),
+    };
+    let dropped = plain(&asked.drop_capabilities)?;
+    let added = plain(&asked.add_capabilities)?;
+    let ambient = plain(&asked.add_ambient_capabilities)?;
+    for name in added {
+        if !set.contains(&name) {
+            set.push(name);
+        }
+    }
+    set.retain(|name| !dropped.contains(name));
+    for name in ambient {
+        if !set.contains(&name) {
+            set.push(name);
+        }
+    }
+    set.retain(|name| ours(name));
+    Ok(set)
 }
 
 /// Names without `ALL`, with their prefix, checked.
@@ -325,15 +368,6 @@ fn plain(names: &[String]) -> Result<Vec<String>> {
         out.push(full);
     }
     Ok(out)
-}
-
-/// Those of [`ALL_CAPABILITIES`] that this kernel has.
-fn known_capabilities() -> Vec<&'static str> {
-    let last = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")
-        .ok()
-        .and_then(|text| text.trim().parse::<usize>().ok())
-        .unwrap_or(ALL_CAPABILITIES.len() - 1);
-    ALL_CAPABILITIES.iter().copied().take(last + 1).collect()
 }
 
 fn apparmor_profile(security: &v1::LinuxContainerSecurityContext) -> Result<Option<String>> {
@@ -428,8 +462,7 @@ fn bind(mount: &v1::Mount, security: &v1::LinuxContainerSecurityContext) -> Resu
 
 fn namespaces(namespaces: &Namespaces) -> Vec<Value> {
     let mut out = vec![json!({ "type": "mount" })];
-    let joined =
-        [("network", &namespaces.network), ("ipc", &namespaces.ipc), ("uts", &namespaces.uts)];
+    let joined = [("network", &namespaces.network), ("ipc", &namespaces.ipc), ("uts", &namespaces.uts)];
     for (kind, path) in joined {
         if let Some(path) = path {
             out.push(json!({ "type": kind, "path": path }));
@@ -465,5 +498,169 @@ fn paths(security: &v1::LinuxContainerSecurityContext, asked: &[String], standar
         (true, _) => Vec::new(),
         (false, true) => standard.iter().map(|path| (*path).to_owned()).collect(),
         (false, false) => asked.to_vec(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HostLimits =
+        HostLimits { open_files_max: 1024, oom_score_adj_min: -1000, capabilities: u64::MAX };
+
+    fn generate_with(config: &v1::ContainerConfig, image: &ImageDefaults) -> Result<Value> {
+        generate(&Input {
+            config,
+            image,
+            user: &User { uid: 0, gid: 0, groups: vec![0], home: "/root".into() },
+            namespaces: &Namespaces { network: Some("/ns/net".into()), ..Default::default() },
+            hostname: "pod",
+            sandbox_mounts: &[v1::Mount {
+                container_path: "/etc/hostname".into(),
+                host_path: "/pod/hostname".into(),
+                ..Default::default()
+            }],
+            devices: &[],
+            cgroup_mounts: &[("memory".into(), "/view0".into())],
+            cgroup_path: "/knarr/pod/id",
+            limits: LIMITS,
+            seccomp: None,
+        })
+    }
+
+    fn image() -> ImageDefaults {
+        ImageDefaults {
+            entrypoint: vec!["/entry".into()],
+            cmd: vec!["cmd".into()],
+            env: vec!["PATH=/image".into(), "A=image".into()],
+            working_dir: "/srv".into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_plain_container_is_what_containerd_would_make() {
+        let spec = generate_with(&v1::ContainerConfig::default(), &image()).unwrap();
+        assert_eq!(
+            spec["process"],
+            json!({
+                "terminal": false,
+                "args": ["/entry", "cmd"],
+                "env": ["HOSTNAME=pod", "HOME=/root", "PATH=/image", "A=image"],
+                "cwd": "/srv",
+                "user": { "uid": 0, "gid": 0, "additionalGids": [0] },
+                "capabilities": {
+                    "bounding": DEFAULT_CAPABILITIES,
+                    "effective": DEFAULT_CAPABILITIES,
+                    "permitted": DEFAULT_CAPABILITIES,
+                },
+                "oomScoreAdj": 0,
+                "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            })
+        );
+        let mounts: Vec<&str> = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|mount| mount["destination"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            mounts,
+            [
+                "/proc",
+                "/dev",
+                "/dev/pts",
+                "/dev/mqueue",
+                "/sys",
+                "/sys/fs/cgroup",
+                "/sys/fs/cgroup/memory",
+                "/etc/hostname"
+            ]
+        );
+        assert_eq!(
+            spec["linux"]["namespaces"],
+            json!([{ "type": "mount" }, { "type": "network", "path": "/ns/net" }, { "type": "pid" }])
+        );
+        assert_eq!(spec["linux"]["maskedPaths"].as_array().unwrap().len(), MASKED_PATHS.len());
+    }
+
+    #[test]
+    fn command_and_args_replace_what_kubernetes_says_they_replace() {
+        let cases: [(&[&str], &[&str], &[&str]); 4] = [
+            (&[], &[], &["/entry", "cmd"]),
+            (&[], &["x"], &["/entry", "x"]),
+            (&["c"], &[], &["c"]),
+            (&["c"], &["x"], &["c", "x"]),
+        ];
+        let owned = |list: &[&str]| list.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+        for (command, args, want) in cases {
+            let config =
+                v1::ContainerConfig { command: owned(command), args: owned(args), ..Default::default() };
+            assert_eq!(generate_with(&config, &image()).unwrap()["process"]["args"], json!(want));
+        }
+        let error = generate_with(&v1::ContainerConfig::default(), &ImageDefaults::default()).unwrap_err();
+        assert_eq!(error.message, "no command specified");
+    }
+
+    #[test]
+    fn mounts_of_the_pod_replace_ours_and_nest() {
+        let mount = |path: &str, propagation: v1::MountPropagation| v1::Mount {
+            container_path: path.into(),
+            host_path: format!("/host{path}"),
+            propagation: propagation as i32,
+            ..Default::default()
+        };
+        use v1::MountPropagation::{
+            PropagationBidirectional, PropagationHostToContainer, PropagationPrivate,
+        };
+        let mut config = v1::ContainerConfig {
+            mounts: vec![
+                mount("/a/b", PropagationHostToContainer),
+                mount("/a", PropagationPrivate),
+                mount("/etc/hostname", PropagationPrivate),
+            ],
+            ..Default::default()
+        };
+        let spec = generate_with(&config, &image()).unwrap();
+        let shown: Vec<String> = spec["mounts"].as_array().unwrap()[7..]
+            .iter()
+            .map(|mount| format!("{} {} {}", mount["source"], mount["destination"], mount["options"][1]))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                r#""/host/a" "/a" "rprivate""#,
+                r#""/host/a/b" "/a/b" "rslave""#,
+                r#""/host/etc/hostname" "/etc/hostname" "rprivate""#
+            ]
+        );
+        config.mounts = vec![mount("/a", PropagationBidirectional)];
+        assert!(generate_with(&config, &image()).unwrap_err().message.contains("privileged"));
+        config.mounts = vec![mount("/a/../b", PropagationPrivate)];
+        assert!(generate_with(&config, &image()).unwrap_err().message.contains("must be absolute"));
+    }
+
+    #[test]
+    fn capabilities_follow_the_pod_within_the_host() {
+        let names = |add: &[&str], drop: &[&str], privileged, capabilities| {
+            let owned = |list: &[&str]| list.iter().map(|item| (*item).to_owned()).collect();
+            let security = v1::LinuxContainerSecurityContext {
+                privileged,
+                capabilities: Some(v1::Capability {
+                    add_capabilities: owned(add),
+                    drop_capabilities: owned(drop),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            capability_names(&security, &HostLimits { capabilities, ..LIMITS })
+        };
+        let all = u64::MAX;
+        assert_eq!(names(&["NET_ADMIN"], &["ALL"], false, all).unwrap(), ["CAP_NET_ADMIN"]);
+        assert_eq!(names(&["ALL"], &["cap_chown"], false, all).unwrap().len(), 40);
+        assert_eq!(names(&[], &["kill", "MKNOD"], false, all).unwrap().len(), 12);
+        assert_eq!(names(&[], &[], true, all).unwrap().len(), 41);
+        assert_eq!(names(&[], &[], true, 0b101).unwrap(), ["CAP_CHOWN", "CAP_DAC_READ_SEARCH"]);
+        assert!(names(&["FLY"], &[], false, all).unwrap_err().message.contains("unknown capability"));
     }
 }

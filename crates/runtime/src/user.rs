@@ -116,7 +116,8 @@ pub fn resolve(
 }
 
 fn id(value: i64, what: &str) -> Result<u32> {
-    u32::try_from(value).map_err(|_| Error::invalid(format!("{what} id {value} is not between 0 and 4294967295")))
+    u32::try_from(value)
+        .map_err(|_| Error::invalid(format!("{what} id {value} is not between 0 and 4294967295")))
 }
 
 #[cfg(test)]

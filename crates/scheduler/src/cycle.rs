@@ -37,7 +37,8 @@ pub fn decide(pod: &PodInfo, table: &NodeTable, start: &mut usize, random: &mut 
     let mut cycle = Cycle::new(pod, table);
     for (index, plugin) in PLUGINS.iter().enumerate() {
         if let Some(Err(reason)) = plugin.prepare.map(|prepare| prepare(&mut cycle)) {
-            let message = explain(live.len(), Some(&reason), &BTreeMap::new(), Some(&preemption_hopeless(live.len())));
+            let message =
+                explain(live.len(), Some(&reason), &BTreeMap::new(), Some(&preemption_hopeless(live.len())));
             return Decision::Unschedulable { message, rejected_by: vec![index] };
         }
     }
@@ -119,9 +120,8 @@ impl Found {
         if spec.and_then(|spec| spec.preemption_policy.as_deref()) == Some("Never") {
             return "not eligible due to preemptionPolicy=Never.".to_owned();
         }
-        let lower = |slot: &&Slot| {
-            cycle.table.pods[**slot].values().any(|pod| pod.priority < cycle.pod.priority)
-        };
+        let lower =
+            |slot: &&Slot| cycle.table.pods[**slot].values().any(|pod| pod.priority < cycle.pod.priority);
         let with_victims = self.refused.iter().filter(lower).count();
         let mut reasons = BTreeMap::new();
         let mut add = |reason: &'static str, count: usize| {
@@ -153,7 +153,8 @@ fn explain(
         message += &format!(" {reason}.");
     }
     // Sorted as text, counts included, as upstream does.
-    let mut counted: Vec<String> = reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+    let mut counted: Vec<String> =
+        reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
     counted.sort();
     if !counted.is_empty() {
         message += &format!(" {}.", counted.join(", "));

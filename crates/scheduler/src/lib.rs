@@ -5,17 +5,17 @@
 //!
 //! Invariant: a scheduling cycle does no I/O. It reads the table and decides; only `scheduler` talks to the API.
 
-/// What the scheduler needs to know of a pod, digested once.
-mod pod;
-/// Nodes in columns, updated incrementally.
-mod table;
-/// The rules, one module each.
-mod plugins;
 /// One decision: filter, score, choose, or explain.
 mod cycle;
+/// The rules, one module each.
+mod plugins;
+/// What the scheduler needs to know of a pod, digested once.
+mod pod;
 /// Pods waiting: active, backing off, unschedulable.
 mod queue;
 /// The wiring: watches, the loop, binding, events and conditions.
 mod scheduler;
+/// Nodes in columns, updated incrementally.
+mod table;
 
 pub use scheduler::{DEFAULT_NAME, Scheduler};

@@ -30,11 +30,14 @@ pub const PLUGINS: &[Plugin] = &[
     balanced_allocation::PLUGIN,
 ];
 
+/// Works out once per cycle what the filter needs; an error refuses the pod whatever the node.
+type Prepare = fn(&mut Cycle) -> Result<(), String>;
+
 /// One rule.
 pub struct Plugin {
     pub name: &'static str,
     /// Called once per cycle, before any filter. An error refuses the pod whatever the node, with this reason.
-    pub prepare: Option<fn(&mut Cycle) -> Result<(), String>>,
+    pub prepare: Option<Prepare>,
     /// Whether the pod may run on the node. Pure; called at most once per node and cycle.
     pub filter: Option<fn(&Cycle, Slot) -> Verdict>,
     /// How well the node suits; called for nodes that passed all filters.

@@ -180,7 +180,11 @@ mod tests {
     #[test]
     fn requests_follow_the_order_in_which_containers_run() {
         let cases = [
-            ("containers add up", json!({"containers": [container("a", "1", false), container("b", "500m", false)]}), 1500),
+            (
+                "containers add up",
+                json!({"containers": [container("a", "1", false), container("b", "500m", false)]}),
+                1500,
+            ),
             (
                 "a larger init container decides",
                 json!({"containers": [container("a", "1", false)], "initContainers": [container("i", "3", false)]}),

@@ -22,6 +22,7 @@ pub struct Queue {
     entries: HashMap<ObjectKey, Entry>,
     active: BTreeMap<Rank, ObjectKey>,
     backoff: BTreeSet<(Instant, ObjectKey)>,
+    unschedulable: BTreeSet<ObjectKey>,
     arrivals: u64,
 }
 
@@ -104,6 +105,7 @@ impl Queue {
     pub fn unschedulable(&mut self, key: &ObjectKey, rejected_by: Vec<usize>) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.place = Place::Unschedulable(rejected_by);
+            self.unschedulable.insert(key.clone());
         }
     }
 
@@ -119,22 +121,20 @@ impl Queue {
         if event.is_nothing() {
             return;
         }
-        let woken: Vec<ObjectKey> = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| match &entry.place {
-                Place::Unschedulable(rejected_by) => {
-                    // Without any node there was no rule to refuse: only a node can help.
-                    (rejected_by.is_empty() && event.node_added)
-                        || rejected_by.iter().any(|plugin| (PLUGINS[*plugin].wakes)(event, &entry.pod))
-                }
-                _ => false,
-            })
-            .map(|(key, _)| key.clone())
-            .collect();
+        let woken: Vec<ObjectKey> =
+            self.unschedulable.iter().filter(|key| self.may_help(event, key)).cloned().collect();
         for key in woken {
+            self.unschedulable.remove(&key);
             self.requeue(&key, now);
         }
+    }
+
+    fn may_help(&self, event: &ClusterEvent, key: &ObjectKey) -> bool {
+        let Some(entry) = self.entries.get(key) else { return false };
+        let Place::Unschedulable(rejected_by) = &entry.place else { return false };
+        // Without any node there was no rule to refuse: only a node can help.
+        (rejected_by.is_empty() && event.node_added)
+            || rejected_by.iter().any(|plugin| (PLUGINS[*plugin].wakes)(event, &entry.pod))
     }
 
     fn requeue(&mut self, key: &ObjectKey, now: Instant) {
@@ -165,7 +165,8 @@ impl Queue {
         match place {
             Place::Active => _ = self.active.remove(&rank),
             Place::BackingOff(due) => _ = self.backoff.remove(&(*due, key.clone())),
-            Place::Unschedulable(_) | Place::InWork => {}
+            Place::Unschedulable(_) => _ = self.unschedulable.remove(key),
+            Place::InWork => {}
         }
     }
 }

@@ -2,14 +2,15 @@
 //! the background. Lock order: there is one lock, and no I/O happens under it.
 
 use crate::cycle::{Decision, decide};
-use crate::plugins::ClusterEvent;
+use crate::plugins::{ClusterEvent, PLUGINS};
 use crate::pod::PodInfo;
 use crate::queue::Queue;
 use crate::table::NodeTable;
 use k8s_openapi::api::core::v1::{Binding, Node, ObjectReference, Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use knarr_client::{
-    Change, Client, Clock, During, Error, EventType, Informer, Informers, ObjectKey, Recorder, Result, ignore_gone,
+    Change, Client, Clock, During, Error, EventType, Informer, Informers, ObjectKey, Recorder, Result,
+    ignore_gone,
 };
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use parking_lot::Mutex;
@@ -80,7 +81,9 @@ impl Scheduler {
     pub async fn run_default(client: Client, shutdown: CancellationToken) {
         let informers = Informers::new(client.clone());
         let recorder = Recorder::new(client, Clock::System, DEFAULT_NAME, "");
-        Scheduler::new(DEFAULT_NAME, &informers, &recorder, Clock::System, rand::random()).run(shutdown).await;
+        Scheduler::new(DEFAULT_NAME, &informers, &recorder, Clock::System, rand::random())
+            .run(shutdown)
+            .await;
     }
 
     /// Decides until `shutdown`; starts when pods and nodes are known.
@@ -165,16 +168,23 @@ impl Shared {
             },
         };
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.key.namespace);
-        api.create_subresource::<_, serde_json::Value>("binding", &pod.key.name, &PostParams::default(), &binding)
-            .await
-            .during(|| format!("bind pod {} to node {node}", pod.key))?;
+        api.create_subresource::<_, serde_json::Value>(
+            "binding",
+            &pod.key.name,
+            &PostParams::default(),
+            &binding,
+        )
+        .await
+        .during(|| format!("bind pod {} to node {node}", pod.key))?;
         Ok(())
     }
 
     /// The pod was assumed on a node but not bound: forget that and try again later.
     async fn undo(&self, pod: &PodInfo, pods: &Informer<Pod>, error: &Error) {
         tracing::debug!(pod = %pod.key, %error, "binding failed");
-        let waiting = pods.get_key(&pod.key).filter(|known| node_of(known).is_none() && known.metadata.uid == pod.pod.metadata.uid);
+        let waiting = pods
+            .get_key(&pod.key)
+            .filter(|known| node_of(known).is_none() && known.metadata.uid == pod.pod.metadata.uid);
         {
             let mut state = self.state.lock();
             match &waiting {
@@ -200,7 +210,8 @@ impl Shared {
         let patch = json!({"metadata": {"uid": pod.pod.metadata.uid}, "status": {"conditions": [condition]}});
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.key.namespace);
         // Strategic: conditions of others, merged by type, stay.
-        let patched = api.patch_status(&pod.key.name, &PatchParams::default(), &Patch::Strategic(patch)).await;
+        let patched =
+            api.patch_status(&pod.key.name, &PatchParams::default(), &Patch::Strategic(patch)).await;
         if let Err(error) = ignore_gone(patched.during(|| format!("write condition of pod {}", pod.key))) {
             tracing::debug!(pod = %pod.key, %error, "condition not written");
         }
@@ -271,6 +282,8 @@ impl State {
                 Some(Outcome::Bind(pod, node))
             }
             Decision::Unschedulable { message, rejected_by } => {
+                let plugins: Vec<_> = rejected_by.iter().map(|plugin| PLUGINS[*plugin].name).collect();
+                tracing::debug!(pod = %pod.key, ?plugins, "no node fits");
                 self.queue.unschedulable(&pod.key, rejected_by);
                 Some(Outcome::Explain(pod, message))
             }
@@ -327,7 +340,8 @@ fn is_finished(pod: &Pod) -> bool {
 }
 
 fn is_ours(pod: &Pod, scheduler: &str) -> bool {
-    let wanted = pod.spec.as_ref().and_then(|spec| spec.scheduler_name.as_deref()).filter(|name| !name.is_empty());
+    let wanted =
+        pod.spec.as_ref().and_then(|spec| spec.scheduler_name.as_deref()).filter(|name| !name.is_empty());
     wanted.unwrap_or(DEFAULT_NAME) == scheduler
 }
 

@@ -48,7 +48,8 @@ impl DaemonSets {
         let mut known = self.revisions.by_index(pods::BY_CONTROLLER, pods::uid(&set.metadata));
         known.sort_by_key(|revision| revision.revision);
         let newest = known.last().map_or(0, |revision| revision.revision);
-        let same = |revision: &Arc<ControllerRevision>| revision.data.as_ref().is_some_and(|known| known.0 == data);
+        let same =
+            |revision: &Arc<ControllerRevision>| revision.data.as_ref().is_some_and(|known| known.0 == data);
         let collision_count = set.status.as_ref().and_then(|status| status.collision_count);
         let Some(place) = known.iter().rposition(same) else {
             return self.create_revision(set, data, newest + 1, collision_count, known).await;
@@ -83,7 +84,8 @@ impl DaemonSets {
         let template = set.spec.as_ref().map(|spec| &spec.template);
         let hash = template_hash(&template, collision_count);
         let name = format!("{}-{hash}", set.metadata.name.as_deref().unwrap_or_default());
-        let mut labels = template.and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
+        let mut labels =
+            template.and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
         labels.insert(HASH_LABEL.to_owned(), hash.clone());
         let revision = ControllerRevision {
             metadata: ObjectMeta {
@@ -108,7 +110,10 @@ impl DaemonSets {
                     return Ok(History { hash, collision_count, old });
                 }
                 self.count_collision(set, collision_count).await?;
-                Err(Error::not_yet(format!("create controller revision {name}"), "the name is taken, trying another"))
+                Err(Error::not_yet(
+                    format!("create controller revision {name}"),
+                    "the name is taken, trying another",
+                ))
             }
             Err(error) => Err(error),
         }
@@ -123,11 +128,17 @@ impl DaemonSets {
     }
 
     /// Deletes old revisions beyond the limit that no pod is of any more.
-    pub(super) async fn clean_up_history(&self, set: &DaemonSet, pods: &[Arc<Pod>], history: &History) -> Result<()> {
+    pub(super) async fn clean_up_history(
+        &self,
+        set: &DaemonSet,
+        pods: &[Arc<Pod>],
+        history: &History,
+    ) -> Result<()> {
         let limit = set.spec.as_ref().and_then(|spec| spec.revision_history_limit).unwrap_or(10);
         let live: HashSet<&str> = pods.iter().filter_map(|pod| hash_of(&pod.metadata)).collect();
         let surplus = history.old.len().saturating_sub(usize::try_from(limit).unwrap_or(0));
-        let unused = history.old.iter().filter(|old| hash_of(&old.metadata).is_none_or(|hash| !live.contains(hash)));
+        let unused =
+            history.old.iter().filter(|old| hash_of(&old.metadata).is_none_or(|hash| !live.contains(hash)));
         for revision in unused.take(surplus) {
             let name = revision.metadata.name.as_deref().unwrap_or_default();
             let deleted = self.revision_api(set).delete(name, &DeleteParams::default()).await;

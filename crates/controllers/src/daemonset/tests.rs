@@ -37,7 +37,8 @@ fn nodes(pods: &[Pod]) -> Vec<String> {
 #[tokio::test(start_paused = true)]
 async fn every_suitable_node_has_one_pod_and_new_nodes_get_theirs() {
     for seed in 0..8 {
-        let harness = Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
+        let harness =
+            Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
         harness.start(start);
         run_kubelet(&harness);
         node(&harness, "n1", "linux", None).await;
@@ -50,7 +51,8 @@ async fn every_suitable_node_has_one_pod_and_new_nodes_get_theirs() {
         harness.api.wait_for::<Pod>("n5 too", |pods| nodes(pods) == ["n1", "n2", "n5"]).await;
         let counted = |sets: &[DaemonSet]| {
             let status = sets[0].status.clone().unwrap_or_default();
-            (status.desired_number_scheduled, status.number_ready, status.updated_number_scheduled) == (3, 3, Some(3))
+            (status.desired_number_scheduled, status.number_ready, status.updated_number_scheduled)
+                == (3, 3, Some(3))
         };
         harness.api.wait_for::<DaemonSet>("the status", counted).await;
         harness.api.set_faults(Faults::default());
@@ -61,14 +63,16 @@ async fn every_suitable_node_has_one_pod_and_new_nodes_get_theirs() {
 #[tokio::test(start_paused = true)]
 async fn a_rolling_update_takes_down_one_node_at_a_time() {
     for seed in 0..8 {
-        let harness = Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
+        let harness =
+            Harness::new(seed, Faults { conflict: 0.1, error: 0.1, drop_watch: 0.2, duplicate: 0.3 });
         harness.start(start);
         run_kubelet(&harness);
         for i in 0..5 {
             node(&harness, &format!("n{i}"), "linux", None).await;
         }
         harness.create::<DaemonSet>(daemon("a", json!(null))).await;
-        let ready = |pods: &[Pod]| pods.iter().filter(|pod| pods::is_active(pod) && pods::is_ready(pod)).count();
+        let ready =
+            |pods: &[Pod]| pods.iter().filter(|pod| pods::is_active(pod) && pods::is_ready(pod)).count();
         harness.api.wait_for::<Pod>("5 ready pods", |pods| ready(pods) == 5).await;
         let template = json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "b"}]}}}});
         harness.patch::<DaemonSet>("agent", template).await;

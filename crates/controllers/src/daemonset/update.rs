@@ -102,7 +102,8 @@ fn replace(nodes: &[OnNode], limit: i32) -> Vec<Arc<Pod>> {
 /// at once when it is not available itself (within `limit`, zero as a rule).
 fn replace_with_surge(nodes: &[OnNode], surge: i32, limit: i32) -> (Vec<String>, Vec<Arc<Pod>>) {
     let (mut create, mut delete) = (Vec::new(), Vec::new());
-    let surging = nodes.iter().filter(|node| node.old.is_some() && node.new.is_some() && !node.new_available).count();
+    let surging =
+        nodes.iter().filter(|node| node.old.is_some() && node.new.is_some() && !node.new_available).count();
     let mut room = surge - surging as i32;
     let mut broken = limit.max(0);
     for node in nodes {

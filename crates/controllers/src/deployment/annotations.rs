@@ -58,7 +58,8 @@ fn remember(meta: &mut ObjectMeta, revision: &str) {
     let mut revisions: Vec<String> =
         get(meta, HISTORY).map(|text| text.split(',').map(str::to_owned).collect()).unwrap_or_default();
     revisions.push(revision.to_owned());
-    while revisions.len() > 1 && revisions.iter().map(|text| text.len() + 1).sum::<usize>() > HISTORY_LEN_MAX {
+    while revisions.len() > 1 && revisions.iter().map(|text| text.len() + 1).sum::<usize>() > HISTORY_LEN_MAX
+    {
         revisions.remove(0);
     }
     put(meta, HISTORY, revisions.join(","));

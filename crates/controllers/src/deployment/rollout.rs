@@ -53,11 +53,8 @@ impl Deployments {
     async fn grow_new(&self, rollout: &mut Rollout) -> Result<bool> {
         let Some(new) = &rollout.new else { return Ok(false) };
         let wanted = replicas(&rollout.deployment);
-        let target = if size(new) > wanted {
-            wanted
-        } else {
-            new_replicas(&rollout.deployment, rollout.all(), new)
-        };
+        let target =
+            if size(new) > wanted { wanted } else { new_replicas(&rollout.deployment, rollout.all(), new) };
         if target == size(new) {
             return Ok(false);
         }
@@ -117,7 +114,8 @@ impl Deployments {
     }
 
     fn old_pods_run(&self, rollout: &Rollout) -> bool {
-        let counted = rollout.old.iter().any(|set| set.status.as_ref().is_some_and(|status| status.replicas > 0));
+        let counted =
+            rollout.old.iter().any(|set| set.status.as_ref().is_some_and(|status| status.replicas > 0));
         let runs = |set: &ReplicaSet| {
             let pods = self.pods.by_index(pods::BY_CONTROLLER, pods::uid(&set.metadata));
             pods.iter().any(|pod| !pods::is_finished(pod))
@@ -127,7 +125,8 @@ impl Deployments {
 
     /// Deletes old sets beyond the history limit, oldest revision first.
     pub(super) async fn clean_up(&self, rollout: &mut Rollout) -> Result<()> {
-        let limit = rollout.deployment.spec.as_ref().and_then(|spec| spec.revision_history_limit).unwrap_or(10);
+        let limit =
+            rollout.deployment.spec.as_ref().and_then(|spec| spec.revision_history_limit).unwrap_or(10);
         let mut candidates: Vec<&ReplicaSet> =
             rollout.old.iter().filter(|set| set.metadata.deletion_timestamp.is_none()).collect();
         let surplus = candidates.len().saturating_sub(usize::try_from(limit).unwrap_or(0));

@@ -54,7 +54,9 @@ pub fn new_replicas<'a>(
 /// Whether the deployment's size changed since its active sets were sized.
 pub fn is_scaling_event(rollout: &Rollout) -> bool {
     let active = rollout.all().filter(|set| size(set) > 0);
-    active.filter_map(|set| annotations::number(set, DESIRED)).any(|desired| desired != replicas(&rollout.deployment))
+    active
+        .filter_map(|set| annotations::number(set, DESIRED))
+        .any(|desired| desired != replicas(&rollout.deployment))
 }
 
 /// How many pods `set` gains or loses when `to_add` are spread in proportion to size and `added` are spread already.
@@ -103,7 +105,8 @@ impl Deployments {
         if let Some(only) = active_or_latest(rollout) {
             let wanted = replicas(&rollout.deployment);
             // A set that has the size keeps its annotations too: they are refreshed when it is sized.
-            if size(set_at(rollout, only)) != wanted || rollout.all().filter(|set| size(set) > 0).count() == 1 {
+            if size(set_at(rollout, only)) != wanted || rollout.all().filter(|set| size(set) > 0).count() == 1
+            {
                 self.resize(rollout, only, wanted).await?;
             }
             return Ok(());

@@ -5,7 +5,9 @@ use super::{Deployments, Rollout, name, paused, replicas};
 use crate::replicaset::replicas as size;
 use crate::util::{self, remove};
 use jiff::SignedDuration;
-use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentStatus, ReplicaSet, ReplicaSetStatus};
+use k8s_openapi::api::apps::v1::{
+    Deployment, DeploymentCondition, DeploymentStatus, ReplicaSet, ReplicaSetStatus,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use knarr_client::{Requeue, Result};
 use std::time::Duration;
@@ -129,8 +131,13 @@ impl Deployments {
             let message = format!("{subject} has successfully progressed.");
             set(new, condition(PROGRESSING, "True", NEW_SET_AVAILABLE, message, now));
         } else if is_progressing(&old, new) {
-            let mut progress =
-                condition(PROGRESSING, "True", "ReplicaSetUpdated", format!("{subject} is progressing."), now);
+            let mut progress = condition(
+                PROGRESSING,
+                "True",
+                "ReplicaSetUpdated",
+                format!("{subject} is progressing."),
+                now,
+            );
             if let Some(current) = current.filter(|current| current.status == "True") {
                 progress.last_transition_time = current.last_transition_time;
             }
@@ -148,7 +155,9 @@ impl Deployments {
         match condition.reason.as_deref() {
             Some(NEW_SET_AVAILABLE) => false,
             Some(TIMED_OUT) => true,
-            _ => time_left(deployment, condition, self.context.clock.now()).is_some_and(|left| left.is_zero()),
+            _ => {
+                time_left(deployment, condition, self.context.clock.now()).is_some_and(|left| left.is_zero())
+            }
         }
     }
 
@@ -159,7 +168,8 @@ impl Deployments {
         if paused(deployment)
             || is_complete(deployment, &status)
             || condition.reason.as_deref() == Some(TIMED_OUT)
-            || (condition.reason.as_deref() == Some(NEW_SET_AVAILABLE) && status.replicas == status.updated_replicas)
+            || (condition.reason.as_deref() == Some(NEW_SET_AVAILABLE)
+                && status.replicas == status.updated_replicas)
         {
             return Requeue::Done;
         }
@@ -204,7 +214,11 @@ fn actual(set: &ReplicaSet) -> i32 {
 }
 
 /// Zero when the deadline has passed.
-fn time_left(deployment: &Deployment, condition: &DeploymentCondition, now: jiff::Timestamp) -> Option<Duration> {
+fn time_left(
+    deployment: &Deployment,
+    condition: &DeploymentCondition,
+    now: jiff::Timestamp,
+) -> Option<Duration> {
     let seconds = deadline(deployment)?;
     let from = condition.last_update_time.as_ref()?.0;
     let due = from.saturating_add(SignedDuration::from_secs(seconds.into())).unwrap_or(jiff::Timestamp::MAX);
@@ -214,7 +228,8 @@ fn time_left(deployment: &Deployment, condition: &DeploymentCondition, now: jiff
 /// The first failure among the sets, the new one's before the old ones'.
 fn replica_failure(rollout: &Rollout) -> Option<DeploymentCondition> {
     let sets = rollout.new.iter().chain(&rollout.old);
-    let failure = sets.filter_map(|set| util::find(&set.status.as_ref()?.conditions, "ReplicaFailure")).next()?;
+    let failure =
+        sets.filter_map(|set| util::find(&set.status.as_ref()?.conditions, "ReplicaFailure")).next()?;
     let time = failure.last_transition_time.clone();
     Some(DeploymentCondition {
         type_: "ReplicaFailure".to_owned(),

@@ -56,7 +56,10 @@ async fn a_rolling_update_keeps_within_surge_and_availability_whatever_goes_wron
         };
         let available = |pods: &[Pod]| {
             let ready = pods.iter().filter(|pod| pods::is_active(pod) && pods::is_ready(pod)).count();
-            assert!(ready >= 6 - unavailable as usize, "seed {seed}: {ready} ready, unavailable {unavailable}");
+            assert!(
+                ready >= 6 - unavailable as usize,
+                "seed {seed}: {ready} ready, unavailable {unavailable}"
+            );
             let new = |pod: &Pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("b");
             pods.len() == 6 && pods.iter().all(new)
         };
@@ -98,7 +101,8 @@ async fn going_back_to_an_old_template_reuses_its_set_under_a_new_revision() {
     harness.create::<Deployment>(deployment(2, "a", rolling(1, 0))).await;
     for image in ["b", "a"] {
         harness.api.wait_for::<Deployment>("a roll-out", is_done).await;
-        let template = json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": image}]}}}});
+        let template =
+            json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": image}]}}}});
         harness.patch::<Deployment>("web", template).await;
     }
     harness.api.wait_for::<Deployment>("the rollback", is_done).await;
@@ -158,9 +162,9 @@ async fn scaling_in_the_middle_of_a_rollout_spreads_in_proportion() {
     // 25 allowed: 10 more, in proportion 8 : 7.
     harness.api.wait_for::<ReplicaSet>("13 and 12", |sets| sizes(sets) == [12, 13]).await;
     let events = harness.api.wait_for::<Event>("the event", |events| {
-        events.iter().any(|event| {
-            event.message.as_deref().is_some_and(|message| message.ends_with("from 8 to 13"))
-        })
+        events
+            .iter()
+            .any(|event| event.message.as_deref().is_some_and(|message| message.ends_with("from 8 to 13")))
     });
     events.await;
 }

@@ -48,7 +48,8 @@ impl Graph {
         let old = self.nodes.get(&uid).map(|node| node.owners.clone()).unwrap_or_default();
         self.rewire(&uid, &old, &owners);
         let waiting = is_waiting(meta);
-        let concerned = meta.deletion_timestamp.is_some() && (has_finalizer(meta, FOREGROUND) || has_finalizer(meta, ORPHAN));
+        let concerned = meta.deletion_timestamp.is_some()
+            && (has_finalizer(meta, FOREGROUND) || has_finalizer(meta, ORPHAN));
         let mut look_at = Vec::new();
         if concerned {
             look_at.push(uid.clone());
@@ -60,7 +61,8 @@ impl Graph {
         }
         // A child that no longer blocks may set its owner free.
         let freed = old.iter().filter(|owner| owner.1 && !owners.contains(owner)).map(|(owner, _)| owner);
-        look_at.extend(freed.filter(|owner| self.nodes.get(*owner).is_some_and(|node| node.waiting)).cloned());
+        look_at
+            .extend(freed.filter(|owner| self.nodes.get(*owner).is_some_and(|node| node.waiting)).cloned());
         let identity = Identity {
             kind: kind.clone(),
             namespace: meta.namespace.clone().unwrap_or_default(),
@@ -106,7 +108,9 @@ impl Graph {
     /// Children whose existence keeps an owner deleted in the foreground.
     pub fn blocking_dependents(&self, uid: &str) -> Vec<String> {
         let blocks = |child: &String| {
-            self.nodes.get(child).is_some_and(|node| node.owners.iter().any(|(owner, blocks)| owner == uid && *blocks))
+            self.nodes
+                .get(child)
+                .is_some_and(|node| node.owners.iter().any(|(owner, blocks)| owner == uid && *blocks))
         };
         self.dependents(uid).into_iter().filter(blocks).collect()
     }

@@ -24,7 +24,11 @@ async fn object(harness: &Harness, name: &str, owners: &[(&str, &str)]) -> Strin
 async fn delete(harness: &Harness, name: &str, policy: PropagationPolicy) {
     let api = harness.api_of::<ConfigMap>();
     let params = DeleteParams { propagation_policy: Some(policy), ..Default::default() };
-    while api.delete(name, &params).await.is_err_and(|error| !matches!(error, kube::Error::Api(s) if s.code == 404)) {}
+    while api
+        .delete(name, &params)
+        .await
+        .is_err_and(|error| !matches!(error, kube::Error::Api(s) if s.code == 404))
+    {}
 }
 
 fn names(objects: &[ConfigMap]) -> Vec<&str> {
@@ -33,7 +37,9 @@ fn names(objects: &[ConfigMap]) -> Vec<&str> {
 
 #[tokio::test(start_paused = true)]
 async fn children_follow_their_owner_down_the_generations() {
-    for (seed, policy) in (0..8).zip([PropagationPolicy::Background, PropagationPolicy::Foreground].into_iter().cycle()) {
+    for (seed, policy) in
+        (0..8).zip([PropagationPolicy::Background, PropagationPolicy::Foreground].into_iter().cycle())
+    {
         let harness = Harness::new(seed, faults());
         harness.start(start);
         let parent = object(&harness, "parent", &[]).await;
@@ -78,7 +84,8 @@ async fn a_child_with_another_owner_stays_and_one_with_an_absent_owner_goes() {
     object(&harness, "lost", &[("never", "no-such-uid")]).await;
     delete(&harness, "first", PropagationPolicy::Background).await;
     let left = |objects: &[ConfigMap]| {
-        names(objects) == ["second", "shared"] && objects[1].metadata.owner_references.as_ref().unwrap().len() == 1
+        names(objects) == ["second", "shared"]
+            && objects[1].metadata.owner_references.as_ref().unwrap().len() == 1
     };
     harness.api.wait_for::<ConfigMap>("second and shared", left).await;
     harness.assert_quiet().await;

@@ -1,9 +1,9 @@
 //! When a job is over, and why. A verdict is first told as an interim condition (`SuccessCriteriaMet`,
 //! `FailureTarget`); the final one follows when every pod has ended and is counted.
 
+use super::Turn;
 use super::policy::{self, Meaning};
 use super::tracking::{self, Tally};
-use super::Turn;
 use crate::{pods, util};
 use jiff::SignedDuration;
 use k8s_openapi::api::batch::v1::JobCondition;
@@ -31,7 +31,10 @@ impl Verdict {
 pub fn judge(turn: &Turn, tally: &Tally) -> Option<Verdict> {
     told(turn)
         .or_else(|| fail_job_rule(turn))
-        .or_else(|| policy::success(turn, &tally.completed_indexes).and_then(|text| Verdict::succeeded("SuccessPolicy", text)))
+        .or_else(|| {
+            policy::success(turn, &tally.completed_indexes)
+                .and_then(|text| Verdict::succeeded("SuccessPolicy", text))
+        })
         .or_else(|| too_many_failures(turn, tally))
         .or_else(|| too_late(turn))
         .or_else(|| failed_indexes(turn, tally))
@@ -41,7 +44,8 @@ pub fn judge(turn: &Turn, tally: &Tally) -> Option<Verdict> {
 fn told(turn: &Turn) -> Option<Verdict> {
     let interim = [("SuccessCriteriaMet", true), ("FailureTarget", false)];
     interim.into_iter().find_map(|(type_, succeeded)| {
-        let condition = util::find(&turn.status.conditions, type_).filter(|condition| condition.status == "True")?;
+        let condition =
+            util::find(&turn.status.conditions, type_).filter(|condition| condition.status == "True")?;
         let text = |field: &Option<String>| field.clone().unwrap_or_default();
         Some(Verdict { succeeded, reason: text(&condition.reason), message: text(&condition.message) })
     })

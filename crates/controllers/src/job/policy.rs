@@ -21,7 +21,8 @@ pub enum Meaning {
 
 /// The first rule that matches a failed pod decides; without any the failure counts.
 pub fn meaning(turn: &Turn, pod: &Pod) -> Meaning {
-    let rules = turn.spec.pod_failure_policy.as_ref().map(|policy| policy.rules.as_slice()).unwrap_or_default();
+    let rules =
+        turn.spec.pod_failure_policy.as_ref().map(|policy| policy.rules.as_slice()).unwrap_or_default();
     for (index, rule) in rules.iter().enumerate() {
         let Some(what) = matches(rule, pod) else { continue };
         return match rule.action.as_str() {
@@ -38,21 +39,26 @@ pub fn meaning(turn: &Turn, pod: &Pod) -> Meaning {
 fn matches(rule: &PodFailurePolicyRule, pod: &Pod) -> Option<String> {
     let key = ObjectKey::of(pod);
     if let Some(requirement) = &rule.on_exit_codes {
-        return exit_code(requirement, pod)
-            .map(|(container, code)| format!("Container {container} for pod {key} failed with exit code {code}"));
+        return exit_code(requirement, pod).map(|(container, code)| {
+            format!("Container {container} for pod {key} failed with exit code {code}")
+        });
     }
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
     let patterns = rule.on_pod_conditions.iter().flatten();
     let mut found = patterns.filter(|pattern| {
         let wanted = pattern.status.as_deref().unwrap_or("True");
-        conditions.into_iter().flatten().any(|condition| condition.type_ == pattern.type_ && condition.status == wanted)
+        conditions
+            .into_iter()
+            .flatten()
+            .any(|condition| condition.type_ == pattern.type_ && condition.status == wanted)
     });
     found.next().map(|pattern| format!("Pod {key} has condition {}", pattern.type_))
 }
 
 fn exit_code(requirement: &PodFailurePolicyOnExitCodesRequirement, pod: &Pod) -> Option<(String, i32)> {
     let status = pod.status.as_ref()?;
-    let all = status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten());
+    let all =
+        status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten());
     let ended = all.filter_map(|status| {
         let code = status.state.as_ref()?.terminated.as_ref()?.exit_code;
         let named = requirement.container_name.as_ref().is_none_or(|name| *name == status.name);

@@ -49,7 +49,8 @@ fn run_kubelet(harness: &Harness, code: impl Fn(&Pod, usize) -> i32 + Send + 'st
                 .patch_status(&key.name, &Default::default(), &patch)
                 .await
                 .is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404))
-            {}
+            {
+            }
         }
     });
 }
@@ -70,7 +71,8 @@ fn reason(jobs: &[Job], type_: &str) -> (String, String) {
 #[tokio::test(start_paused = true)]
 async fn every_success_is_counted_exactly_once_whatever_goes_wrong() {
     for seed in 0..10 {
-        let harness = Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
+        let harness =
+            Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
         harness.start(start);
         run_kubelet(&harness, |_, _| 0);
         harness.create::<Job>(job(json!({"completions": 9, "parallelism": 4}))).await;
@@ -115,7 +117,8 @@ async fn failures_are_retried_ever_later_until_the_limit() {
 #[tokio::test(start_paused = true)]
 async fn each_index_succeeds_once_and_knows_its_number() {
     for seed in 0..6 {
-        let harness = Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
+        let harness =
+            Harness::new(seed, Faults { conflict: 0.2, error: 0.1, drop_watch: 0.3, duplicate: 0.3 });
         harness.start(start);
         // The third pod to end fails, so one index needs a second pod.
         run_kubelet(&harness, |_, ended| i32::from(ended == 2));

@@ -39,7 +39,9 @@ impl Tally {
 
     /// Indexes that need a pod, lowest first.
     pub fn pending_indexes(&self, turn: &Turn, completions: i32) -> Vec<i32> {
-        let held = |pod: &Arc<Pod>| turn.replaces_only_failed() && pods::is_terminating(pod) && !pods::is_finished(pod);
+        let held = |pod: &Arc<Pod>| {
+            turn.replaces_only_failed() && pods::is_terminating(pod) && !pods::is_finished(pod)
+        };
         let ending = turn.pods.iter().filter(|pod| held(pod));
         let taken: HashSet<i32> = self.active.iter().chain(ending).filter_map(|pod| index_of(pod)).collect();
         (0..completions).filter(|index| !taken.contains(index) && !self.is_done(*index)).collect()
@@ -57,7 +59,8 @@ pub fn counts_as_failed(turn: &Turn, pod: &Pod) -> bool {
 
 pub fn tally(turn: &Turn) -> Tally {
     let completions = turn.completions_if_indexed();
-    let listed = |list: Option<&Vec<String>>| list.cloned().unwrap_or_default().into_iter().collect::<HashSet<_>>();
+    let listed =
+        |list: Option<&Vec<String>>| list.cloned().unwrap_or_default().into_iter().collect::<HashSet<_>>();
     let uncounted = turn.status.uncounted_terminated_pods.clone().unwrap_or_default();
     let (listed_succeeded, listed_failed) =
         (listed(uncounted.succeeded.as_ref()), listed(uncounted.failed.as_ref()));
@@ -102,7 +105,8 @@ fn failed_indexes(turn: &Turn, completed: &Indexes) -> Option<Indexes> {
     let completions = turn.completions_if_indexed()?;
     let mut failed = Indexes::parse(turn.status.failed_indexes.as_deref().unwrap_or_default(), completions);
     for pod in turn.pods.iter().filter(|pod| counts_as_failed(turn, pod)) {
-        let Some(index) = index_of(pod).filter(|index| *index < completions && !completed.contains(*index)) else {
+        let Some(index) = index_of(pod).filter(|index| *index < completions && !completed.contains(*index))
+        else {
             continue;
         };
         match policy::meaning(turn, pod) {
@@ -117,7 +121,12 @@ fn failed_indexes(turn: &Turn, completed: &Indexes) -> Option<Indexes> {
 
 impl Jobs {
     /// Moves the counting one step on and writes the status.
-    pub(super) async fn account(&self, turn: &mut Turn, tally: &Tally, verdict: Option<&Verdict>) -> Result<()> {
+    pub(super) async fn account(
+        &self,
+        turn: &mut Turn,
+        tally: &Tally,
+        verdict: Option<&Verdict>,
+    ) -> Result<()> {
         let mut list = turn.status.uncounted_terminated_pods.take().unwrap_or_default();
         self.count_untracked(turn, &mut list);
         let untrack = list_ended(turn, tally, &mut list, verdict);
@@ -149,7 +158,7 @@ impl Jobs {
     fn count_untracked(&self, turn: &mut Turn, list: &mut UncountedTerminatedPods) {
         let tracked: HashSet<&str> =
             turn.pods.iter().filter(|pod| is_tracked(pod)).map(|pod| pods::uid(&pod.metadata)).collect();
-        let mut count = |uids: &mut Option<Vec<String>>, counter: &mut Option<i32>| {
+        let count = |uids: &mut Option<Vec<String>>, counter: &mut Option<i32>| {
             let before = uids.as_ref().map_or(0, Vec::len);
             if let Some(uids) = uids {
                 uids.retain(|uid| tracked.contains(uid.as_str()));
@@ -166,7 +175,8 @@ impl Jobs {
     async fn write_status(&self, turn: &Turn) -> Result<()> {
         let api = self.api(&turn.key);
         // Guarded by the version: counting from an old status would count twice.
-        let written = patch::write_status(&api, &*turn.job, &turn.job.status, &turn.status, Guard::Version).await;
+        let written =
+            patch::write_status(&api, &*turn.job, &turn.job.status, &turn.status, Guard::Version).await;
         let written = match written {
             Err(error) if error.is_not_found() => None,
             written => written?,
@@ -234,7 +244,8 @@ fn list_ended(
         let uid = pods::uid(&pod.metadata).to_owned();
         let known = |uids: &Option<Vec<String>>| uids.iter().flatten().any(|known| *known == uid);
         let indexed = turn.completions_if_indexed();
-        let valid_index = indexed.is_none_or(|completions| index_of(pod).is_some_and(|index| index < completions));
+        let valid_index =
+            indexed.is_none_or(|completions| index_of(pod).is_some_and(|index| index < completions));
         if known(&list.succeeded) || known(&list.failed) {
             untrack.push(pod.clone());
         } else if pods::phase(pod) == "Succeeded" {
@@ -266,7 +277,8 @@ fn kept_for_replacement(turn: &Turn, tally: &Tally, over: bool) -> HashSet<Strin
     }
     let replaced: HashSet<i32> = tally.active.iter().filter_map(|pod| index_of(pod)).collect();
     for pod in turn.pods.iter().filter(|pod| counts_as_failed(turn, pod)) {
-        let Some(index) = index_of(pod).filter(|index| !replaced.contains(index) && !tally.is_done(*index)) else {
+        let Some(index) = index_of(pod).filter(|index| !replaced.contains(index) && !tally.is_done(*index))
+        else {
             continue;
         };
         let best = newest.entry(index).or_insert(pod);

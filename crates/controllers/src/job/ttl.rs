@@ -5,7 +5,9 @@ use crate::Context;
 use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
-use knarr_client::{Controller, During, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone, or_none};
+use knarr_client::{
+    Controller, During, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone, or_none,
+};
 use kube::api::{Api, DeleteParams, Preconditions};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +35,9 @@ impl Reconcile for Ttl {
         let api: Api<Job> = Api::namespaced(self.context.client.clone(), &key.namespace);
         // The time may have been extended since: the server knows.
         let fresh = or_none(api.get(&key.name).await.during(|| format!("read job {key}")))?;
-        let Some(fresh) = fresh.filter(|fresh| self::due(fresh) == Some(due)) else { return Ok(Requeue::Done) };
+        let Some(fresh) = fresh.filter(|fresh| self::due(fresh) == Some(due)) else {
+            return Ok(Requeue::Done);
+        };
         let params = DeleteParams {
             preconditions: Some(Preconditions {
                 uid: fresh.metadata.uid,
@@ -54,6 +58,8 @@ fn due(job: &Job) -> Option<Timestamp> {
     }
     let conditions = job.status.as_ref()?.conditions.iter().flatten();
     let last = |type_: &str| matches!(type_, "Complete" | "Failed");
-    let finished = conditions.filter(|c| last(&c.type_) && c.status == "True").find_map(|c| c.last_transition_time.clone())?;
+    let finished = conditions
+        .filter(|c| last(&c.type_) && c.status == "True")
+        .find_map(|c| c.last_transition_time.clone())?;
     finished.0.saturating_add(SignedDuration::from_secs(ttl.into())).ok()
 }

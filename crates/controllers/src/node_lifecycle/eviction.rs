@@ -7,7 +7,8 @@ use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod, Taint, Toleration};
 use knarr_client::{
-    Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result, ignore_gone, placement,
+    Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result, ignore_gone,
+    placement,
 };
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use parking_lot::Mutex;

@@ -15,8 +15,8 @@ use crate::cgroup::{DeviceRule, DeviceRules};
 use crate::cri::{ContainerExit, Event};
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::store::Image;
-use crate::keeper::protocol::{Answer, Op};
-use crate::keeper::view_path;
+use crate::keeper::protocol::{Answer, Op, StagedMount};
+use crate::keeper::{staged_path, view_path};
 use crate::rootdir::RootDir;
 use crate::spec::{self, HostDevice, Input, Namespaces, PidNamespace};
 use crate::user;
@@ -82,7 +82,8 @@ impl Inner {
         let views = self.cgroups.views(&cgroup);
         let cgroup_mounts: Vec<(String, String)> =
             views.iter().enumerate().map(|(index, (name, _))| (name.clone(), view_path(index))).collect();
-        let spec = spec::generate(&Input {
+        make_missing_sources(&config)?;
+        let mut spec = spec::generate(&Input {
             config: &config,
             image: &image.defaults,
             user: &user,
@@ -93,9 +94,13 @@ impl Inner {
             cgroup_mounts: &cgroup_mounts,
             cgroup_path: &cgroup,
             limits: self.limits,
-            seccomp: crate::seccomp::profile(&security)?,
+            seccomp: crate::seccomp::profile(&security, &spec::capability_names(&security, &self.limits)?)?,
         })?;
         prepare_rootfs(&rootfs, &spec, &config)?;
+        let staged = spec::stage_mounts(&mut spec, staged_path)
+            .into_iter()
+            .map(|(source, follows_host)| StagedMount { source: source.into(), follows_host })
+            .collect();
         let path = bundle.join("config.json");
         let bytes = serde_json::to_vec(&spec).step(|| "encode the container's spec".into())?;
         fs::write(&path, bytes).step(|| format!("write {}", path.display()))?;
@@ -119,6 +124,7 @@ impl Inner {
             stop_signal: signal_number(&image.defaults.stop_signal)?,
             cgroup,
             log_path,
+            staged,
             resources: linux.resources.unwrap_or_default(),
             config,
         };
@@ -131,7 +137,8 @@ impl Inner {
         for dir in [&rootfs, &upper, &work] {
             fs::create_dir_all(dir).step(|| format!("make {}", dir.display()))?;
         }
-        let mut layers: Vec<PathBuf> = image.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
+        let mut layers: Vec<PathBuf> =
+            image.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
         if layers.is_empty() {
             // An image of nothing; overlayfs wants at least one directory below.
             let empty = bundle.join("empty");
@@ -144,7 +151,11 @@ impl Inner {
         Ok(rootfs)
     }
 
-    fn namespaces(&self, sandbox: &Sandbox, security: &v1::LinuxContainerSecurityContext) -> Result<Namespaces> {
+    fn namespaces(
+        &self,
+        sandbox: &Sandbox,
+        security: &v1::LinuxContainerSecurityContext,
+    ) -> Result<Namespaces> {
         let dir = self.config.sandbox_run(&sandbox.id).join("ns");
         let path = |name: &str| dir.join(name).display().to_string();
         let options = security.namespace_options.clone().unwrap_or_else(|| sandbox.namespace_options());
@@ -200,7 +211,10 @@ impl Inner {
         if container.phase != Phase::Created {
             return Err(Error::new(
                 Kind::FailedPrecondition,
-                format!("container {id} is in state {:?}, only a created one can be started", container.phase),
+                format!(
+                    "container {id} is in state {:?}, only a created one can be started",
+                    container.phase
+                ),
             ));
         }
         match self.launch(&container).await {
@@ -355,7 +369,9 @@ impl Inner {
                 return Ok(());
             }
             if tokio::time::Instant::now() > deadline {
-                return Err(Error::internal(format!("processes {left:?} in {path} do not end after SIGKILL")));
+                return Err(Error::internal(format!(
+                    "processes {left:?} in {path} do not end after SIGKILL"
+                )));
             }
             // v1 has no event for an empty group; exits take a few milliseconds.
             tokio::time::sleep(pause).await;
@@ -368,7 +384,9 @@ impl Inner {
         let records = state.containers.values().map(|entry| &entry.record);
         let mut found: Vec<v1::Container> = records
             .filter(|container| filter.id.is_empty() || container.id.starts_with(&filter.id))
-            .filter(|container| filter.pod_sandbox_id.is_empty() || container.sandbox_id == filter.pod_sandbox_id)
+            .filter(|container| {
+                filter.pod_sandbox_id.is_empty() || container.sandbox_id == filter.pod_sandbox_id
+            })
             .filter(|container| matches(&filter.label_selector, &container.config.labels))
             .map(Container::to_cri)
             .filter(|container| filter.state.as_ref().is_none_or(|wanted| wanted.state == container.state))
@@ -446,6 +464,23 @@ fn copy_directory_facts(from: &Path, to: &Path) -> Result<()> {
     let step = || format!("set owner and mode of {}", to.display());
     std::os::unix::fs::chown(to, Some(data.uid()), Some(data.gid())).step(step)?;
     fs::set_permissions(to, data.permissions()).step(step)
+}
+
+/// A host path that is not there becomes a directory, as with containerd.
+fn make_missing_sources(config: &v1::ContainerConfig) -> Result<()> {
+    for mount in &config.mounts {
+        let path = Path::new(&mount.host_path);
+        if !path.is_absolute() {
+            return Err(Error::invalid(format!(
+                "host path {:?} of a mount must be absolute",
+                mount.host_path
+            )));
+        }
+        if !path.exists() {
+            fs::create_dir_all(path).step(|| format!("make host path {}", mount.host_path))?;
+        }
+    }
+    Ok(())
 }
 
 /// The working directory is made where the image lacks it, as runc does.
@@ -580,7 +615,8 @@ mod tests {
 
     #[test]
     fn updates_leave_what_they_do_not_name() {
-        let mut have = v1::LinuxContainerResources { cpu_shares: 2, memory_limit_in_bytes: 10, ..Default::default() };
+        let mut have =
+            v1::LinuxContainerResources { cpu_shares: 2, memory_limit_in_bytes: 10, ..Default::default() };
         merge(&mut have, &v1::LinuxContainerResources { cpu_shares: 5, ..Default::default() });
         assert_eq!((have.cpu_shares, have.memory_limit_in_bytes), (5, 10));
     }

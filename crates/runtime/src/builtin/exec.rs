@@ -70,12 +70,13 @@ impl Inner {
             terminal: request.tty,
             streams: theirs.map(|stream| stream.is_some()),
             cgroup_dirs: self.cgroups.dirs(&container.cgroup),
-            scratch: self.bundle(&container.id),
+            bundle: self.bundle(&container.id),
         });
         let fds: Vec<BorrowedFd<'_>> = theirs.iter().flatten().map(|fd| fd.as_fd()).collect();
         for fd in &fds {
             // So that the user can open /dev/stdout again.
-            std::os::unix::fs::fchown(fd, Some(container.user.uid), None).step(|| "give the pipe away".into())?;
+            std::os::unix::fs::fchown(fd, Some(container.user.uid), None)
+                .step(|| "give the pipe away".into())?;
         }
         let (answer, fds) = self.keeper()?.call(op, &fds).await?;
         let Answer::Started { exec, .. } = answer else {
@@ -93,7 +94,8 @@ impl Inner {
             .boxed(),
         };
         if request.tty {
-            let fd = fds.into_iter().next().ok_or_else(|| Error::internal("no terminal came for the command"))?;
+            let fd =
+                fds.into_iter().next().ok_or_else(|| Error::internal("no terminal came for the command"))?;
             join_terminal(&mut session, Fd::new(fd).step(|| "use the terminal".into())?, request.stdin);
         } else {
             let step = || "use a pipe".into();
@@ -152,17 +154,16 @@ impl Inner {
         let container = self.running(&request.container_id)?;
         let (mut exit, terminal) = {
             let state = self.state.lock();
-            let entry = state.containers.get(&container.id).ok_or_else(|| crate::cri::no_container(&container.id))?;
+            let entry =
+                state.containers.get(&container.id).ok_or_else(|| crate::cri::no_container(&container.id))?;
             (entry.exit.subscribe(), entry.terminal.clone())
         };
         let tty = container.config.tty;
-        let pipe =
-            |wanted: bool| wanted.then(streams::large_pipe).transpose().step(|| "make a pipe".into());
+        let pipe = |wanted: bool| wanted.then(streams::large_pipe).transpose().step(|| "make a pipe".into());
         let (stdout, stderr) = (pipe(request.stdout)?, pipe(request.stderr && !tty)?);
         let fds: Vec<BorrowedFd<'_>> =
             [&stdout, &stderr].into_iter().flatten().map(|(_, write)| write.as_fd()).collect();
-        let op =
-            Op::Attach { id: container.id.clone(), stdout: stdout.is_some(), stderr: stderr.is_some() };
+        let op = Op::Attach { id: container.id.clone(), stdout: stdout.is_some(), stderr: stderr.is_some() };
         self.keeper()?.call(op, &fds).await?;
         let step = || "use a pipe".into();
         let mut session = ExecSession {

@@ -26,9 +26,9 @@ use tokio_stream::wrappers::BroadcastStream;
 use crate::cgroup::Cgroups;
 use crate::cri::{ContainerExit, Event, Runtime, no_container, no_sandbox};
 use crate::error::{Context, Error, Kind, Result};
-use crate::image::archive::{self, Imported};
 use crate::host::HostLimits;
 use crate::image::Limits;
+use crate::image::archive::{self, Imported};
 use crate::image::pull::{self, RegistryConfig};
 use crate::image::reference::Reference;
 use crate::image::store::ImageStore;
@@ -119,6 +119,8 @@ struct Inner {
     keeper: OnceLock<Client>,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
+    /// Dropped with us, which ends the task that listens to the keeper.
+    _alive: watch::Sender<()>,
 }
 
 #[derive(Default)]
@@ -151,15 +153,19 @@ enum ExecSlot {
 impl BuiltinRuntime {
     /// Opens the store, finds or starts the keeper, and takes up again whatever ran.
     pub async fn start(config: Config) -> Result<Self> {
-        for dir in [config.sandboxes(), config.containers(), config.oci_root(), config.run_dir.join("sandboxes")] {
+        for dir in
+            [config.sandboxes(), config.containers(), config.oci_root(), config.run_dir.join("sandboxes")]
+        {
             fs::create_dir_all(&dir).step(|| format!("make {}", dir.display()))?;
         }
         restrict(&config.run_dir)?;
-        restrict(&config.containers())?;
+        restrict(&config.data_dir)?;
         let images = ImageStore::open(&config.data_dir.join("images"), config.image_limits)?;
         let state = load(&config)?;
         let (keeper_socket, keeper_command) = (config.keeper_socket(), config.keeper_command.clone());
+        let (alive, dropped) = watch::channel(());
         let inner = Arc::new(Inner {
+            _alive: alive,
             cgroups: Cgroups::detect()?,
             limits: HostLimits::detect(),
             config,
@@ -172,7 +178,7 @@ impl BuiltinRuntime {
         let (client, notices) = Client::start(keeper_socket, keeper_command, holdings).await?;
         let _ = inner.keeper.set(client);
         inner.fetch_terminals().await;
-        tokio::spawn(follow(Arc::downgrade(&inner), notices));
+        tokio::spawn(follow(Arc::downgrade(&inner), notices, dropped));
         Ok(Self { inner })
     }
 
@@ -276,6 +282,7 @@ impl Inner {
             oci_root: self.config.oci_root(),
             cgroup_dirs: self.cgroups.dirs(&container.cgroup),
             cgroup_views: views.into_iter().map(|(_, dir)| dir).collect(),
+            staged_mounts: container.staged.clone(),
             terminal: container.config.tty,
             stdin: match (container.config.stdin, container.config.stdin_once) {
                 (false, _) => Stdin::Null,
@@ -426,8 +433,17 @@ impl Holdings for Adoption {
 }
 
 /// Hears what the keeper tells, until the runtime is dropped.
-async fn follow(inner: Weak<Inner>, mut notices: mpsc::UnboundedReceiver<Notice>) {
-    while let Some(notice) = notices.recv().await {
+async fn follow(
+    inner: Weak<Inner>,
+    mut notices: mpsc::UnboundedReceiver<Notice>,
+    mut dropped: watch::Receiver<()>,
+) {
+    loop {
+        let notice = tokio::select! {
+            notice = notices.recv() => notice,
+            _ = dropped.changed() => return,
+        };
+        let Some(notice) = notice else { return };
         let Some(inner) = inner.upgrade() else { return };
         match notice {
             Notice::Keeper(KeeperEvent::ContainerExited { id, exit }) => inner.container_ended(&id, exit),
@@ -542,7 +558,8 @@ impl Runtime for BuiltinRuntime {
     }
 
     async fn status(&self, verbose: bool) -> Result<v1::StatusResponse> {
-        let condition = |name: &str| v1::RuntimeCondition { r#type: name.into(), status: true, ..Default::default() };
+        let condition =
+            |name: &str| v1::RuntimeCondition { r#type: name.into(), status: true, ..Default::default() };
         let mut info = HashMap::new();
         if verbose {
             info.insert("cgroups".to_owned(), self.inner.cgroups.version().to_owned());
@@ -589,7 +606,11 @@ impl Runtime for BuiltinRuntime {
         self.inner.remove_sandbox(sandbox_id).await
     }
 
-    async fn pod_sandbox_status(&self, sandbox_id: &str, verbose: bool) -> Result<v1::PodSandboxStatusResponse> {
+    async fn pod_sandbox_status(
+        &self,
+        sandbox_id: &str,
+        verbose: bool,
+    ) -> Result<v1::PodSandboxStatusResponse> {
         self.inner.sandbox_status(sandbox_id, verbose)
     }
 
@@ -622,7 +643,11 @@ impl Runtime for BuiltinRuntime {
         Ok(self.inner.list_containers(&filter.unwrap_or_default()))
     }
 
-    async fn container_status(&self, container_id: &str, verbose: bool) -> Result<v1::ContainerStatusResponse> {
+    async fn container_status(
+        &self,
+        container_id: &str,
+        verbose: bool,
+    ) -> Result<v1::ContainerStatusResponse> {
         let container = self.inner.container(container_id)?;
         let mut info = HashMap::new();
         if verbose {
@@ -674,7 +699,10 @@ impl Runtime for BuiltinRuntime {
         blocking(move || inner.container_stats(&container)).await
     }
 
-    async fn list_container_stats(&self, filter: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>> {
+    async fn list_container_stats(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>> {
         let inner = self.inner.clone();
         blocking(move || Ok(inner.list_container_stats(&filter.unwrap_or_default()))).await
     }

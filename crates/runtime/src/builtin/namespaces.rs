@@ -81,9 +81,8 @@ pub fn pin(namespace: &Path, path: &Path) -> Result<()> {
     File::create(path).step(step)?;
     let (from, to) = (c_path(namespace).step(step)?, c_path(path).step(step)?);
     // SAFETY: both paths are NUL-terminated and outlive the call; null is allowed for the rest.
-    let result = unsafe {
-        libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null())
-    };
+    let result =
+        unsafe { libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) };
     if result < 0 { Err(io::Error::last_os_error()).step(step) } else { Ok(()) }
 }
 
@@ -123,7 +122,10 @@ pub fn connect(netns: Option<&Path>, port: u16) -> Result<TcpStream> {
         TcpStream::connect_timeout(&v4, CONNECT_TIMEOUT)
             .or_else(|error| TcpStream::connect_timeout(&v6, CONNECT_TIMEOUT).map_err(|_| error))
             .map_err(|error| {
-                Error::new(Kind::Unavailable, format!("failed to connect to localhost:{port} inside the pod: {error}"))
+                Error::new(
+                    Kind::Unavailable,
+                    format!("failed to connect to localhost:{port} inside the pod: {error}"),
+                )
             })
     };
     std::thread::Builder::new()

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cri::ContainerExit;
 use crate::error::{Context, Result};
+use crate::keeper::protocol::StagedMount;
 use crate::user::User;
 
 /// A sandbox.
@@ -31,10 +32,12 @@ pub struct Sandbox {
 impl Sandbox {
     pub fn namespace_options(&self) -> v1::NamespaceOption {
         let security = self.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
-        security.and_then(|security| security.namespace_options.clone()).unwrap_or_else(|| v1::NamespaceOption {
-            // Without options, a process namespace per container: CRI's zero value would be one per pod.
-            pid: v1::NamespaceMode::Container as i32,
-            ..Default::default()
+        security.and_then(|security| security.namespace_options.clone()).unwrap_or_else(|| {
+            v1::NamespaceOption {
+                // Without options, a process namespace per container: CRI's zero value would be one per pod.
+                pid: v1::NamespaceMode::Container as i32,
+                ..Default::default()
+            }
         })
     }
 
@@ -110,6 +113,8 @@ pub struct Container {
     pub stop_signal: i32,
     pub cgroup: String,
     pub log_path: Option<PathBuf>,
+    /// Host paths bound before libcontainer runs, in the order of the spec.
+    pub staged: Vec<StagedMount>,
     /// As last updated.
     pub resources: v1::LinuxContainerResources,
 }

@@ -59,9 +59,10 @@ impl Inner {
     /// Enters the sandbox into the table, unless it is there already under another id.
     fn claim(&self, sandbox: &Sandbox) -> Result<()> {
         let mut state = self.state.lock();
-        let twin = state.sandboxes.values().find(|entry| {
-            entry.record.config.metadata == sandbox.config.metadata && entry.record.ready
-        });
+        let twin = state
+            .sandboxes
+            .values()
+            .find(|entry| entry.record.config.metadata == sandbox.config.metadata && entry.record.ready);
         if let Some(twin) = twin {
             return Err(Error::new(
                 Kind::AlreadyExists,
@@ -214,7 +215,9 @@ fn check(config: &v1::PodSandboxConfig, runtime_handler: &str) -> Result<()> {
     if !runtime_handler.is_empty() {
         return Err(Error::new(
             Kind::NotFound,
-            format!("no runtime for {runtime_handler:?} is configured; the built-in runtime has only its own"),
+            format!(
+                "no runtime for {runtime_handler:?} is configured; the built-in runtime has only its own"
+            ),
         ));
     }
     if config.metadata.as_ref().is_none_or(|metadata| metadata.uid.is_empty()) {

@@ -19,7 +19,9 @@ const OPTIONS_BYTES_MAX: usize = 4095;
 pub fn mount(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> Result<()> {
     match mount_by_parts(layers, upper, work, target) {
         // Kernels before 6.5 have no `lowerdir+`.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => mount_by_string(layers, upper, work, target),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            mount_by_string(layers, upper, work, target)
+        }
         result => result.step(|| format!("mount overlay on {}", target.display())),
     }
 }

@@ -89,9 +89,9 @@ impl Inner {
         let (bytes, inodes) = self.images.usage();
         let (container_bytes, container_inodes) = {
             let ids: Vec<String> = self.state.lock().containers.keys().cloned().collect();
-            ids.iter().map(|id| snapshot::usage(&self.bundle(id).join("upper"))).fold((0, 0), |sum, one| {
-                (sum.0 + one.0, sum.1 + one.1)
-            })
+            ids.iter()
+                .map(|id| snapshot::usage(&self.bundle(id).join("upper")))
+                .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
         };
         v1::ImageFsInfoResponse {
             image_filesystems: vec![filesystem(now(), self.images.dir(), bytes, inodes)],

@@ -104,8 +104,9 @@ impl Contents {
                     true => path.parent().unwrap_or(Path::new("")).to_owned(),
                     false => PathBuf::new(),
                 };
-                let target = inside(&base, &target)
-                    .ok_or_else(|| Error::invalid(format!("archive link {path:?} leads out of the archive")))?;
+                let target = inside(&base, &target).ok_or_else(|| {
+                    Error::invalid(format!("archive link {path:?} leads out of the archive"))
+                })?;
                 links.insert(path, target);
             } else if !kind.is_dir() && !kind.is_pax_global_extensions() {
                 return Err(Error::invalid(format!("archive entry {path:?} has type {kind:?}")));
@@ -125,7 +126,10 @@ impl Contents {
         let imported = if self.find(Path::new("index.json")).is_some() {
             self.import_oci(store, name, pinned, &docker)?
         } else if !docker.is_empty() {
-            docker.iter().map(|image| self.import_docker(store, image, name, pinned)).collect::<Result<_>>()?
+            docker
+                .iter()
+                .map(|image| self.import_docker(store, image, name, pinned))
+                .collect::<Result<_>>()?
         } else {
             return Err(Error::invalid(
                 "neither index.json (OCI layout) nor manifest.json (docker save) is in the archive",
@@ -205,7 +209,8 @@ impl Contents {
         let bytes = self.blob(descriptor)?;
         let value: serde_json::Value = serde_json::from_slice(&bytes)
             .map_err(|error| Error::invalid(format!("manifest {}: {error}", descriptor.digest)))?;
-        let parse = |error: serde_json::Error| Error::invalid(format!("manifest {}: {error}", descriptor.digest));
+        let parse =
+            |error: serde_json::Error| Error::invalid(format!("manifest {}: {error}", descriptor.digest));
         if value.get("manifests").is_none() {
             let manifest: Manifest = serde_json::from_value(value).map_err(parse)?;
             return Ok((manifest, bytes));
@@ -238,7 +243,10 @@ impl Contents {
     fn bytes(&self, path: &Path) -> Result<Vec<u8>> {
         let mut stream = self.open(path)?;
         if stream.limit() > DOCUMENT_BYTES_MAX {
-            return Err(Error::invalid(format!("{} is larger than {DOCUMENT_BYTES_MAX} bytes", path.display())));
+            return Err(Error::invalid(format!(
+                "{} is larger than {DOCUMENT_BYTES_MAX} bytes",
+                path.display()
+            )));
         }
         let mut bytes = Vec::with_capacity(stream.limit() as usize);
         stream.read_to_end(&mut bytes).step(|| format!("read {}", path.display()))?;

@@ -47,7 +47,8 @@ pub struct Unpacked {
 pub fn unpack(stream: impl Read, target: &Path, limits: Limits) -> Result<Unpacked> {
     let root = RootDir::open(target)
         .map_err(|error| Error::internal(format!("open {}: {error}", target.display())))?;
-    let mut unpacker = Unpacker { root, limits, done: Unpacked::default(), dirs: Vec::new(), made: HashSet::new() };
+    let mut unpacker =
+        Unpacker { root, limits, done: Unpacked::default(), dirs: Vec::new(), made: HashSet::new() };
     let mut archive = Archive::new(stream);
     archive.set_ignore_zeros(false);
     let entries = archive.entries().map_err(|error| broken(&error))?;
@@ -141,7 +142,8 @@ impl Unpacker {
             EntryType::Link => return self.hard_link(entry, parent, &c_name, path),
             EntryType::Fifo => {
                 // SAFETY: the name is NUL-terminated and outlives the call.
-                check(unsafe { libc::mkfifoat(parent.as_raw_fd(), c_name.as_ptr(), 0o600) }, path, "make pipe")?;
+                let made = unsafe { libc::mkfifoat(parent.as_raw_fd(), c_name.as_ptr(), 0o600) };
+                check(made, path, "make pipe")?;
             }
             EntryType::Char | EntryType::Block => self.device(entry, kind, parent, &c_name, path)?,
             other => return Err(at(path, &format!("entries of type {other:?} are not allowed in a layer"))),
@@ -224,7 +226,8 @@ impl Unpacker {
         }
         let hidden = parent_path.join(std::ffi::OsStr::from_bytes(name));
         if self.made.contains(&hidden) {
-            if let Ok(dir) = self.root.open_at(&hidden, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW) {
+            if let Ok(dir) = self.root.open_at(&hidden, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW)
+            {
                 set_opaque(&dir).map_err(|error| at(path, &format!("mark as opaque: {error}")))?;
             }
             return Ok(());
@@ -264,7 +267,8 @@ impl Unpacker {
         if kind == EntryType::Directory && mode == libc::S_IFCHR {
             // A whiteout came first: the new directory must not show what lower layers have there.
             // SAFETY: as above.
-            check(unsafe { libc::mkdirat(parent.as_raw_fd(), c_name.as_ptr(), 0o755) }, path, "make directory")?;
+            let made = unsafe { libc::mkdirat(parent.as_raw_fd(), c_name.as_ptr(), 0o755) };
+            check(made, path, "make directory")?;
             let dir = self
                 .root
                 .open_at(path, libc::O_RDONLY | libc::O_DIRECTORY)
@@ -276,9 +280,10 @@ impl Unpacker {
 
     fn directory_facts(&mut self, entry: &mut Entry<'_, impl Read>, path: &Path) -> Result<()> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let dir = self.root.open_at(&Path::new("/").join(path), flags).map_err(|error| {
-            at(path, &format!("open directory: {error}"))
-        })?;
+        let dir = self
+            .root
+            .open_at(&Path::new("/").join(path), flags)
+            .map_err(|error| at(path, &format!("open directory: {error}")))?;
         let header = entry.header();
         let (uid, gid, mode) = ownership(header)?;
         // SAFETY: plain calls on a descriptor we own.
@@ -288,7 +293,8 @@ impl Unpacker {
         }
         self.dirs.push((path.to_owned(), modified(entry)));
         self.made.insert(path.to_owned());
-        let proc_path = CString::new(format!("/proc/self/fd/{}", dir.as_raw_fd())).expect("digits hold no NUL");
+        let proc_path =
+            CString::new(format!("/proc/self/fd/{}", dir.as_raw_fd())).expect("digits hold no NUL");
         attributes(entry, &proc_path, path)
     }
 
@@ -339,9 +345,7 @@ impl Unpacker {
 /// Relative, without `.` and `..`. Absolute names and such that climb are refused, not repaired.
 fn clean(name: &[u8]) -> Result<PathBuf> {
     let raw = Path::new(std::ffi::OsStr::from_bytes(name));
-    let refuse = |why: &str| {
-        Error::invalid(format!("layer entry {:?} {why}", String::from_utf8_lossy(name)))
-    };
+    let refuse = |why: &str| Error::invalid(format!("layer entry {:?} {why}", String::from_utf8_lossy(name)));
     if name.contains(&0) {
         return Err(refuse("has a NUL in its name"));
     }
@@ -388,7 +392,8 @@ fn link_target(entry: &Entry<'_, impl Read>, path: &Path) -> Result<Vec<u8>> {
 fn ownership(header: &tar::Header) -> Result<(u32, u32, u32)> {
     let id = |value: io::Result<u64>| {
         value.map_err(|error| broken(&error)).and_then(|id| {
-            u32::try_from(id).map_err(|_| Error::invalid(format!("layer entry has the impossible owner {id}")))
+            u32::try_from(id)
+                .map_err(|_| Error::invalid(format!("layer entry has the impossible owner {id}")))
         })
     };
     let mode = header.mode().map_err(|error| broken(&error))? & 0o7777;
@@ -433,8 +438,9 @@ fn attributes(entry: &mut Entry<'_, impl Read>, file: &CString, path: &Path) -> 
 
 fn set_opaque(dir: &OwnedFd) -> io::Result<()> {
     // SAFETY: constants are NUL-terminated, the value is one byte long.
-    let set =
-        unsafe { libc::fsetxattr(dir.as_raw_fd(), c"trusted.overlay.opaque".as_ptr(), c"y".as_ptr().cast(), 1, 0) };
+    let set = unsafe {
+        libc::fsetxattr(dir.as_raw_fd(), c"trusted.overlay.opaque".as_ptr(), c"y".as_ptr().cast(), 1, 0)
+    };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

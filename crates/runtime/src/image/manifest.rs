@@ -147,7 +147,7 @@ pub fn host_architecture() -> &'static str {
 }
 
 /// The manifest of an index that fits this machine. An index of one manifest without a platform is taken as it is.
-pub fn select<'a>(manifests: &'a [Descriptor]) -> Result<&'a Descriptor> {
+pub fn select(manifests: &[Descriptor]) -> Result<&Descriptor> {
     let fits = |descriptor: &&Descriptor| {
         descriptor
             .platform
@@ -159,6 +159,8 @@ pub fn select<'a>(manifests: &'a [Descriptor]) -> Result<&'a Descriptor> {
     }
     match manifests {
         [only] if only.platform.is_none() => Ok(only),
-        _ => Err(Error::not_found(format!("no match for platform in manifest: linux/{}", host_architecture()))),
+        _ => {
+            Err(Error::not_found(format!("no match for platform in manifest: linux/{}", host_architecture())))
+        }
     }
 }

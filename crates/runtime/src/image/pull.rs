@@ -12,8 +12,8 @@ use oci_client::secrets::RegistryAuth;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::manifest::{
-    Config, DOCKER_INDEX, DOCKER_MANIFEST, DOCUMENT_BYTES_MAX, Descriptor, Index, Manifest, OCI_INDEX, OCI_MANIFEST,
-    select,
+    Config, DOCKER_INDEX, DOCKER_MANIFEST, DOCUMENT_BYTES_MAX, Descriptor, Index, Manifest, OCI_INDEX,
+    OCI_MANIFEST, select,
 };
 use super::reference::Reference;
 use super::store::{ImageStore, Names, digest_of};
@@ -80,6 +80,7 @@ impl<'a> Puller<'a> {
         auth: RegistryAuth,
     ) -> Self {
         // Some other part of the process may have chosen a provider already; either will do.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let plain = host.strip_prefix("http://");
         let host = plain.or_else(|| host.strip_prefix("https://")).unwrap_or(host).trim_end_matches('/');
         let http = plain.is_some() || is_loopback(host) || config.insecure.iter().any(|have| have == host);
@@ -149,7 +150,11 @@ impl<'a> Puller<'a> {
         blocking(move || store.commit(&names, &config, Some(&manifest_bytes), false)).await
     }
 
-    async fn manifest(&self, remote: &oci_client::Reference, accept: &[&str]) -> Result<(bytes::Bytes, String)> {
+    async fn manifest(
+        &self,
+        remote: &oci_client::Reference,
+        accept: &[&str],
+    ) -> Result<(bytes::Bytes, String)> {
         let (bytes, _) = self
             .client
             .pull_manifest_raw(remote, &self.auth, accept)
@@ -180,7 +185,9 @@ impl<'a> Puller<'a> {
         while let Some(chunk) = stream.next().await {
             bytes.extend_from_slice(&chunk.map_err(|error| unreachable_registry(&error))?);
             if bytes.len() as u64 > DOCUMENT_BYTES_MAX {
-                return Err(Error::invalid(format!("configuration is larger than {DOCUMENT_BYTES_MAX} bytes")));
+                return Err(Error::invalid(format!(
+                    "configuration is larger than {DOCUMENT_BYTES_MAX} bytes"
+                )));
             }
         }
         let got = digest_of(&bytes);
@@ -207,15 +214,20 @@ impl<'a> Puller<'a> {
     /// The registry's errors in the words of containerd, which users search for.
     fn explain(&self, error: OciDistributionError) -> Error {
         let name = self.reference;
-        let prefix = format!("failed to pull and unpack image \"{name}\": failed to resolve reference \"{name}\"");
+        let prefix =
+            format!("failed to pull and unpack image \"{name}\": failed to resolve reference \"{name}\"");
         let unauthorized = "pull access denied, repository does not exist or may require authorization";
         let (kind, text) = match &error {
-            OciDistributionError::ImageManifestNotFoundError(_) => (Kind::NotFound, format!("{name}: not found")),
-            OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
+            OciDistributionError::ImageManifestNotFoundError(_) => {
+                (Kind::NotFound, format!("{name}: not found"))
+            }
+            OciDistributionError::UnauthorizedError { .. }
+            | OciDistributionError::AuthenticationFailure(_) => {
                 (Kind::Unauthorized, format!("{unauthorized}: {error}"))
             }
             OciDistributionError::RegistryError { envelope, .. } => {
-                let has = |code: &[OciErrorCode]| envelope.errors.iter().any(|error| code.contains(&error.code));
+                let has =
+                    |code: &[OciErrorCode]| envelope.errors.iter().any(|error| code.contains(&error.code));
                 if has(&[OciErrorCode::ManifestUnknown, OciErrorCode::NameUnknown, OciErrorCode::NotFound]) {
                     (Kind::NotFound, format!("{name}: not found"))
                 } else if has(&[OciErrorCode::Unauthorized, OciErrorCode::Denied]) {
@@ -224,7 +236,9 @@ impl<'a> Puller<'a> {
                     (Kind::Unavailable, error.to_string())
                 }
             }
-            OciDistributionError::ServerError { code: 404, .. } => (Kind::NotFound, format!("{name}: not found")),
+            OciDistributionError::ServerError { code: 404, .. } => {
+                (Kind::NotFound, format!("{name}: not found"))
+            }
             OciDistributionError::DigestError(_) => (Kind::InvalidArgument, error.to_string()),
             _ => (Kind::Unavailable, causes(&error)),
         };
@@ -244,8 +258,8 @@ fn remote(reference: &Reference) -> oci_client::Reference {
 }
 
 fn index_of(bytes: &[u8]) -> Result<Option<Index>> {
-    let value: serde_json::Value =
-        serde_json::from_slice(bytes).map_err(|error| Error::invalid(format!("manifest is not JSON: {error}")))?;
+    let value: serde_json::Value = serde_json::from_slice(bytes)
+        .map_err(|error| Error::invalid(format!("manifest is not JSON: {error}")))?;
     if value.get("manifests").is_none() {
         return Ok(None);
     }

@@ -57,9 +57,7 @@ impl FromStr for Reference {
     /// Parses and normalises a name as users write it.
     fn from_str(text: &str) -> Result<Self> {
         let invalid = |why: &str| {
-            Error::invalid(format!(
-                "couldn't parse image name \"{text}\": invalid reference format: {why}"
-            ))
+            Error::invalid(format!("couldn't parse image name \"{text}\": invalid reference format: {why}"))
         };
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) if is_digest(digest) => (rest, Some(digest.to_owned())),
@@ -124,9 +122,14 @@ fn is_registry(part: &str) -> bool {
     let looks_like_host =
         part == "localhost" || host.contains('.') || port.is_some() || part.starts_with('[');
     let port_ok = port.is_none_or(|port| port.trim_end_matches(']').parse::<u16>().is_ok());
-    let bytes_ok =
-        part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'));
-    looks_like_host && port_ok && bytes_ok
+    let bytes_ok = part
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'));
+    let edge = |byte: Option<&u8>| {
+        byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'[' | b']'))
+    };
+    let edges_ok = edge(host.as_bytes().first()) && edge(host.as_bytes().last()) && !host.contains("..");
+    looks_like_host && port_ok && bytes_ok && edges_ok
 }
 
 /// Lowercase letters and digits in groups, between them one of `.`, `_`, `__` or any number of `-`.

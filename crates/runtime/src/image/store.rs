@@ -127,7 +127,9 @@ impl ImageStore {
                 Ok(image) => {
                     images.insert(image.id.clone(), image);
                 }
-                Err(error) => tracing::error!(path = %path.display(), %error, "image record is damaged, left out"),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "image record is damaged, left out")
+                }
             }
         }
         let shared = Shared {
@@ -245,7 +247,9 @@ impl ImageStore {
         let got = plain.digest();
         drop(plain);
         if got != diff_id {
-            return Err(Error::invalid(format!("layer does not match its diff id: expected {diff_id}, got {got}")));
+            return Err(Error::invalid(format!(
+                "layer does not match its diff id: expected {diff_id}, got {got}"
+            )));
         }
         if let Some(expected) = blob_digest {
             drain(&mut compressed, limit).step(|| "read to the end of the layer".into())?;
@@ -264,7 +268,13 @@ impl ImageStore {
 
     /// Records an image whose layers are here. `digest` is that of the manifest or index it was found by. Returns
     /// its id.
-    pub fn commit(&self, names: &Names, config: &[u8], manifest: Option<&[u8]>, pinned: bool) -> Result<String> {
+    pub fn commit(
+        &self,
+        names: &Names,
+        config: &[u8],
+        manifest: Option<&[u8]>,
+        pinned: bool,
+    ) -> Result<String> {
         let parsed = Config::parse(config)?;
         let id = digest_of(config);
         let mut size = config.len() as u64;
@@ -393,9 +403,10 @@ impl ImageStore {
     /// Bytes and inodes of all layers.
     pub fn usage(&self) -> (u64, u64) {
         let names = names_in(&self.shared.dir.join("layers")).unwrap_or_default();
-        names.iter().map(|name| self.layer_facts(name)).fold((0, 0), |(bytes, inodes), facts| {
-            (bytes + facts.bytes, inodes + facts.inodes)
-        })
+        names
+            .iter()
+            .map(|name| self.layer_facts(name))
+            .fold((0, 0), |(bytes, inodes), facts| (bytes + facts.bytes, inodes + facts.inodes))
     }
 
     /// A configuration or manifest by digest.

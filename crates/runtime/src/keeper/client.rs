@@ -13,7 +13,9 @@ use parking_lot::Mutex;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::protocol::{AdoptContainer, Answer, Event, Failure, FailureKind, FromKeeper, Op, Request, Running};
+use super::protocol::{
+    AdoptContainer, Answer, Event, Failure, FailureKind, FromKeeper, Op, Request, Running,
+};
 use super::socket;
 use crate::error::{Context, Error, Kind, Result};
 
@@ -238,12 +240,7 @@ fn serve<'a>(
     }
 }
 
-async fn greet(
-    shared: &Shared,
-    fd: &AsyncFd<OwnedFd>,
-    is_new: bool,
-    holdings: &dyn Holdings,
-) -> Result<()> {
+async fn greet(shared: &Shared, fd: &AsyncFd<OwnedFd>, is_new: bool, holdings: &dyn Holdings) -> Result<()> {
     let (answer, _) = shared.call_on(fd, Op::Hello, &[]).await?;
     let Answer::Hello { pid, running } = answer else {
         return Err(Error::internal("the keeper answered a greeting with something else"));

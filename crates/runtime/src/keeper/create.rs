@@ -20,12 +20,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::sys::socket::{self, ControlMessageOwned, MsgFlags, UnixAddr};
 
-use super::protocol::{Failure, FailureKind, StartContainer, StartExec, Stdin};
+use super::protocol::{Failure, FailureKind, StagedMount, StartContainer, StartExec, Stdin};
 use super::socket as packet;
 use crate::rootdir::c_path;
 
@@ -47,6 +47,11 @@ pub struct Creator {
 /// the spec.
 pub fn view_path(index: usize) -> String {
     format!("{CGROUP_MOUNT}/view{index}")
+}
+
+/// Where the `index`th staged mount appears to libcontainer.
+pub fn staged_path(index: usize) -> String {
+    format!("{CGROUP_MOUNT}/mount{index}")
 }
 
 /// Forks a child to build and start a container.
@@ -119,7 +124,8 @@ fn join_v1(dirs: &[PathBuf]) -> io::Result<()> {
     for dir in dirs {
         let tasks = dir.join("tasks");
         let write = |path: &Path| OpenOptions::new().write(true).open(path)?.write_all(b"0");
-        write(&tasks).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", tasks.display())))?;
+        write(&tasks)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", tasks.display())))?;
     }
     Ok(())
 }
@@ -135,12 +141,13 @@ fn report(result: &OwnedFd, outcome: Result<(i32, Option<OwnedFd>), Failure>) {
 }
 
 fn build_container(start: &StartContainer) -> Result<(i32, Option<OwnedFd>), Failure> {
-    hide_cgroups(&start.cgroup_views).map_err(|error| internal(format!("hide control groups: {error}")))?;
+    hide_cgroups(&start.cgroup_views, &start.staged_mounts)
+        .map_err(|error| internal(format!("prepare mounts: {error}")))?;
     let exec_error = ExecPipe::new()?;
     let mut builder = ContainerBuilder::new(start.id.clone(), SyscallType::Linux)
         .with_root_path(&start.oci_root)
         .map_err(|error| internal(chain(&error)))?
-        .with_executor(Command { error_fd: exec_error.write.as_raw_fd() });
+        .with_executor(Command { error_fd: exec_error.write.as_raw_fd(), seccomp: None });
     let console = if start.terminal {
         let (listener, path) = console_socket(&start.bundle)?;
         builder = builder.with_console_socket(Some(path));
@@ -165,18 +172,17 @@ fn build_container(start: &StartContainer) -> Result<(i32, Option<OwnedFd>), Fai
     Ok((pid.as_raw(), terminal))
 }
 
-fn build_exec(
-    exec: &StartExec,
-    streams: [Option<OwnedFd>; 3],
-) -> Result<(i32, Option<OwnedFd>), Failure> {
-    hide_cgroups(&[]).map_err(|error| internal(format!("hide control groups: {error}")))?;
+fn build_exec(exec: &StartExec, streams: [Option<OwnedFd>; 3]) -> Result<(i32, Option<OwnedFd>), Failure> {
+    let spec = Spec::load(exec.bundle.join("config.json")).map_err(|error| internal(chain(&error)))?;
+    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+    hide_cgroups(&[], &[]).map_err(|error| internal(format!("prepare mounts: {error}")))?;
     let exec_error = ExecPipe::new()?;
     let mut builder = ContainerBuilder::new(exec.id.clone(), SyscallType::Linux)
         .with_root_path(&exec.oci_root)
         .map_err(|error| internal(chain(&error)))?
-        .with_executor(Command { error_fd: exec_error.write.as_raw_fd() });
+        .with_executor(Command { error_fd: exec_error.write.as_raw_fd(), seccomp });
     let console = if exec.terminal {
-        let (listener, path) = console_socket(&exec.scratch)?;
+        let (listener, path) = console_socket(&exec.bundle)?;
         builder = builder.with_console_socket(Some(path));
         Some(listener)
     } else {
@@ -211,8 +217,10 @@ fn open_stdio(start: &StartContainer) -> io::Result<[OwnedFd; 3]> {
         Stdin::Null => dev_null()?,
         Stdin::Open => both("stdin")?,
         Stdin::Once => {
-            let file =
-                OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(start.bundle.join("stdin"))?;
+            let file = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(start.bundle.join("stdin"))?;
             set_blocking(&file)?;
             file.into()
         }
@@ -232,24 +240,19 @@ fn dev_null() -> io::Result<OwnedFd> {
     Ok(OpenOptions::new().read(true).write(true).open("/dev/null")?.into())
 }
 
-/// In a mount namespace of its own, replaces `/sys/fs/cgroup` by a tmpfs that holds only `views`.
-fn hide_cgroups(views: &[PathBuf]) -> io::Result<()> {
-    let check = |result: i64, what: &str| match result {
-        -1 => {
-            let error = io::Error::last_os_error();
-            Err(io::Error::new(error.kind(), format!("{what}: {error}")))
-        }
-        result => Ok(result),
-    };
+/// In a mount namespace of its own, replaces `/sys/fs/cgroup` by a tmpfs that holds only `views` and `staged`.
+///
+/// libcontainer makes every mount of the container a slave of the host's and ignores what the spec says about
+/// propagation. A mount that was made private, or a slave, before it gets there stays so.
+fn hide_cgroups(views: &[PathBuf], staged: &[StagedMount]) -> io::Result<()> {
     let mut trees = Vec::new();
-    for view in views {
-        let path = c_path(view)?;
-        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-        // SAFETY: `path` is NUL-terminated and outlives the call.
-        let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-        let fd = check(fd, &format!("open_tree {}", view.display()))?;
-        // SAFETY: the kernel has just made this descriptor for us.
-        trees.push(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+    for (index, view) in views.iter().enumerate() {
+        trees.push((open_tree(view, false)?, PathBuf::from(view_path(index)), true));
+    }
+    for (index, mount) in staged.iter().enumerate() {
+        let tree = open_tree(&mount.source, true)?;
+        set_propagation(&tree, if mount.follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE })?;
+        trees.push((tree, PathBuf::from(staged_path(index)), fs::metadata(&mount.source)?.is_dir()));
     }
     let mount_point = CString::new(CGROUP_MOUNT)?;
     let tmpfs = c"tmpfs";
@@ -259,10 +262,7 @@ fn hide_cgroups(views: &[PathBuf]) -> io::Result<()> {
         check(libc::unshare(libc::CLONE_NEWNS).into(), "unshare mounts")?;
         // Private first: otherwise the unmount would reach the host.
         let private = libc::MS_REC | libc::MS_PRIVATE;
-        check(
-            libc::mount(none, c"/sys".as_ptr(), none, private, none.cast()).into(),
-            "make /sys private",
-        )?;
+        check(libc::mount(none, c"/sys".as_ptr(), none, private, none.cast()).into(), "make /sys private")?;
         check(libc::umount2(mount_point.as_ptr(), libc::MNT_DETACH).into(), "unmount /sys/fs/cgroup")?;
         let options = c"mode=755".as_ptr().cast();
         check(
@@ -270,10 +270,13 @@ fn hide_cgroups(views: &[PathBuf]) -> io::Result<()> {
             "mount tmpfs on /sys/fs/cgroup",
         )?;
     }
-    for (index, tree) in trees.iter().enumerate() {
-        let target = view_path(index);
-        fs::create_dir(&target)?;
-        let target = CString::new(target)?;
+    for (tree, target, is_dir) in &trees {
+        if *is_dir {
+            fs::create_dir(target)?;
+        } else {
+            File::create(target)?;
+        }
+        let target = c_path(target)?;
         let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
         // SAFETY: `tree` is a detached mount we own, the strings are NUL-terminated.
         let moved = unsafe {
@@ -286,9 +289,56 @@ fn hide_cgroups(views: &[PathBuf]) -> io::Result<()> {
                 flags,
             )
         };
-        check(moved, "show a control group")?;
+        check(moved, "attach a mount")?;
     }
     Ok(())
+}
+
+/// A detached copy of the mounts at `path`.
+fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let c_path = c_path(path)?;
+    let recursive = if recursive { libc::AT_RECURSIVE as libc::c_uint } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive;
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c_path.as_ptr(), flags) };
+    let fd = check(fd, &path.display().to_string())?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+fn set_propagation(tree: &OwnedFd, propagation: libc::c_ulong) -> io::Result<()> {
+    /// `struct mount_attr`.
+    #[repr(C)]
+    struct Attributes {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+    let attributes = Attributes { set: 0, clear: 0, propagation, user_namespace: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: `attributes` has the size told and lives through the call; the string is NUL-terminated.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &attributes,
+            std::mem::size_of::<Attributes>(),
+        )
+    };
+    check(result, "set mount propagation").map(drop)
+}
+
+fn check(result: i64, what: &str) -> io::Result<i64> {
+    match result {
+        -1 => {
+            let error = io::Error::last_os_error();
+            Err(io::Error::new(error.kind(), format!("{what}: {error}")))
+        }
+        result => Ok(result),
+    }
 }
 
 /// libcontainer sends a terminal's descriptor to a socket that it finds by path.
@@ -306,8 +356,7 @@ fn console_socket(dir: &Path) -> Result<(UnixListener, PathBuf), Failure> {
 
 fn take_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
     let take = || -> io::Result<Option<OwnedFd>> {
-        let (stream, address) = listener.accept()?;
-        drop(address);
+        let (stream, _) = listener.accept()?;
         if let Ok(local) = listener.local_addr()
             && let Some(path) = local.as_pathname()
         {
@@ -342,6 +391,8 @@ fn take_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
 struct Command {
     /// Closes by itself when the command starts.
     error_fd: RawFd,
+    /// libcontainer confines a container's first process but not what is executed in it later; so we do.
+    seccomp: Option<LinuxSeccomp>,
 }
 
 impl Executor for Command {
@@ -355,7 +406,7 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let error = match execute(spec) {
+        let error = match confine(self.seccomp.as_ref()).and_then(|()| execute(spec)) {
             Ok(never) => match never {},
             Err(error) => error,
         };
@@ -364,6 +415,18 @@ impl Executor for Command {
         let _ = pipe.write_all(error.as_bytes());
         Err(ExecutorError::Other(error))
     }
+}
+
+/// Privileges are dropped by now, so the kernel takes a filter only from a process that can gain none.
+fn confine(seccomp: Option<&LinuxSeccomp>) -> Result<(), String> {
+    let Some(seccomp) = seccomp else { return Ok(()) };
+    // SAFETY: prctl with plain numbers.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
+        return Err(format!("confine the command: {}", io::Error::last_os_error()));
+    }
+    libcontainer::seccomp::initialize_seccomp(seccomp)
+        .map(drop)
+        .map_err(|error| format!("load the seccomp profile: {}", chain(&error)))
 }
 
 fn execute(spec: &Spec) -> Result<std::convert::Infallible, String> {
@@ -437,10 +500,7 @@ fn internal(message: String) -> Failure {
 }
 
 fn cannot_run(message: String) -> Failure {
-    Failure {
-        kind: FailureKind::CannotRun,
-        message: format!("unable to start container process: {message}"),
-    }
+    Failure { kind: FailureKind::CannotRun, message: format!("unable to start container process: {message}") }
 }
 
 /// The innermost causes, without libcontainer's repetitive wrappers.

@@ -17,7 +17,7 @@ pub mod protocol;
 mod server;
 mod socket;
 
-pub(crate) use create::view_path;
+pub(crate) use create::{staged_path, view_path};
 pub(crate) use server::start_ticks;
 
 /// The hidden first argument that makes the binary a keeper.

@@ -32,20 +32,41 @@ pub enum Op {
     /// Runs a command in a container. Descriptors: stdin, stdout, stderr, each as `streams` tells; none with a
     /// terminal. Answer: [`Answer::Started`], with the terminal's descriptor if asked for.
     Exec(StartExec),
-    Signal { id: String, signal: i32 },
-    KillExec { exec: u64 },
+    Signal {
+        id: String,
+        signal: i32,
+    },
+    KillExec {
+        exec: u64,
+    },
     /// Sends a copy of the container's output to the descriptors beside the message.
-    Attach { id: String, stdout: bool, stderr: bool },
+    Attach {
+        id: String,
+        stdout: bool,
+        stderr: bool,
+    },
     /// Lets the container see the end of its input (`stdinOnce`).
-    CloseStdin { id: String },
-    ReopenLog { id: String },
+    CloseStdin {
+        id: String,
+    },
+    ReopenLog {
+        id: String,
+    },
     /// Answer: [`Answer::Done`] with the descriptor.
-    Terminal { id: String },
+    Terminal {
+        id: String,
+    },
     /// Drops a container that has exited.
-    Forget { id: String },
+    Forget {
+        id: String,
+    },
     /// Starts the first process of a pod's shared process namespace. Answer: [`Answer::Started`].
-    StartPodInit { sandbox: String },
-    StopPodInit { sandbox: String },
+    StartPodInit {
+        sandbox: String,
+    },
+    StopPodInit {
+        sandbox: String,
+    },
     /// Ends the keeper. Refused while containers run.
     Exit,
 }
@@ -61,12 +82,23 @@ pub struct StartContainer {
     pub cgroup_dirs: Vec<PathBuf>,
     /// Directories shown to the container, in the order of its spec's mounts.
     pub cgroup_views: Vec<PathBuf>,
+    /// Mounts whose propagation libcontainer does not set, in the order of `staged_path`.
+    #[serde(default)]
+    pub staged_mounts: Vec<StagedMount>,
     pub terminal: bool,
     pub stdin: Stdin,
     /// `None`: output is dropped.
     pub log_path: Option<PathBuf>,
     /// Tells how many processes of the container the kernel killed for lack of memory.
     pub oom_file: Option<PathBuf>,
+}
+
+/// A path of the host, bound beforehand where the spec's mount finds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagedMount {
+    pub source: PathBuf,
+    /// Later mounts of the host below it are to appear in the container, too.
+    pub follows_host: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,8 +129,8 @@ pub struct StartExec {
     /// Which of stdin, stdout, stderr have a descriptor; the others are `/dev/null`.
     pub streams: [bool; 3],
     pub cgroup_dirs: Vec<PathBuf>,
-    /// A directory for the socket over which the terminal arrives.
-    pub scratch: PathBuf,
+    /// The container's bundle; also holds, for a moment, the socket over which the terminal arrives.
+    pub bundle: PathBuf,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -137,6 +169,12 @@ pub enum FailureKind {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
     /// The record is also in the bundle's `exit.json`, written before this is sent.
-    ContainerExited { id: String, exit: ContainerExit },
-    ExecExited { exec: u64, code: i32 },
+    ContainerExited {
+        id: String,
+        exit: ContainerExit,
+    },
+    ExecExited {
+        exec: u64,
+        code: i32,
+    },
 }

@@ -163,7 +163,8 @@ type Answered = Result<(Answer, Option<OwnedFd>), Failure>;
 impl Keeper {
     fn new(socket_path: &Path) -> io::Result<Self> {
         let lock_path = socket_path.with_extension("lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path)?;
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path)?;
         let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock)
             .map_err(|(_, _)| io::Error::other("another keeper is running"))?;
         let mut mask = SigSet::empty();
@@ -406,13 +407,7 @@ impl Keeper {
         self.pend(Pending { creator, connection, seq, what })
     }
 
-    fn exec(
-        &mut self,
-        connection: u64,
-        seq: u64,
-        exec: StartExec,
-        fds: Vec<OwnedFd>,
-    ) -> Result<(), Failure> {
+    fn exec(&mut self, connection: u64, seq: u64, exec: StartExec, fds: Vec<OwnedFd>) -> Result<(), Failure> {
         if self.container(&exec.id)?.exited {
             return Err(not_found(format!("container {} is not running", exec.id)));
         }
@@ -661,7 +656,9 @@ impl Keeper {
     fn container_ended(&mut self, id: &str, code: Option<i32>) {
         // What the process wrote before it ended belongs into the log before its end is told.
         let outputs: Vec<(u64, Stream)> = match self.containers.get(id) {
-            Some(container) => container.outputs.iter().map(|out| (out.token, out.splitter.stream())).collect(),
+            Some(container) => {
+                container.outputs.iter().map(|out| (out.token, out.splitter.stream())).collect()
+            }
             None => return,
         };
         for (token, stream) in outputs {

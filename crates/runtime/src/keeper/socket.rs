@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::sys::socket::{
-    self, AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    sockopt,
+    self, AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    UnixAddr, sockopt,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -75,7 +75,10 @@ pub fn receive<T: DeserializeOwned>(fd: RawFd) -> io::Result<Option<(T, Vec<Owne
         len => len as usize,
     };
     if len > MESSAGE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("message of {len} bytes is too long")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("message of {len} bytes is too long"),
+        ));
     }
     let mut bytes = vec![0u8; len];
     let mut control = nix::cmsg_space!([RawFd; FDS_MAX]);

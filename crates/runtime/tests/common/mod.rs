@@ -13,9 +13,9 @@ use knarr_runtime::{Runtime, keeper};
 pub const IMAGE: &str = "docker.io/library/busybox:test";
 /// From the Debian package `busybox-static`.
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 24] = [
-    "sh", "true", "false", "echo", "cat", "sleep", "id", "ls", "stat", "head", "tail", "dd", "hostname", "env",
-    "mkdir", "touch", "grep", "ps", "kill", "nc", "tty", "stty", "mount", "wc",
+const APPLETS: [&str; 25] = [
+    "sh", "true", "false", "echo", "cat", "sleep", "id", "ls", "stat", "head", "tail", "dd", "hostname",
+    "env", "mkdir", "touch", "grep", "ps", "kill", "nc", "tty", "stty", "mount", "wc", "mknod",
 ];
 
 /// Whether containers can be run here; says why not.
@@ -128,12 +128,16 @@ impl Node {
     /// The log without times: `stdout F line`.
     pub fn log(&self, name: &str) -> String {
         let text = std::fs::read_to_string(self.logs.join(format!("{name}.log"))).unwrap_or_default();
-        text.lines().map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest).to_owned() + "\n").collect()
+        text.lines()
+            .map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest).to_owned() + "\n")
+            .collect()
     }
 
     pub async fn wait_log(&self, name: &str, text: &str) {
-        wait_for(&format!("{text:?} in the log of {name}"), async || self.log(name).contains(text).then_some(()))
-            .await
+        wait_for(&format!("{text:?} in the log of {name}"), async || {
+            self.log(name).contains(text).then_some(())
+        })
+        .await
     }
 
     /// Runs a shell script in a container and returns what it writes.
@@ -163,7 +167,11 @@ pub fn busybox() -> build::Image {
     let mut files = vec![
         Entry::file("/bin/busybox", BUSYBOX, 0o755),
         Entry::directory("/tmp", 0o1777),
-        Entry::bytes("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\nweb:x:101:102:web:/home/web:/bin/sh\n", 0o644),
+        Entry::bytes(
+            "/etc/passwd",
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:101:102:web:/home/web:/bin/sh\n",
+            0o644,
+        ),
         Entry::bytes("/etc/group", "root:x:0:\nweb:x:102:\nlogs:x:200:web\n", 0o644),
         Entry::bytes("/secret", "root only\n", 0o600),
     ];

@@ -116,7 +116,9 @@ fn ties_are_broken_fairly() {
     let mut random = SmallRng::seed_from_u64(7);
     let mut counts = std::collections::BTreeMap::new();
     for _ in 0..300 {
-        let Decision::Node(node) = decide(&pod("p", json!({})), &table, &mut 0, &mut random) else { panic!() };
+        let Decision::Node(node) = decide(&pod("p", json!({})), &table, &mut 0, &mut random) else {
+            panic!()
+        };
         *counts.entry(node).or_insert(0) += 1;
     }
     assert!(counts.len() == 3 && counts.values().all(|count| *count > 60), "{counts:?}");
@@ -148,12 +150,13 @@ fn required_affinity_between_pods_is_kept_in_both_directions() {
     let zone = |name: &str| json!({"labels": {"zone": name}});
     let mut table = table(&[zone("a"), zone("a"), zone("b")]);
     let term = |app: &str| json!([{"topologyKey": "zone", "labelSelector": {"matchLabels": {"app": app}}}]);
-    let rule = |kind: &str, app: &str| {
-        json!({"labels": {"app": "web"}, "affinity": {kind: {"requiredDuringSchedulingIgnoredDuringExecution": term(app)}}})
-    };
+    let rule = |kind: &str, app: &str| json!({"labels": {"app": "web"}, "affinity": {kind: {"requiredDuringSchedulingIgnoredDuringExecution": term(app)}}});
     let first = run(&pod("first", rule("podAffinity", "web")), &table);
     assert!(matches!(first, Decision::Node(_)), "the first of its group may go anywhere");
-    assert!(message(&pod("p", rule("podAffinity", "db")), &table).contains("3 node(s) didn't match pod affinity rules"));
+    assert!(
+        message(&pod("p", rule("podAffinity", "db")), &table)
+            .contains("3 node(s) didn't match pod affinity rules")
+    );
     table.add_pod("n0", Arc::new(pod("db", json!({"labels": {"app": "db"}}))));
     let near = run(&pod("p", rule("podAffinity", "db")), &table);
     assert!(near == Decision::Node("n0".into()) || near == Decision::Node("n1".into()));

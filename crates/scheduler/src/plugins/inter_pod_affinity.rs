@@ -78,15 +78,19 @@ fn prepare(cycle: &mut Cycle) -> Result<(), String> {
 
 /// The required terms of a pod: affinity or anti-affinity.
 fn terms(pod: &PodInfo, affinity: bool) -> Result<Vec<Term>, String> {
-    let Some(rules) = pod.pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()) else { return Ok(Vec::new()) };
+    let Some(rules) = pod.pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()) else {
+        return Ok(Vec::new());
+    };
     let required = if affinity {
-        rules.pod_affinity.as_ref().and_then(|rules| {
-            rules.required_during_scheduling_ignored_during_execution.as_ref()
-        })
+        rules
+            .pod_affinity
+            .as_ref()
+            .and_then(|rules| rules.required_during_scheduling_ignored_during_execution.as_ref())
     } else {
-        rules.pod_anti_affinity.as_ref().and_then(|rules| {
-            rules.required_during_scheduling_ignored_during_execution.as_ref()
-        })
+        rules
+            .pod_anti_affinity
+            .as_ref()
+            .and_then(|rules| rules.required_during_scheduling_ignored_during_execution.as_ref())
     };
     required.into_iter().flatten().map(|rule| term(pod, rule)).collect()
 }
@@ -95,7 +99,9 @@ fn term(pod: &PodInfo, rule: &PodAffinityTerm) -> Result<Term, String> {
     let selector = match &rule.label_selector {
         // No selector matches no pod.
         None => Selector::none(),
-        Some(selector) => Selector::new(&with_label_keys(pod, rule, selector)).map_err(|error| error.to_string())?,
+        Some(selector) => {
+            Selector::new(&with_label_keys(pod, rule, selector)).map_err(|error| error.to_string())?
+        }
     };
     let named = rule.namespaces.clone().unwrap_or_default();
     let namespaces = match &rule.namespace_selector {
@@ -112,7 +118,9 @@ fn with_label_keys(pod: &PodInfo, rule: &PodAffinityTerm, selector: &LabelSelect
     let lists = [("In", &rule.match_label_keys), ("NotIn", &rule.mismatch_label_keys)];
     for (operator, keys) in lists {
         for key in keys.iter().flatten() {
-            let Some(value) = pod.pod.metadata.labels.as_ref().and_then(|labels| labels.get(key)) else { continue };
+            let Some(value) = pod.pod.metadata.labels.as_ref().and_then(|labels| labels.get(key)) else {
+                continue;
+            };
             selector.match_expressions.get_or_insert_default().push(LabelSelectorRequirement {
                 key: key.clone(),
                 operator: operator.to_owned(),

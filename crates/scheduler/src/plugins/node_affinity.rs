@@ -27,7 +27,10 @@ fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
 
 /// Whether node selector and required node affinity let the pod on the node.
 pub fn matches_node(pod: &PodInfo, table: &NodeTable, slot: Slot) -> bool {
-    pod.pod.spec.as_ref().is_none_or(|spec| placement::selects_node(spec, &table.labels[slot], &table.names[slot]))
+    pod.pod
+        .spec
+        .as_ref()
+        .is_none_or(|spec| placement::selects_node(spec, &table.labels[slot], &table.names[slot]))
 }
 
 fn affinity(pod: &PodInfo) -> Option<&NodeAffinity> {
@@ -47,19 +50,26 @@ fn names_other_nodes(pod: &PodInfo, name: &str) -> bool {
             let mut fields = term.match_fields.iter().flatten();
             fields.any(|field| {
                 let values = field.values.iter().flatten();
-                field.key == "metadata.name" && field.operator == "In" && !values.into_iter().any(|v| v == name)
+                field.key == "metadata.name"
+                    && field.operator == "In"
+                    && !values.into_iter().any(|v| v == name)
             })
         })
 }
 
 fn score(cycle: &Cycle, slot: Slot) -> i64 {
-    let preferred =
-        affinity(cycle.pod).and_then(|affinity| affinity.preferred_during_scheduling_ignored_during_execution.as_ref());
+    let preferred = affinity(cycle.pod)
+        .and_then(|affinity| affinity.preferred_during_scheduling_ignored_during_execution.as_ref());
     let terms = preferred.into_iter().flatten();
     // An empty preference says nothing; an empty required term, by contrast, matches no node.
     let terms = terms.filter(|term| {
         let preference = &term.preference;
         preference.match_expressions.is_some() || preference.match_fields.is_some()
     });
-    terms.filter(|term| placement::term_holds(&term.preference, &cycle.table.labels[slot], &cycle.table.names[slot])).map(|term| i64::from(term.weight)).sum()
+    terms
+        .filter(|term| {
+            placement::term_holds(&term.preference, &cycle.table.labels[slot], &cycle.table.names[slot])
+        })
+        .map(|term| i64::from(term.weight))
+        .sum()
 }

@@ -3,13 +3,8 @@
 
 use super::{Cycle, Plugin};
 
-pub const PLUGIN: Plugin = Plugin {
-    name: "VolumeBinding",
-    prepare: Some(prepare),
-    filter: None,
-    score: None,
-    wakes: |_, _| false,
-};
+pub const PLUGIN: Plugin =
+    Plugin { name: "VolumeBinding", prepare: Some(prepare), filter: None, score: None, wakes: |_, _| false };
 
 fn prepare(cycle: &mut Cycle) -> Result<(), String> {
     let Some(spec) = &cycle.pod.pod.spec else { return Ok(()) };
@@ -25,7 +20,9 @@ fn prepare(cycle: &mut Cycle) -> Result<(), String> {
         return Err(format!("persistentvolumeclaim {claim:?} not found"));
     }
     match spec.resource_claims.iter().flatten().next() {
-        Some(claim) => Err(format!("resource claim {:?}: dynamic resource allocation is not supported", claim.name)),
+        Some(claim) => {
+            Err(format!("resource claim {:?}: dynamic resource allocation is not supported", claim.name))
+        }
         None => Ok(()),
     }
 }

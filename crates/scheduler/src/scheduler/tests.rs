@@ -77,7 +77,11 @@ async fn pods_are_bound_without_ever_overcommitting_a_node() {
         let victim = pods.iter().find(|pod| node_of(pod).is_some()).unwrap().metadata.name.clone().unwrap();
         let api: Api<Pod> = Api::namespaced(cluster.client.clone(), "ns");
         let params = DeleteParams::default().grace_period(0);
-        while api.delete(&victim, &params).await.is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404)) {}
+        while api
+            .delete(&victim, &params)
+            .await
+            .is_err_and(|error| !matches!(error, kube::Error::Api(status) if status.code == 404))
+        {}
         cluster.api.wait_for::<Pod>("the freed place taken", |pods| pods.len() == 13 && within(pods)).await;
     }
 }
@@ -92,7 +96,8 @@ async fn a_pod_nobody_can_take_says_why_and_is_bound_when_a_node_comes() {
     let told = |pods: &[Pod]| {
         let conditions = pods.iter().filter_map(|pod| pod.status.as_ref()?.conditions.as_ref()).flatten();
         conditions.into_iter().any(|condition| {
-            condition.reason.as_deref() == Some("Unschedulable") && condition.message.as_deref() == Some(expected)
+            condition.reason.as_deref() == Some("Unschedulable")
+                && condition.message.as_deref() == Some(expected)
         })
     };
     cluster.api.wait_for::<Pod>("the condition", told).await;
