@@ -375,7 +375,7 @@ async fn job(context: &Context, args: &JobArgs) -> Result<Value> {
             Ok(json!({ "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": { "template": template }, "status": {} }))
         }
         (None, Some(from)) => {
-            let source = crate::target::fetch_one(context, &[from.clone()], "").await?;
+            let source = crate::target::fetch_one(context, std::slice::from_ref(from), "").await?;
             if source.resource.kind != "CronJob" {
                 return Err(Error::plain(format!("from must be an existing cronjob, not {}", source.named())));
             }

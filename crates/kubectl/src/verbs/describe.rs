@@ -46,12 +46,20 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
             print!("\n\n");
         }
         let mut doc = describe(context, found).await?;
-        if args.show_events {
+        if args.show_events && has_events(found) {
             events(context, found, &mut doc).await?;
         }
         print!("{}", align(&doc.text, DESCRIBE));
     }
     Ok(())
+}
+
+/// Kinds that upstream's describer shows no events of.
+fn has_events(found: &Found) -> bool {
+    !matches!(
+        found.resource.kind.as_str(),
+        "Secret" | "Namespace" | "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding"
+    )
 }
 
 /// Exact names; a name that is none also stands for all that begin with it, as upstream has it.

@@ -72,7 +72,7 @@ fn pair(text: &str, service: Option<&Value>, pod: &Value) -> Result<(u16, u16)> 
 fn remote_port(text: &str, service: Option<&Value>, pod: &Value) -> Result<u16> {
     let Some(service) = service else { return pod_port(text, pod) };
     let ports = service.list_at("spec.ports");
-    let found = ports.iter().find(|p| p.str_at("name") == text || p["port"].to_string() == text);
+    let found = ports.iter().find(|p| p.str_at("name") == text || p.int_at("port").is_some_and(|n| text.parse() == Ok(n)));
     let Some(port) = found else {
         return Err(Error::plain(format!("Service {} does not have a service port {text}", service.name())));
     };
