@@ -69,6 +69,16 @@ fn refuse(error: &clap::Error, args: &[String]) -> i32 {
     1
 }
 
+/// Runs a command line against a client, in the namespace `default`; returns the code `main` would.
+#[cfg(test)]
+pub async fn run_with(client: kube::Client, line: &[&str]) -> i32 {
+    let args: Vec<String> = line.iter().map(|word| (*word).to_owned()).collect();
+    let mut cli = Cli::try_parse_from(plain_booleans(&args)).unwrap_or_else(|e| panic!("{line:?}: {e}"));
+    cli.global.namespace.get_or_insert_with(|| "default".into());
+    let context = Context::with_client(client, cli.global);
+    verbs::run(cli.verb, &context).await.map_or_else(|error| report(&error), |()| 0)
+}
+
 /// Upstream lets every boolean flag be written `--flag=true` and `--flag=false`; clap knows only `--flag`.
 fn plain_booleans(args: &[String]) -> Vec<String> {
     let (mut switches, mut valued) = (Vec::new(), Vec::new());

@@ -280,18 +280,13 @@ async fn from_files(context: &Context, args: &Args) -> Result<()> {
 }
 
 async fn send(context: &Context, common: &Common, object: Value, source: &str) -> Result<()> {
+    let kind = object.str_at("kind").to_lowercase();
     create(context, common, object, source, &[("fieldValidation", "Strict")]).await.map_err(|error| match error {
         Error::Server { status, .. } if status.str_at("reason") == "AlreadyExists" => {
-            Error::plain(format!("failed to create {}: {}", kind_of(&status), status.str_at("message")))
+            Error::plain(format!("failed to create {}: {}", kind, status.str_at("message")))
         }
         other => other,
     })
-}
-
-/// The singular of the resource that a status names.
-fn kind_of(status: &Value) -> String {
-    let plural = status.str_at("details.kind");
-    plural.strip_suffix('s').unwrap_or(plural).to_owned()
 }
 
 async fn create(context: &Context, common: &Common, mut object: Value, source: &str, query: &[(&'static str, &str)]) -> Result<()> {
