@@ -25,8 +25,6 @@ pub struct Args {
     /// Addresses to listen on.
     #[arg(long, value_delimiter = ',', default_value = "localhost")]
     address: Vec<String>,
-    #[arg(long, hide = true)]
-    pod_running_timeout: Option<String>,
 }
 
 pub async fn run(context: &Context, args: Args) -> Result<()> {
