@@ -69,10 +69,24 @@ fn refuse(error: &clap::Error, args: &[String]) -> i32 {
     1
 }
 
+/// Runs a command line against a client, in the namespace `default`; returns the code `main` would.
+#[cfg(test)]
+pub async fn run_with(client: kube::Client, line: &[&str]) -> i32 {
+    let args: Vec<String> = line.iter().map(|word| (*word).to_owned()).collect();
+    let mut cli = Cli::try_parse_from(plain_booleans(&args)).unwrap_or_else(|e| panic!("{line:?}: {e}"));
+    cli.global.namespace.get_or_insert_with(|| "default".into());
+    let context = Context::with_client(client, cli.global);
+    verbs::run(cli.verb, &context).await.map_or_else(|error| report(&error), |()| 0)
+}
+
 /// Upstream lets every boolean flag be written `--flag=true` and `--flag=false`; clap knows only `--flag`.
 fn plain_booleans(args: &[String]) -> Vec<String> {
     let (mut switches, mut valued) = (Vec::new(), Vec::new());
-    collect_flags(&Cli::command(), &mut switches, &mut valued);
+    let command = Cli::command();
+    let verb = args.iter().find_map(|arg| command.find_subcommand(arg));
+    for command in std::iter::once(&command).chain(verb) {
+        collect_flags(command, &mut switches, &mut valued);
+    }
     let mut result = vec!["kubectl".to_owned()];
     let mut rest = args.iter();
     for arg in rest.by_ref() {
@@ -99,8 +113,9 @@ fn collect_flags(command: &Command, switches: &mut Vec<String>, valued: &mut Vec
         let list = if matches!(arg.get_action(), ArgAction::SetTrue) { &mut *switches } else { &mut *valued };
         list.push(long.to_owned());
     }
-    for sub in command.get_subcommands() {
-        collect_flags(sub, switches, valued);
+    // The root's subcommands are the other verbs; only the verb at hand has any of interest.
+    if command.get_name() != "kubectl" {
+        command.get_subcommands().for_each(|sub| collect_flags(sub, switches, valued));
     }
 }
 

@@ -124,21 +124,15 @@ impl Context {
     }
 
     /// A context over a client that is already there, as tests have it.
-    pub fn with_client(client: kube::Client) -> Self {
+    pub fn with_client(client: kube::Client, args: GlobalArgs) -> Self {
         let connection = Connection { client, host: "test".into(), url: "http://test".into() };
-        Context { connection: OnceCell::new_with(Some(connection)), ..Context::new(GlobalArgs::default()) }
+        Context { connection: OnceCell::new_with(Some(connection)), ..Context::new(args) }
     }
 
     /// The namespace of the request: the flag, the context's, `default`.
     pub fn namespace(&self) -> Result<String> {
         if let Some(namespace) = &self.args.namespace {
             return Ok(namespace.clone());
-        }
-        if self.connection.initialized()
-            && self.args.kubeconfig.is_none()
-            && self.kubeconfig_paths().is_empty()
-        {
-            return Ok("default".into());
         }
         let config = self.kubeconfig()?;
         let name = self.args.context.clone().or(config.current_context.clone()).unwrap_or_default();

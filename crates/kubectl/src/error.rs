@@ -103,7 +103,7 @@ fn server(f: &mut fmt::Formatter<'_>, status: &Value, during: &str) -> fmt::Resu
     let (reason, message) = (status.str_at("reason"), status.str_at("message"));
     match reason {
         "Unauthorized" => write!(f, "error: You must be logged in to the server ({message})"),
-        "Invalid" if during.is_empty() => invalid(f, status),
+        "Invalid" => invalid(f, status),
         "" => write!(f, "Error from server: {during}{message}"),
         _ => write!(f, "Error from server ({reason}): {during}{message}"),
     }

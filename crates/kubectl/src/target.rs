@@ -113,6 +113,15 @@ pub async fn fetch(
     Ok(found)
 }
 
+/// Refuses a bare type where nothing says which of its objects are meant: a change of all must be asked for.
+pub fn need_choice(words: &[String], chosen: bool) -> Result<()> {
+    let bare = words.len() == 1 && !words[0].contains('/');
+    if bare && !chosen {
+        return Err(Error::plain("resource(s) were provided, but no name was specified"));
+    }
+    Ok(())
+}
+
 /// The query of a list with these selectors.
 pub fn selectors(labels: Option<&str>, fields: Option<&str>) -> Vec<(&'static str, String)> {
     let mut query = Vec::new();

@@ -41,9 +41,6 @@ pub struct Args {
     /// Delete and re-create what cannot be patched.
     #[arg(long)]
     force: bool,
-    /// Automatically resolve conflicts by taking the manifest's values.
-    #[arg(long, hide = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value = "true")]
-    overwrite: bool,
     #[command(flatten)]
     dry_run: DryRunArgs,
     #[command(flatten)]

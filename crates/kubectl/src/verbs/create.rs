@@ -223,8 +223,6 @@ struct BindingArgs {
     role: Option<String>,
     #[arg(long)]
     clusterrole: Option<String>,
-    #[arg(long = "as-user", visible_alias = "user-name")]
-    users: Vec<String>,
     #[arg(long)]
     group: Vec<String>,
     /// NAMESPACE:NAME
@@ -262,6 +260,11 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
         Kind::Clusterrolebinding(a) => (binding(context, "ClusterRoleBinding", &a)?, a.common),
         Kind::Token(a) => return token(context, &a).await,
     };
+    // `--user` of a binding names its subject, not an entry of the kubeconfig.
+    if object.str_at("kind").ends_with("RoleBinding") && context.args.user.is_some() {
+        let context = Context::new(crate::context::GlobalArgs { user: None, ..context.args.clone() });
+        return send(&context, &common, object, "").await;
+    }
     send(context, &common, object, "").await
 }
 
@@ -277,18 +280,13 @@ async fn from_files(context: &Context, args: &Args) -> Result<()> {
 }
 
 async fn send(context: &Context, common: &Common, object: Value, source: &str) -> Result<()> {
+    let kind = object.str_at("kind").to_lowercase();
     create(context, common, object, source, &[("fieldValidation", "Strict")]).await.map_err(|error| match error {
         Error::Server { status, .. } if status.str_at("reason") == "AlreadyExists" => {
-            Error::plain(format!("failed to create {}: {}", kind_of(&status), status.str_at("message")))
+            Error::plain(format!("failed to create {}: {}", kind, status.str_at("message")))
         }
         other => other,
     })
-}
-
-/// The singular of the resource that a status names.
-fn kind_of(status: &Value) -> String {
-    let plural = status.str_at("details.kind");
-    plural.strip_suffix('s').unwrap_or(plural).to_owned()
 }
 
 async fn create(context: &Context, common: &Common, mut object: Value, source: &str, query: &[(&'static str, &str)]) -> Result<()> {
@@ -372,7 +370,7 @@ async fn job(context: &Context, args: &JobArgs) -> Result<Value> {
             Ok(json!({ "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": { "template": template }, "status": {} }))
         }
         (None, Some(from)) => {
-            let source = crate::target::fetch_one(context, &[from.clone()], "").await?;
+            let source = crate::target::fetch_one(context, std::slice::from_ref(from), "").await?;
             if source.resource.kind != "CronJob" {
                 return Err(Error::plain(format!("from must be an existing cronjob, not {}", source.named())));
             }
@@ -566,7 +564,7 @@ fn binding(context: &Context, kind: &str, args: &BindingArgs) -> Result<Value> {
     };
     let mut subjects = Vec::new();
     // `--user` is also the kubeconfig's user; upstream gives it the meaning of a subject here.
-    for user in args.users.iter().chain(&context.args.user) {
+    if let Some(user) = &context.args.user {
         subjects.push(json!({ "apiGroup": GROUP, "kind": "User", "name": user }));
     }
     for group in &args.group {

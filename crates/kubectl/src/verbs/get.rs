@@ -377,6 +377,7 @@ async fn watch(context: &Context, args: &Args, format: &Format, queries: &[Query
                 show(args, format, &mut printer, &event.object, &event.kind, resource)?;
             }
         }
+        tokio::time::sleep(super::wait::RELIST_PAUSE).await;
     }
 }
 

@@ -54,10 +54,8 @@ pub async fn change(context: &Context, args: &Args, field: &str) -> Result<()> {
     if changes.is_empty() && !args.list {
         return Err(Error::plain(format!("at least one {} update is required", field.trim_end_matches('s'))));
     }
-    let whole = targets.len() == 1 && !targets[0].contains('/');
-    if whole && args.selector.is_none() && args.field_selector.is_none() && !args.all && !args.list {
-        return Err(Error::plain("resource(s) were provided, but no name was specified"));
-    }
+    let chosen = args.all || args.list || args.selector.is_some() || args.field_selector.is_some();
+    target::need_choice(&targets, chosen)?;
     let mut errors = Vec::new();
     let all = target::fetch(context, &targets, args.selector.as_deref(), args.field_selector.as_deref(), args.all_namespaces).await?;
     for found in &all {

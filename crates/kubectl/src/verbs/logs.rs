@@ -51,9 +51,6 @@ pub struct Args {
     /// The most concurrent logs to follow when using a selector.
     #[arg(long, default_value_t = 5)]
     max_log_requests: usize,
-    /// How long to wait until a pod is running.
-    #[arg(long, hide = true)]
-    pod_running_timeout: Option<String>,
 }
 
 struct Source {

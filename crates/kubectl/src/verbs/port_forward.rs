@@ -25,8 +25,6 @@ pub struct Args {
     /// Addresses to listen on.
     #[arg(long, value_delimiter = ',', default_value = "localhost")]
     address: Vec<String>,
-    #[arg(long, hide = true)]
-    pod_running_timeout: Option<String>,
 }
 
 pub async fn run(context: &Context, args: Args) -> Result<()> {
@@ -72,7 +70,7 @@ fn pair(text: &str, service: Option<&Value>, pod: &Value) -> Result<(u16, u16)> 
 fn remote_port(text: &str, service: Option<&Value>, pod: &Value) -> Result<u16> {
     let Some(service) = service else { return pod_port(text, pod) };
     let ports = service.list_at("spec.ports");
-    let found = ports.iter().find(|p| p.str_at("name") == text || p["port"].to_string() == text);
+    let found = ports.iter().find(|p| p.str_at("name") == text || p.int_at("port").is_some_and(|n| text.parse() == Ok(n)));
     let Some(port) = found else {
         return Err(Error::plain(format!("Service {} does not have a service port {text}", service.name())));
     };

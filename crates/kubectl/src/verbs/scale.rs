@@ -55,6 +55,7 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
 
 async fn objects(context: &Context, args: &Args) -> Result<Vec<Found>> {
     if args.filename.is_empty() {
+        target::need_choice(&args.words, args.all || args.selector.is_some())?;
         let found = target::fetch(context, &args.words, args.selector.as_deref(), None, false).await?;
         return if found.is_empty() { Err(Error::plain("no objects passed to scale")) } else { Ok(found) };
     }

@@ -95,6 +95,7 @@ fn split(words: &[String], is_change: impl Fn(&str) -> bool) -> (Vec<String>, Ve
 }
 
 async fn find(context: &Context, common: &Common, targets: &[String]) -> Result<Vec<Found>> {
+    target::need_choice(targets, common.all || common.selector.is_some())?;
     let found = target::fetch(context, targets, common.selector.as_deref(), None, false).await?;
     if found.is_empty() { Err(Error::plain("one or more resources must be specified as <resource> <name> or <resource>/<name>")) } else { Ok(found) }
 }

@@ -12,6 +12,9 @@ use crate::jsonpath::{self, Template};
 use crate::target::{self, Found};
 use crate::workload::condition;
 
+/// Between the end of a watch and the next list: a server that ends every watch at once is not to be flooded.
+pub const RELIST_PAUSE: Duration = Duration::from_secs(1);
+
 #[derive(clap::Args)]
 pub struct Args {
     /// TYPE NAME, TYPE/NAME, or TYPE with a selector.
@@ -124,6 +127,8 @@ async fn find(context: &Context, args: &Args, goal: &Goal, deadline: tokio::time
     if args.words.is_empty() {
         return Err(Error::plain("arguments in resource/name form or a resource type are needed"));
     }
+    let chosen = args.all || args.selector.is_some() || args.field_selector.is_some();
+    target::need_choice(&args.words, chosen)?;
     let fetch = || target::fetch(context, &args.words, args.selector.as_deref(), args.field_selector.as_deref(), args.all_namespaces);
     if !matches!(goal, Goal::Create) {
         return fetch().await;
@@ -189,6 +194,7 @@ pub async fn watch_until(
                 return Ok(());
             }
         }
+        tokio::time::sleep(RELIST_PAUSE).await;
     }
 }
 
