@@ -206,7 +206,9 @@ impl Watch {
         // Writes to files of a directory are told to watches of the directory.
         let flags = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE_SELF;
         inotify.add_watch(&dir, flags)?;
-        Ok(Watch { inotify: AsyncFd::register(Events(inotify))? })
+        // SAFETY: the descriptor is `Events`' own, always the same one, and open for as long as `Events` lives.
+        let inotify = unsafe { AsyncFd::register(Events(inotify)) }?;
+        Ok(Watch { inotify })
     }
 
     async fn changed(&mut self) -> io::Result<()> {
