@@ -34,8 +34,6 @@ down: ## Stop the cluster; its data stays
 
 test: packages test-packages images ## Run everything that tests
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
-	cargo build --workspace --bins --quiet
 	cargo test --workspace --no-fail-fast
 
 lint: ## Formatting, clippy, licences

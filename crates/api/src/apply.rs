@@ -27,6 +27,15 @@ pub struct Manager {
     pub subresource: String,
 }
 
+/// One write, for the record.
+#[derive(Clone, Copy)]
+pub struct Write<'a> {
+    pub manager: &'a Manager,
+    /// Fields this endpoint never owns: `status` on the main resource, and so on.
+    pub reset: &'a [&'a str],
+    pub now: &'a str,
+}
+
 /// The owners of an object's fields: `metadata.managedFields` in memory.
 #[derive(Debug, Clone, Default)]
 pub struct Managers {
@@ -73,7 +82,8 @@ impl Managers {
 
     /// Writes `metadata.managedFields`, ordered as upstream: by operation, time, name.
     pub fn write(&self, object: &mut Value) {
-        let mut list: Vec<(&Manager, &Owned)> = self.entries.iter().filter(|(_, o)| !o.set.is_empty()).collect();
+        let mut list: Vec<(&Manager, &Owned)> =
+            self.entries.iter().filter(|(_, o)| !o.set.is_empty()).collect();
         list.sort_by_key(|(m, o)| (!m.applies, &o.time, &m.name, &m.api_version, &m.subresource));
         let items: Vec<Value> = list
             .into_iter()
@@ -129,17 +139,8 @@ impl Managers {
 }
 
 /// Records a create, update or classic patch: the changed fields become the manager's.
-///
-/// `reset` names top-level fields this endpoint never owns (`status` on the main resource, and so on).
-pub fn record_update(
-    schema: &Schema,
-    type_id: TypeId,
-    live: Option<&Value>,
-    new: &mut Value,
-    manager: &Manager,
-    reset: &[&str],
-    now: &str,
-) {
+pub fn record_update(schema: &Schema, type_id: TypeId, live: Option<&Value>, new: &mut Value, write: Write) {
+    let Write { manager, reset, now } = write;
     let mut managers = match live {
         // A client may clear the record by sending one empty entry; otherwise it is the server's.
         Some(live) if !is_cleared(new) => Managers::read(live),
@@ -191,10 +192,10 @@ pub fn merge(
     type_id: TypeId,
     live: &Value,
     config: &Value,
-    manager: &Manager,
-    reset: &[&str],
+    write: Write,
     force: bool,
 ) -> Result<Applied> {
+    let Write { manager, reset, .. } = write;
     let walker = Walker { schema };
     let mut managers = Managers::read(live);
     let mut set = walker.field_set(type_id, config);
@@ -242,10 +243,9 @@ pub fn record_apply(
     live: &Value,
     applied: Applied,
     object: &mut Value,
-    manager: &Manager,
-    reset: &[&str],
-    now: &str,
+    write: Write,
 ) {
+    let Write { manager, reset, now } = write;
     let mut managers = applied.managers;
     let changes = Walker { schema }.compare_objects(type_id, live, object, reset);
     for (other, owned) in &mut managers.entries {
@@ -288,7 +288,9 @@ fn conflict(managers: Managers, conflicts: &[(Manager, FieldSet)]) -> Box<Status
     let count = causes.len();
     let mut text = format!("Apply failed with {count} conflict{}: ", if count == 1 { "" } else { "s" });
     match &by_manager[..] {
-        [(label, paths)] if paths.len() == 1 => text.push_str(&format!("conflict with {label}: {}", paths[0])),
+        [(label, paths)] if paths.len() == 1 => {
+            text.push_str(&format!("conflict with {label}: {}", paths[0]))
+        }
         many => {
             let parts: Vec<String> = many
                 .iter()
@@ -379,7 +381,12 @@ impl Walker<'_> {
         Value::Object(map)
     }
 
-    fn child<'a>(&'a self, id: Option<TypeId>, element: Option<&'a Shape>, name: &str) -> Option<(&'a Shape, Option<&'a Field>)> {
+    fn child<'a>(
+        &'a self,
+        id: Option<TypeId>,
+        element: Option<&'a Shape>,
+        name: &str,
+    ) -> Option<(&'a Shape, Option<&'a Field>)> {
         match id {
             Some(id) => self.schema.type_of(id).field(name).map(|f| (&f.shape, Some(f))),
             None => element.map(|shape| (shape, None)),
@@ -394,9 +401,10 @@ impl Walker<'_> {
                 let fields: Map<String, Value> = keys
                     .iter()
                     .filter_map(|key| {
-                        let value = item.get(key).cloned().or_else(|| {
-                            structure?.field(key)?.default.as_ref().map(|d| d.value.clone())
-                        });
+                        let value = item
+                            .get(key)
+                            .cloned()
+                            .or_else(|| structure?.field(key)?.default.as_ref().map(|d| d.value.clone()));
                         value.map(|v| (key.clone(), v))
                     })
                     .collect();
@@ -414,7 +422,14 @@ impl Walker<'_> {
         set
     }
 
-    fn collect(&self, shape: &Shape, field: Option<&Field>, value: &Value, path: &mut Vec<Step>, set: &mut FieldSet) {
+    fn collect(
+        &self,
+        shape: &Shape,
+        field: Option<&Field>,
+        value: &Value,
+        path: &mut Vec<Step>,
+        set: &mut FieldSet,
+    ) {
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
                 for (name, item) in map {
@@ -496,7 +511,9 @@ impl Walker<'_> {
                     items.into_iter().map(|i| (self.item_step(inner, list, &i), i)).collect()
                 };
                 let (a, b) = (index(before), index(after));
-                let find = |list: &[(Step, Value)], step: &Step| list.iter().find(|(s, _)| s == step).map(|(_, v)| v.clone());
+                let find = |list: &[(Step, Value)], step: &Step| {
+                    list.iter().find(|(s, _)| s == step).map(|(_, v)| v.clone())
+                };
                 for (step, item) in &b {
                     path.push(step.clone());
                     self.compare(inner, None, find(&a, step).as_ref(), Some(item), path, changes);
@@ -541,9 +558,8 @@ impl Walker<'_> {
 
     /// Items of both lists, in the order of the configuration where it says one.
     fn merge_items(&self, inner: &Shape, list: &ListType, base: &[Value], over: &[Value]) -> Vec<Value> {
-        let steps = |items: &[Value]| -> Vec<Step> {
-            items.iter().map(|i| self.item_step(inner, list, i)).collect()
-        };
+        let steps =
+            |items: &[Value]| -> Vec<Step> { items.iter().map(|i| self.item_step(inner, list, i)).collect() };
         let (base_steps, over_steps) = (steps(base), steps(over));
         let mut result = Vec::new();
         let mut left = 0;
@@ -561,7 +577,9 @@ impl Walker<'_> {
                 None => result.push(item.clone()),
             }
         }
-        result.extend((left..base.len()).filter(|i| !over_steps.contains(&base_steps[*i])).map(|i| base[i].clone()));
+        result.extend(
+            (left..base.len()).filter(|i| !over_steps.contains(&base_steps[*i])).map(|i| base[i].clone()),
+        );
         result
     }
 
@@ -572,7 +590,14 @@ impl Walker<'_> {
         self.remove(&Shape::Object(type_id), None, object, last, kept);
     }
 
-    fn remove(&self, shape: &Shape, field: Option<&Field>, value: &mut Value, last: &FieldSet, kept: &FieldSet) {
+    fn remove(
+        &self,
+        shape: &Shape,
+        field: Option<&Field>,
+        value: &mut Value,
+        last: &FieldSet,
+        kept: &FieldSet,
+    ) {
         let empty = FieldSet::default();
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
@@ -582,7 +607,9 @@ impl Walker<'_> {
                     let named = id.is_some();
                     if still.is_none() && (member || named) {
                         map.remove(name);
-                    } else if let (Some(child), Some((shape, field))) = (map.get_mut(name), self.child(id, element, name)) {
+                    } else if let (Some(child), Some((shape, field))) =
+                        (map.get_mut(name), self.child(id, element, name))
+                    {
                         self.remove(shape, field, child, below, still.unwrap_or(&empty));
                     }
                 }
@@ -590,7 +617,9 @@ impl Walker<'_> {
             (Nature::Items(inner, list), Value::Array(items)) => {
                 items.retain_mut(|item| {
                     let step = self.item_step(inner, list, item);
-                    let Some((_, member, below)) = last.steps().find(|(s, _, _)| **s == step) else { return true };
+                    let Some((_, member, below)) = last.steps().find(|(s, _, _)| **s == step) else {
+                        return true;
+                    };
                     let still = kept.contains_at_or_below(&step);
                     if still.is_none() && member {
                         return false;
@@ -603,7 +632,14 @@ impl Walker<'_> {
         }
     }
 
-    fn check_lists(&self, shape: &Shape, field: Option<&Field>, value: &Value, path: &str, errors: &mut Vec<field::Error>) {
+    fn check_lists(
+        &self,
+        shape: &Shape,
+        field: Option<&Field>,
+        value: &Value,
+        path: &str,
+        errors: &mut Vec<field::Error>,
+    ) {
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
                 for (name, item) in map {
@@ -620,7 +656,9 @@ impl Walker<'_> {
                         && found == "{}"
                     {
                         let wanted = keys.join(", ");
-                        let detail = format!("element {index}: associative list with keys has an element that omits key field {wanted:?} (and doesn't have default value)");
+                        let detail = format!(
+                            "element {index}: associative list with keys has an element that omits key field {wanted:?} (and doesn't have default value)"
+                        );
                         errors.push(field::Error::required(path, detail));
                     }
                     if seen.contains(&step) {
@@ -659,16 +697,18 @@ mod tests {
     fn apply(live: &Value, config: Value, by: &str, force: bool) -> Result<Value> {
         let (schema, id) = config_map();
         let manager = applier(by);
-        let applied = merge(schema, id, live, &config, &manager, &[], force)?;
+        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        let applied = merge(schema, id, live, &config, write, force)?;
         let mut object = applied.object.clone();
-        record_apply(schema, id, live, applied, &mut object, &manager, &[], "2026-01-01T00:00:00Z");
+        record_apply(schema, id, live, applied, &mut object, write);
         Ok(object)
     }
 
     #[test]
     fn two_appliers_share_conflict_and_force() {
         let first = apply(&json!({}), json!({"data":{"a":"1","b":"1"}}), "one", false).expect("no owner yet");
-        let both = apply(&first, json!({"data":{"a":"1","c":"1"}}), "two", false).expect("same value is shared");
+        let both =
+            apply(&first, json!({"data":{"a":"1","c":"1"}}), "two", false).expect("same value is shared");
         assert_eq!(both["data"], json!({"a":"1","b":"1","c":"1"}));
         let refused = apply(&both, json!({"data":{"b":"2"}}), "two", false).expect_err("`one` owns b");
         assert_eq!(refused.message, r#"Apply failed with 1 conflict: conflict with "one": .data.b"#);
@@ -690,25 +730,31 @@ mod tests {
         let mut new = live.clone();
         new["data"]["a"] = json!("2");
         let updater = Manager { applies: false, ..applier("kubectl-edit") };
-        record_update(schema, id, Some(&live), &mut new, &updater, &[], "2026-01-01T00:00:01Z");
+        let write = Write { manager: &updater, reset: &[], now: "2026-01-01T00:00:01Z" };
+        record_update(schema, id, Some(&live), &mut new, write);
         let owners: Vec<(String, Value)> = new
             .list_at("metadata.managedFields")
             .iter()
             .map(|m| (m.str_at("manager").to_owned(), m["fieldsV1"].clone()))
             .collect();
-        assert_eq!(owners, [
-            ("one".to_owned(), json!({"f:data":{"f:b":{}}})),
-            ("kubectl-edit".to_owned(), json!({"f:data":{"f:a":{}}})),
-        ]);
+        assert_eq!(
+            owners,
+            [
+                ("one".to_owned(), json!({"f:data":{"f:b":{}}})),
+                ("kubectl-edit".to_owned(), json!({"f:data":{"f:a":{}}})),
+            ]
+        );
     }
 
     #[test]
     fn a_created_pod_records_structures_as_upstream() {
         let schema = Schema::builtin();
         let id = schema.resource("", "v1", "pods").expect("served").type_id;
-        let mut pod = json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
+        let mut pod =
+            json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
         let manager = Manager { applies: false, ..applier("curl") };
-        record_update(schema, id, None, &mut pod, &manager, &[], "2026-01-01T00:00:00Z");
+        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        record_update(schema, id, None, &mut pod, write);
         assert_eq!(
             pod["metadata"]["managedFields"][0]["fieldsV1"],
             json!({"f:metadata":{"f:labels":{".":{},"f:app":{}}},

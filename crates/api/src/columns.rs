@@ -30,85 +30,171 @@ const COLUMNS: &[(&str, &str, &str, Cells)] = &[
     ("", "endpoints", "Name|Endpoints|Age", endpoints),
     ("", "events", "Last Seen|Type|Reason|Object|+Subobject|+Source|Message|+First Seen|+Count|+Name", event),
     ("", "namespaces", "Name|Status|Age", |o, c| vec![name(o), text(o.str_at("status.phase")), age(o, c)]),
-    ("", "nodes", "Name|Status|Roles|Age|Version|+Internal-IP|+External-IP|+OS-Image|+Kernel-Version|+Container-Runtime", node),
-    ("", "persistentvolumeclaims", "Name|Status|Volume|Capacity|Access Modes|StorageClass|+VolumeAttributesClass|Age|+VolumeMode", claim),
-    ("", "persistentvolumes", "Name|Capacity|Access Modes|Reclaim Policy|Status|Claim|StorageClass|+VolumeAttributesClass|Reason|Age|+VolumeMode", volume),
+    (
+        "",
+        "nodes",
+        "Name|Status|Roles|Age|Version|+Internal-IP|+External-IP|+OS-Image|+Kernel-Version|+Container-Runtime",
+        node,
+    ),
+    (
+        "",
+        "persistentvolumeclaims",
+        "Name|Status|Volume|Capacity|Access Modes|StorageClass|+VolumeAttributesClass|Age|+VolumeMode",
+        claim,
+    ),
+    (
+        "",
+        "persistentvolumes",
+        "Name|Capacity|Access Modes|Reclaim Policy|Status|Claim|StorageClass|+VolumeAttributesClass|Reason|Age|+VolumeMode",
+        volume,
+    ),
     ("", "pods", "Name|Ready|Status|Restarts|Age|+IP|+Node|+Nominated Node|+Readiness Gates", pod),
     ("", "podtemplates", "Name|Containers|Images|Pod Labels", |o, _| {
         let (names, images) = containers(o, "template.spec.containers");
         vec![name(o), names, images, text(&labels(o.map_at("template.metadata.labels")))]
     }),
-    ("", "replicationcontrollers", "Name|Desired:integer|Current:integer|Ready:integer|Age|+Containers|+Images|+Selector", |o, c| {
-        let (names, images) = containers(o, "spec.template.spec.containers");
-        vec![name(o), count(o, "spec.replicas"), count(o, "status.replicas"), count(o, "status.readyReplicas"), age(o, c), names, images, text(&labels(o.map_at("spec.selector")))]
-    }),
+    (
+        "",
+        "replicationcontrollers",
+        "Name|Desired:integer|Current:integer|Ready:integer|Age|+Containers|+Images|+Selector",
+        |o, c| {
+            let (names, images) = containers(o, "spec.template.spec.containers");
+            vec![
+                name(o),
+                count(o, "spec.replicas"),
+                count(o, "status.replicas"),
+                count(o, "status.readyReplicas"),
+                age(o, c),
+                names,
+                images,
+                text(&labels(o.map_at("spec.selector"))),
+            ]
+        },
+    ),
     ("", "resourcequotas", "Name|Request|Limit|Age", quota),
-    ("", "secrets", "Name|Type|Data:integer|Age", |o, c| vec![name(o), text(o.str_at("type")), size(o, "data"), age(o, c)]),
-    ("", "serviceaccounts", "Name|Secrets:integer|Age", |o, c| vec![name(o), json!(o.list_at("secrets").len()), age(o, c)]),
+    ("", "secrets", "Name|Type|Data:integer|Age", |o, c| {
+        vec![name(o), text(o.str_at("type")), size(o, "data"), age(o, c)]
+    }),
+    ("", "serviceaccounts", "Name|Secrets:integer|Age", |o, c| {
+        vec![name(o), json!(o.list_at("secrets").len()), age(o, c)]
+    }),
     ("", "services", "Name|Type|Cluster-IP|External-IP|Port(s)|Age|+Selector", service),
     ("apps", "controllerrevisions", "Name|Controller|Revision:integer|Age", |o, c| {
         let owner = o.list_at("metadata.ownerReferences").iter().find(|r| r.bool_at("controller"));
         let owner = owner.map(|r| format!("{}/{}", qualified(r), r.str_at("name")));
         vec![name(o), text(&owner.unwrap_or(NONE.into())), count(o, "revision"), age(o, c)]
     }),
-    ("apps", "daemonsets", "Name|Desired:integer|Current:integer|Ready:integer|Up-to-date:integer|Available:integer|Node Selector|Age|+Containers|+Images|+Selector", |o, c| {
-        let (names, images) = containers(o, "spec.template.spec.containers");
-        vec![
-            name(o),
-            count(o, "status.desiredNumberScheduled"),
-            count(o, "status.currentNumberScheduled"),
-            count(o, "status.numberReady"),
-            count(o, "status.updatedNumberScheduled"),
-            count(o, "status.numberAvailable"),
-            text(&labels(o.map_at("spec.template.spec.nodeSelector"))),
-            age(o, c),
-            names,
-            images,
-            text(&selector(o.at("spec.selector"))),
-        ]
-    }),
-    ("apps", "deployments", "Name|Ready|Up-to-date:integer|Available:integer|Age|+Containers|+Images|+Selector", |o, c| {
-        let (names, images) = containers(o, "spec.template.spec.containers");
-        vec![name(o), ready(o), count(o, "status.updatedReplicas"), count(o, "status.availableReplicas"), age(o, c), names, images, text(&selector(o.at("spec.selector")))]
-    }),
-    ("apps", "replicasets", "Name|Desired:integer|Current:integer|Ready:integer|Age|+Containers|+Images|+Selector", |o, c| {
-        let (names, images) = containers(o, "spec.template.spec.containers");
-        vec![name(o), count(o, "spec.replicas"), count(o, "status.replicas"), count(o, "status.readyReplicas"), age(o, c), names, images, text(&selector(o.at("spec.selector")))]
-    }),
+    (
+        "apps",
+        "daemonsets",
+        "Name|Desired:integer|Current:integer|Ready:integer|Up-to-date:integer|Available:integer|Node Selector|Age|+Containers|+Images|+Selector",
+        |o, c| {
+            let (names, images) = containers(o, "spec.template.spec.containers");
+            vec![
+                name(o),
+                count(o, "status.desiredNumberScheduled"),
+                count(o, "status.currentNumberScheduled"),
+                count(o, "status.numberReady"),
+                count(o, "status.updatedNumberScheduled"),
+                count(o, "status.numberAvailable"),
+                text(&labels(o.map_at("spec.template.spec.nodeSelector"))),
+                age(o, c),
+                names,
+                images,
+                text(&selector(o.at("spec.selector"))),
+            ]
+        },
+    ),
+    (
+        "apps",
+        "deployments",
+        "Name|Ready|Up-to-date:integer|Available:integer|Age|+Containers|+Images|+Selector",
+        |o, c| {
+            let (names, images) = containers(o, "spec.template.spec.containers");
+            vec![
+                name(o),
+                ready(o),
+                count(o, "status.updatedReplicas"),
+                count(o, "status.availableReplicas"),
+                age(o, c),
+                names,
+                images,
+                text(&selector(o.at("spec.selector"))),
+            ]
+        },
+    ),
+    (
+        "apps",
+        "replicasets",
+        "Name|Desired:integer|Current:integer|Ready:integer|Age|+Containers|+Images|+Selector",
+        |o, c| {
+            let (names, images) = containers(o, "spec.template.spec.containers");
+            vec![
+                name(o),
+                count(o, "spec.replicas"),
+                count(o, "status.replicas"),
+                count(o, "status.readyReplicas"),
+                age(o, c),
+                names,
+                images,
+                text(&selector(o.at("spec.selector"))),
+            ]
+        },
+    ),
     ("apps", "statefulsets", "Name|Ready|Age|+Containers|+Images", |o, c| {
         let (names, images) = containers(o, "spec.template.spec.containers");
         vec![name(o), ready(o), age(o, c), names, images]
     }),
-    ("batch", "cronjobs", "Name|Schedule|Timezone|Suspend:boolean|Active:integer|Last Schedule|Age|+Containers|+Images|+Selector", |o, c| {
-        let (names, images) = containers(o, "spec.jobTemplate.spec.template.spec.containers");
-        let zone = o.str_at("spec.timeZone");
-        let suspended = if o.bool_at("spec.suspend") { "True" } else { "False" };
-        vec![
-            name(o),
-            text(o.str_at("spec.schedule")),
-            text(or_none(zone)),
-            text(suspended),
-            json!(o.list_at("status.active").len()),
-            since(o.str_at("status.lastScheduleTime"), c, NONE),
-            age(o, c),
-            names,
-            images,
-            text(&selector(o.at("spec.jobTemplate.spec.selector"))),
-        ]
-    }),
+    (
+        "batch",
+        "cronjobs",
+        "Name|Schedule|Timezone|Suspend:boolean|Active:integer|Last Schedule|Age|+Containers|+Images|+Selector",
+        |o, c| {
+            let (names, images) = containers(o, "spec.jobTemplate.spec.template.spec.containers");
+            let zone = o.str_at("spec.timeZone");
+            let suspended = if o.bool_at("spec.suspend") { "True" } else { "False" };
+            vec![
+                name(o),
+                text(o.str_at("spec.schedule")),
+                text(or_none(zone)),
+                text(suspended),
+                json!(o.list_at("status.active").len()),
+                since(o.str_at("status.lastScheduleTime"), c, NONE),
+                age(o, c),
+                names,
+                images,
+                text(&selector(o.at("spec.jobTemplate.spec.selector"))),
+            ]
+        },
+    ),
     ("batch", "jobs", "Name|Status|Completions|Duration|Age|+Containers|+Images|+Selector", job),
-    ("certificates.k8s.io", "certificatesigningrequests", "Name|Age|SignerName|Requestor|RequestedDuration|Condition", |o, c| {
-        let duration = o.int_at("spec.expirationSeconds").map_or(NONE.into(), time::age);
-        let mut conditions: Vec<&str> = o.list_at("status.conditions").iter().map(|x| x.str_at("type")).collect();
-        if conditions.is_empty() {
-            conditions.push("Pending");
-        }
-        if !o.str_at("status.certificate").is_empty() {
-            conditions.push("Issued");
-        }
-        vec![name(o), age(o, c), text(o.str_at("spec.signerName")), text(o.str_at("spec.username")), text(&duration), text(&conditions.join(","))]
+    (
+        "certificates.k8s.io",
+        "certificatesigningrequests",
+        "Name|Age|SignerName|Requestor|RequestedDuration|Condition",
+        |o, c| {
+            let duration = o.int_at("spec.expirationSeconds").map_or(NONE.into(), time::age);
+            let mut conditions: Vec<&str> =
+                o.list_at("status.conditions").iter().map(|x| x.str_at("type")).collect();
+            if conditions.is_empty() {
+                conditions.push("Pending");
+            }
+            if !o.str_at("status.certificate").is_empty() {
+                conditions.push("Issued");
+            }
+            vec![
+                name(o),
+                age(o, c),
+                text(o.str_at("spec.signerName")),
+                text(o.str_at("spec.username")),
+                text(&duration),
+                text(&conditions.join(",")),
+            ]
+        },
+    ),
+    ("coordination.k8s.io", "leases", "Name|Holder|Age", |o, c| {
+        vec![name(o), text(o.str_at("spec.holderIdentity")), age(o, c)]
     }),
-    ("coordination.k8s.io", "leases", "Name|Holder|Age", |o, c| vec![name(o), text(o.str_at("spec.holderIdentity")), age(o, c)]),
     ("discovery.k8s.io", "endpointslices", "Name|AddressType|Ports|Endpoints|Age", slice),
     ("networking.k8s.io", "ingressclasses", "Name|Controller|Parameters|Age", |o, c| {
         let parameters = o.at("spec.parameters").map(|p| match p.str_at("apiGroup") {
@@ -118,22 +204,65 @@ const COLUMNS: &[(&str, &str, &str, Cells)] = &[
         vec![name(o), text(o.str_at("spec.controller")), text(&parameters.unwrap_or(NONE.into())), age(o, c)]
     }),
     ("networking.k8s.io", "ingresses", "Name|Class|Hosts|Address|Ports|Age", ingress),
-    ("networking.k8s.io", "networkpolicies", "Name|Pod-Selector|Age", |o, c| vec![name(o), text(&selector(o.at("spec.podSelector"))), age(o, c)]),
-    ("policy", "poddisruptionbudgets", "Name|Min Available|Max Unavailable|Allowed Disruptions:integer|Age", |o, c| {
-        let or_na = |path: &str| o.at(path).map_or("N/A".to_owned(), plain);
-        vec![name(o), text(&or_na("spec.minAvailable")), text(&or_na("spec.maxUnavailable")), count(o, "status.disruptionsAllowed"), age(o, c)]
+    ("networking.k8s.io", "networkpolicies", "Name|Pod-Selector|Age", |o, c| {
+        vec![name(o), text(&selector(o.at("spec.podSelector"))), age(o, c)]
     }),
-    ("rbac.authorization.k8s.io", "clusterrolebindings", "Name|Role|Age|+Users|+Groups|+ServiceAccounts", binding),
+    (
+        "policy",
+        "poddisruptionbudgets",
+        "Name|Min Available|Max Unavailable|Allowed Disruptions:integer|Age",
+        |o, c| {
+            let or_na = |path: &str| o.at(path).map_or("N/A".to_owned(), plain);
+            vec![
+                name(o),
+                text(&or_na("spec.minAvailable")),
+                text(&or_na("spec.maxUnavailable")),
+                count(o, "status.disruptionsAllowed"),
+                age(o, c),
+            ]
+        },
+    ),
+    (
+        "rbac.authorization.k8s.io",
+        "clusterrolebindings",
+        "Name|Role|Age|+Users|+Groups|+ServiceAccounts",
+        binding,
+    ),
     ("rbac.authorization.k8s.io", "rolebindings", "Name|Role|Age|+Users|+Groups|+ServiceAccounts", binding),
-    ("scheduling.k8s.io", "priorityclasses", "Name|Value:integer|Global-Default:boolean|Age|+PreemptionPolicy", |o, c| {
-        vec![name(o), count(o, "value"), json!(o.bool_at("globalDefault")), age(o, c), text(o.str_at("preemptionPolicy"))]
-    }),
-    ("storage.k8s.io", "storageclasses", "Name|Provisioner|ReclaimPolicy|VolumeBindingMode|AllowVolumeExpansion:boolean|Age", |o, c| {
-        let annotations = o.map_at("metadata.annotations");
-        let default = annotations.and_then(|a| a.get("storageclass.kubernetes.io/is-default-class")).is_some_and(|v| v == "true");
-        let shown = if default { format!("{} (default)", o.name()) } else { o.name().to_owned() };
-        vec![text(&shown), text(o.str_at("provisioner")), text(o.str_at("reclaimPolicy")), text(o.str_at("volumeBindingMode")), json!(o.bool_at("allowVolumeExpansion")), age(o, c)]
-    }),
+    (
+        "scheduling.k8s.io",
+        "priorityclasses",
+        "Name|Value:integer|Global-Default:boolean|Age|+PreemptionPolicy",
+        |o, c| {
+            vec![
+                name(o),
+                count(o, "value"),
+                json!(o.bool_at("globalDefault")),
+                age(o, c),
+                text(o.str_at("preemptionPolicy")),
+            ]
+        },
+    ),
+    (
+        "storage.k8s.io",
+        "storageclasses",
+        "Name|Provisioner|ReclaimPolicy|VolumeBindingMode|AllowVolumeExpansion:boolean|Age",
+        |o, c| {
+            let annotations = o.map_at("metadata.annotations");
+            let default = annotations
+                .and_then(|a| a.get("storageclass.kubernetes.io/is-default-class"))
+                .is_some_and(|v| v == "true");
+            let shown = if default { format!("{} (default)", o.name()) } else { o.name().to_owned() };
+            vec![
+                text(&shown),
+                text(o.str_at("provisioner")),
+                text(o.str_at("reclaimPolicy")),
+                text(o.str_at("volumeBindingMode")),
+                json!(o.bool_at("allowVolumeExpansion")),
+                age(o, c),
+            ]
+        },
+    ),
 ];
 
 const NONE: &str = "<none>";
@@ -217,8 +346,11 @@ fn since(time: &str, clock: Clock, absent: &str) -> Value {
 }
 
 fn labels(labels: Option<&Map<String, Value>>) -> String {
-    let parts: Vec<String> =
-        labels.into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
+    let parts: Vec<String> = labels
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
+        .collect();
     if parts.is_empty() { NONE.to_owned() } else { parts.join(",") }
 }
 
@@ -268,7 +400,9 @@ const ADDRESSES_MAX: usize = 3;
 fn truncated(all: &[String]) -> String {
     match all.len() {
         0 => NONE.to_owned(),
-        n if n > ADDRESSES_MAX => format!("{} + {} more...", all[..ADDRESSES_MAX].join(","), n - ADDRESSES_MAX),
+        n if n > ADDRESSES_MAX => {
+            format!("{} + {} more...", all[..ADDRESSES_MAX].join(","), n - ADDRESSES_MAX)
+        }
         _ => all.join(","),
     }
 }
@@ -281,7 +415,9 @@ fn endpoints(o: &Value, c: Clock) -> Vec<Value> {
         for address in addresses {
             match ports {
                 [] => all.push(address.to_owned()),
-                ports => all.extend(ports.iter().map(|p| format!("{address}:{}", p.int_at("port").unwrap_or(0)))),
+                ports => {
+                    all.extend(ports.iter().map(|p| format!("{address}:{}", p.int_at("port").unwrap_or(0))))
+                }
             }
         }
     }
@@ -289,7 +425,8 @@ fn endpoints(o: &Value, c: Clock) -> Vec<Value> {
 }
 
 fn slice(o: &Value, c: Clock) -> Vec<Value> {
-    let ports: Vec<String> = o.list_at("ports").iter().map(|p| p.int_at("port").map_or("*".into(), |n| n.to_string())).collect();
+    let ports: Vec<String> =
+        o.list_at("ports").iter().map(|p| p.int_at("port").map_or("*".into(), |n| n.to_string())).collect();
     let ports = if o.list_at("ports").is_empty() { "<unset>".to_owned() } else { truncated(&ports) };
     let addresses: Vec<String> = o
         .list_at("endpoints")
@@ -306,14 +443,16 @@ fn event(o: &Value, c: Clock) -> Vec<Value> {
         paths.iter().map(|p| o.str_at(p)).find(|s| !s.is_empty()).unwrap_or_default().to_owned()
     };
     let first_seen = since(&first_set(&["firstTimestamp", "eventTime"]), c, UNKNOWN);
-    let mut last_seen = since(&first_set(&["series.lastObservedTime", "lastTimestamp", "eventTime"]), c, UNKNOWN);
+    let mut last_seen =
+        since(&first_set(&["series.lastObservedTime", "lastTimestamp", "eventTime"]), c, UNKNOWN);
     let count = o.int_at("series.count").or_else(|| o.int_at("count")).unwrap_or(1);
     if last_seen == UNKNOWN {
         last_seen = first_seen.clone();
     }
     let subject = o.at("involvedObject").or_else(|| o.at("regarding")).unwrap_or(&Value::Null);
     let kind = subject.str_at("kind").to_lowercase();
-    let object = if subject.str_at("name").is_empty() { kind } else { format!("{kind}/{}", subject.str_at("name")) };
+    let object =
+        if subject.str_at("name").is_empty() { kind } else { format!("{kind}/{}", subject.str_at("name")) };
     let mut source = first_set(&["source.component", "reportingComponent"]);
     let host = first_set(&["source.host", "reportingInstance"]);
     if !host.is_empty() {
@@ -409,7 +548,11 @@ fn claim(o: &Value, c: Clock) -> Vec<Value> {
         text(capacity),
         text(&modes),
         text(storage_class(o, "volume.beta.kubernetes.io/storage-class")),
-        text(if o.str_at("spec.volumeAttributesClassName").is_empty() { "<unset>" } else { o.str_at("spec.volumeAttributesClassName") }),
+        text(if o.str_at("spec.volumeAttributesClassName").is_empty() {
+            "<unset>"
+        } else {
+            o.str_at("spec.volumeAttributesClassName")
+        }),
         age(o, c),
         text(o.str_at("spec.volumeMode")),
     ]
@@ -425,7 +568,11 @@ fn volume(o: &Value, c: Clock) -> Vec<Value> {
         text(terminating(o, o.str_at("status.phase"))),
         text(&claim.unwrap_or_default()),
         text(storage_class(o, "volume.beta.kubernetes.io/storage-class")),
-        text(if o.str_at("spec.volumeAttributesClassName").is_empty() { "<unset>" } else { o.str_at("spec.volumeAttributesClassName") }),
+        text(if o.str_at("spec.volumeAttributesClassName").is_empty() {
+            "<unset>"
+        } else {
+            o.str_at("spec.volumeAttributesClassName")
+        }),
         text(o.str_at("status.reason")),
         age(o, c),
         text(o.str_at("spec.volumeMode")),
@@ -461,7 +608,8 @@ fn service(o: &Value, c: Clock) -> Vec<Value> {
         "ExternalName" => o.str_at("spec.externalName").to_owned(),
         "LoadBalancer" => {
             let ingress = o.list_at("status.loadBalancer.ingress").iter();
-            let balanced = ingress.map(|i| if i.str_at("ip").is_empty() { i.str_at("hostname") } else { i.str_at("ip") });
+            let balanced = ingress
+                .map(|i| if i.str_at("ip").is_empty() { i.str_at("hostname") } else { i.str_at("ip") });
             addresses.splice(0..0, balanced);
             if addresses.is_empty() { "<pending>".to_owned() } else { addresses.join(",") }
         }
@@ -490,7 +638,9 @@ fn job(o: &Value, c: Clock) -> Vec<Value> {
     let end: Option<jiff::Timestamp> = o.str_at("status.completionTime").parse().ok();
     let duration = start.map(|s| time::age(end.unwrap_or(c.now).as_second() - s.as_second()));
     let holds = |kind: &str| {
-        o.list_at("status.conditions").iter().any(|x| x.str_at("type") == kind && x.str_at("status") == "True")
+        o.list_at("status.conditions")
+            .iter()
+            .any(|x| x.str_at("type") == kind && x.str_at("status") == "True")
     };
     let status = match () {
         _ if holds("Complete") => "Complete",
@@ -502,12 +652,25 @@ fn job(o: &Value, c: Clock) -> Vec<Value> {
         _ => "Running",
     };
     let (names, images) = containers(o, "spec.template.spec.containers");
-    vec![name(o), text(status), text(&completions), text(&duration.unwrap_or_default()), age(o, c), names, images, text(&selector(o.at("spec.selector")))]
+    vec![
+        name(o),
+        text(status),
+        text(&completions),
+        text(&duration.unwrap_or_default()),
+        age(o, c),
+        names,
+        images,
+        text(&selector(o.at("spec.selector"))),
+    ]
 }
 
 fn ingress(o: &Value, c: Clock) -> Vec<Value> {
-    let hosts: Vec<String> =
-        o.list_at("spec.rules").iter().map(|r| r.str_at("host").to_owned()).filter(|h| !h.is_empty()).collect();
+    let hosts: Vec<String> = o
+        .list_at("spec.rules")
+        .iter()
+        .map(|r| r.str_at("host").to_owned())
+        .filter(|h| !h.is_empty())
+        .collect();
     let hosts = if hosts.is_empty() { "*".to_owned() } else { truncated(&hosts) };
     let addresses: Vec<&str> = o
         .list_at("status.loadBalancer.ingress")
@@ -515,8 +678,15 @@ fn ingress(o: &Value, c: Clock) -> Vec<Value> {
         .map(|i| if i.str_at("ip").is_empty() { i.str_at("hostname") } else { i.str_at("ip") })
         .collect();
     let ports = if o.list_at("spec.tls").is_empty() { "80" } else { "80, 443" };
-    let class = o.map_at("metadata.annotations").and_then(|a| a.get("kubernetes.io/ingress.class")).and_then(Value::as_str);
-    let class = if o.str_at("spec.ingressClassName").is_empty() { class.unwrap_or(NONE) } else { o.str_at("spec.ingressClassName") };
+    let class = o
+        .map_at("metadata.annotations")
+        .and_then(|a| a.get("kubernetes.io/ingress.class"))
+        .and_then(Value::as_str);
+    let class = if o.str_at("spec.ingressClassName").is_empty() {
+        class.unwrap_or(NONE)
+    } else {
+        o.str_at("spec.ingressClassName")
+    };
     vec![name(o), text(class), text(&hosts), text(&addresses.join(",")), text(ports), age(o, c)]
 }
 
@@ -528,7 +698,9 @@ fn binding(o: &Value, c: Clock) -> Vec<Value> {
             .iter()
             .filter(|s| s.str_at("kind") == kind)
             .map(|s| match (kind, s.str_at("namespace")) {
-                ("ServiceAccount", namespace) if !namespace.is_empty() => format!("{namespace}/{}", s.str_at("name")),
+                ("ServiceAccount", namespace) if !namespace.is_empty() => {
+                    format!("{namespace}/{}", s.str_at("name"))
+                }
                 _ => s.str_at("name").to_owned(),
             })
             .collect();
@@ -549,7 +721,9 @@ fn pod(o: &Value, c: Clock) -> Vec<Value> {
         .iter()
         .filter(|gate| {
             let kind = gate.str_at("conditionType");
-            o.list_at("status.conditions").iter().any(|x| x.str_at("type") == kind && x.str_at("status") == "True")
+            o.list_at("status.conditions")
+                .iter()
+                .any(|x| x.str_at("type") == kind && x.str_at("status") == "True")
         })
         .count();
     let gates = if gates.is_empty() { NONE.to_owned() } else { format!("{passed}/{}", gates.len()) };
@@ -578,9 +752,12 @@ struct PodLine {
 /// The status word follows upstream's `printPod`: the most telling reason wins.
 fn pod_line(o: &Value) -> PodLine {
     let is_sidecar = |name: &str| {
-        o.list_at("spec.initContainers").iter().any(|c| c.str_at("name") == name && c.str_at("restartPolicy") == "Always")
+        o.list_at("spec.initContainers")
+            .iter()
+            .any(|c| c.str_at("name") == name && c.str_at("restartPolicy") == "Always")
     };
-    let sidecars = o.list_at("spec.initContainers").iter().filter(|c| c.str_at("restartPolicy") == "Always").count();
+    let sidecars =
+        o.list_at("spec.initContainers").iter().filter(|c| c.str_at("restartPolicy") == "Always").count();
     let total = o.list_at("spec.containers").len() + sidecars;
     let mut line = PodLine { ready: 0, total, status: reason_or_phase(o), restarts: 0, last_restart: None };
     for condition in o.list_at("status.conditions") {
@@ -598,7 +775,10 @@ fn pod_line(o: &Value) -> PodLine {
             restarts_of_sidecars += container.int_at("restartCount").unwrap_or(0);
             line.ready += usize::from(container.bool_at("ready"));
         }
-        if initializing || container.at("state.terminated").is_some_and(|t| t.int_at("exitCode") == Some(0)) || (sidecar && container.bool_at("started")) {
+        if initializing
+            || container.at("state.terminated").is_some_and(|t| t.int_at("exitCode") == Some(0))
+            || (sidecar && container.bool_at("started"))
+        {
             continue;
         }
         let waiting = container.str_at("state.waiting.reason");
@@ -609,7 +789,10 @@ fn pod_line(o: &Value) -> PodLine {
         };
         initializing = true;
     }
-    let initialized = o.list_at("status.conditions").iter().any(|x| x.str_at("type") == "Initialized" && x.str_at("status") == "True");
+    let initialized = o
+        .list_at("status.conditions")
+        .iter()
+        .any(|x| x.str_at("type") == "Initialized" && x.str_at("status") == "True");
     if !initializing || initialized {
         line.restarts = restarts_of_sidecars;
         line.containers(o);
@@ -665,7 +848,10 @@ impl PodLine {
         }
         // One container completed while another runs: the pod as a whole runs.
         if self.status == "Completed" && running {
-            let ready = o.list_at("status.conditions").iter().any(|x| x.str_at("type") == "Ready" && x.str_at("status") == "True");
+            let ready = o
+                .list_at("status.conditions")
+                .iter()
+                .any(|x| x.str_at("type") == "Ready" && x.str_at("status") == "True");
             self.status = if ready { "Running" } else { "NotReady" }.into();
         }
     }
@@ -685,7 +871,10 @@ mod tests {
         let base = json!({"metadata":{"name":"a","creationTimestamp":"2026-01-01T00:00:00Z"},
             "spec":{"containers":[{"name":"c"}],"nodeName":"n"},
             "status":{"phase":"Running","podIP":"10.0.0.1","containerStatuses":[{"name":"c","ready":true,"restartCount":0,"state":{"running":{}}}]}});
-        assert_eq!(row(base.clone()), ["a", "1/1", "Running", "0", "10m", "10.0.0.1", "n", "<none>", "<none>"]);
+        assert_eq!(
+            row(base.clone()),
+            ["a", "1/1", "Running", "0", "10m", "10.0.0.1", "n", "<none>", "<none>"]
+        );
         let mut crashed = base.clone();
         crashed["status"]["containerStatuses"][0] = json!({"name":"c","restartCount":3,"state":{"waiting":{"reason":"CrashLoopBackOff"}},
             "lastState":{"terminated":{"finishedAt":"2026-01-01T00:09:50Z"}}});

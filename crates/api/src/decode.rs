@@ -61,9 +61,7 @@ pub fn yaml_to_json(tree: serde_yaml_ng::Value) -> Result<Value, DecodeError> {
             (_, _, f) => f.and_then(Number::from_f64).map_or(Value::Null, Value::Number),
         },
         Yaml::String(s) => Value::String(s),
-        Yaml::Sequence(items) => {
-            Value::Array(items.into_iter().map(yaml_to_json).collect::<Result<_, _>>()?)
-        }
+        Yaml::Sequence(items) => Value::Array(items.into_iter().map(yaml_to_json).collect::<Result<_, _>>()?),
         Yaml::Mapping(entries) => {
             let mut map = Map::new();
             for (key, value) in entries {
@@ -373,7 +371,11 @@ impl<'a> Seed<'a, '_> {
         Ok(Some(Value::Object(map)))
     }
 
-    fn map<'de, A: MapAccess<'de>>(self, inner: &'a Shape, mut entries: A) -> Result<Option<Value>, A::Error> {
+    fn map<'de, A: MapAccess<'de>>(
+        self,
+        inner: &'a Shape,
+        mut entries: A,
+    ) -> Result<Option<Value>, A::Error> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
             let value = self.context.within(Segment::Key(key.clone()), || {

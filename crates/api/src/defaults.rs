@@ -90,7 +90,7 @@ fn pod(map: &mut Map<String, Value>) {
     set(spec, "enableServiceLinks", true);
     for list in ["containers", "initContainers"] {
         let Some(Value::Array(containers)) = spec.get_mut(list) else { continue };
-        containers.iter_mut().for_each(|c| requests_from_limits(c));
+        containers.iter_mut().for_each(requests_from_limits);
     }
     // Pod-level resources follow the same rule (KEP-2837).
     if spec.contains_key("resources") {
@@ -287,7 +287,8 @@ fn job_spec(map: &mut Map<String, Value>) {
 
 fn network_policy_spec(map: &mut Map<String, Value>) {
     if !map.contains_key("policyTypes") {
-        let types = if map.contains_key("egress") { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+        let types =
+            if map.contains_key("egress") { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
         map.insert("policyTypes".into(), types);
     }
 }
@@ -347,8 +348,11 @@ mod tests {
     #[test]
     fn pull_policies_follow_the_tag() {
         for (image, policy) in [
-            ("nginx", "Always"), ("nginx:latest", "Always"), ("nginx:1", "IfNotPresent"),
-            ("host:5000/nginx", "Always"), ("nginx@sha256:ab", "IfNotPresent"),
+            ("nginx", "Always"),
+            ("nginx:latest", "Always"),
+            ("nginx:1", "IfNotPresent"),
+            ("host:5000/nginx", "Always"),
+            ("nginx@sha256:ab", "IfNotPresent"),
         ] {
             assert_eq!(pull_policy(image), policy, "{image}");
         }

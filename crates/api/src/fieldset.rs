@@ -210,7 +210,8 @@ mod tests {
 
     #[test]
     fn paths_read_as_in_conflict_messages() {
-        let set = FieldSet::from_value(&json!({"f:spec":{"f:containers":{"k:{\"name\":\"a\"}":{"f:image":{}}}}}));
+        let set =
+            FieldSet::from_value(&json!({"f:spec":{"f:containers":{"k:{\"name\":\"a\"}":{"f:image":{}}}}}));
         assert_eq!(set.paths(), [r#".spec.containers[name="a"].image"#]);
     }
 }

@@ -7,11 +7,12 @@ pub mod schema;
 pub mod apply;
 pub mod columns;
 pub mod decode;
-pub mod rules;
-pub mod kinds;
-pub mod fieldset;
-pub mod patch;
 pub mod defaults;
+pub mod fieldset;
+pub mod kinds;
+pub mod patch;
+pub mod protobuf;
+pub mod rules;
 pub mod selector;
 
 pub mod field;

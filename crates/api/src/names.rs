@@ -29,7 +29,8 @@ fn too_long(max: usize) -> String {
 }
 
 fn regex_error(message: &str, pattern: &str, examples: &[&str]) -> String {
-    let list = examples.iter().map(|e| format!("'{e}'")).collect::<Vec<_>>().join(", or ");
+    // Two blanks before each "or": upstream's wording, which clients match.
+    let list = examples.iter().map(|e| format!("'{e}'")).collect::<Vec<_>>().join(",  or ");
     format!("{message} (e.g. {list}, regex used for validation is '{pattern}')")
 }
 
@@ -107,7 +108,9 @@ pub fn qualified_name(key: &str) -> Vec<String> {
         }
         _ => {
             let text = regex_error(&format!("a qualified name {words}"), QUALIFIED, &example);
-            return vec![format!("{text} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')")];
+            return vec![format!(
+                "{text} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"
+            )];
         }
     };
     if name.is_empty() {
@@ -164,7 +167,10 @@ pub fn env_name(name: &str) -> Vec<String> {
     if !name.is_empty() && name.bytes().all(|b| (0x20..0x7f).contains(&b) && b != b'=') {
         return Vec::new();
     }
-    vec!["a valid environment variable name must consist only of printable ASCII characters other than '='".into()]
+    vec![
+        "a valid environment variable name must consist only of printable ASCII characters other than '='"
+            .into(),
+    ]
 }
 
 /// The strict form that `envFrom` keys had before KEP-4369.
@@ -195,7 +201,11 @@ pub fn port_name(name: &str) -> Vec<String> {
 
 /// Ports from 1 to 65535.
 pub fn port_number(port: i64) -> Vec<String> {
-    if (1..=65_535).contains(&port) { Vec::new() } else { vec!["must be between 1 and 65535, inclusive".into()] }
+    if (1..=65_535).contains(&port) {
+        Vec::new()
+    } else {
+        vec!["must be between 1 and 65535, inclusive".into()]
+    }
 }
 
 #[cfg(test)]

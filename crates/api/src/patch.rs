@@ -37,14 +37,20 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
     let mut result = target.clone();
     json_patch::patch(&mut result, &operations).map_err(|error| {
         let what = match error.kind {
-            json_patch::PatchErrorKind::TestFailed => format!(
-                "testing value {} failed: test failed",
+            json_patch::PatchErrorKind::TestFailed => {
+                format!("testing value {} failed: test failed", error.path)
+            }
+            _ => format!(
+                "{} operation does not apply: doc is missing path: {:?}: missing value",
+                operation_name(&operations, error.operation),
                 error.path.to_string()
             ),
-            _ => format!("{} operation does not apply: doc is missing path: {:?}: missing value",
-                operation_name(&operations, error.operation), error.path.to_string()),
         };
-        Status::new(422, "Invalid", format!("the server rejected our request due to an error in our request: {what}"))
+        let mut status =
+            Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
+        let cause = serde_json::json!({ "reason": "UnexpectedServerResponse", "message": what });
+        status.details = Some(serde_json::json!({ "causes": [cause] }));
+        status
     })?;
     Ok(result)
 }
@@ -117,7 +123,9 @@ impl Strategic<'_> {
         }
         let (directives, plain): (Vec<_>, Vec<_>) = patch.into_iter().partition(|(k, _)| k.starts_with('$'));
         let directives: Map<String, Value> = directives.into_iter().collect();
-        for (name, value) in directives.iter().filter_map(|(k, v)| Some((k.strip_prefix(DELETE_PRIMITIVES)?, v))) {
+        for (name, value) in
+            directives.iter().filter_map(|(k, v)| Some((k.strip_prefix(DELETE_PRIMITIVES)?, v)))
+        {
             if let (Some(Value::Array(items)), Value::Array(gone)) = (result.get_mut(name), value) {
                 items.retain(|item| !gone.contains(item));
             }
@@ -328,7 +336,11 @@ mod tests {
 
     #[test]
     fn null_deletes_and_merge_patch_follows_the_rfc() {
-        check(json!({"metadata":{"labels":{"a":"1","b":"2"}}}), json!({"metadata":{"labels":{"a":null}}}), json!({"metadata":{"labels":{"b":"2"}}}));
+        check(
+            json!({"metadata":{"labels":{"a":"1","b":"2"}}}),
+            json!({"metadata":{"labels":{"a":null}}}),
+            json!({"metadata":{"labels":{"b":"2"}}}),
+        );
         let merged = merge(&json!({"a":{"b":1,"c":2}}), br#"{"a":{"b":null,"d":[1]}}"#).expect("applies");
         assert_eq!(merged, json!({"a":{"c":2,"d":[1]}}));
     }

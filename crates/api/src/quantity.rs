@@ -12,7 +12,8 @@ use std::str::FromStr;
 const NANO: i128 = 1_000_000_000;
 
 /// The message upstream answers for anything that is not a quantity.
-pub const FORMAT_ERROR: &str = "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'";
+pub const FORMAT_ERROR: &str =
+    "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'";
 
 /// A quantity; ordering and equality look at the value only.
 #[derive(Debug, Clone, Copy, Default)]

@@ -97,7 +97,8 @@ pub fn validate_metadata(kind: &Kind, rules: &Rules, object: &Value, errors: &mu
     let (name, generate) = (object.name(), object.str_at("metadata.generateName"));
     if !generate.is_empty() {
         // The suffix makes any base a valid name, so judge it as one would with it.
-        let padded = format!("{}a", generate.strip_suffix('-').map_or(generate.to_owned(), |b| format!("{b}-")));
+        let padded =
+            format!("{}a", generate.strip_suffix('-').map_or(generate.to_owned(), |b| format!("{b}-")));
         for problem in (rules.name)(&padded) {
             errors.push(field::Error::invalid("metadata.generateName", generate, problem));
         }
@@ -213,22 +214,32 @@ fn owner_references(object: &Value, errors: &mut Errors) {
     let owners = object.list_at(path);
     for (index, owner) in owners.iter().enumerate() {
         let at = field::index(path, index);
-        for (name, detail) in
-            [("apiVersion", "version must not be empty"), ("kind", "must not be empty"), ("name", "must not be empty"), ("uid", "must not be empty")]
-        {
+        for (name, detail) in [
+            ("apiVersion", "version must not be empty"),
+            ("kind", "must not be empty"),
+            ("name", "must not be empty"),
+            ("uid", "must not be empty"),
+        ] {
             if owner.str_at(name).is_empty() {
                 errors.push(field::Error::invalid(field::child(&at, name), "", detail));
             }
         }
         if owner.str_at("apiVersion") == "v1" && owner.str_at("kind") == "Event" {
-            errors.push(field::Error::invalid(at, owner.clone(), "/v1, Kind=Event is disallowed from being an owner"));
+            errors.push(field::Error::invalid(
+                at,
+                owner.clone(),
+                "/v1, Kind=Event is disallowed from being an owner",
+            ));
         }
     }
     let controllers: Vec<&Value> = owners.iter().filter(|o| o.bool_at("controller")).collect();
     if let [first, second, ..] = controllers[..] {
         let detail = format!(
             "Only one reference can have Controller set to true. Found \"true\" in references for {}/{} and {}/{}",
-            first.str_at("kind"), first.str_at("name"), second.str_at("kind"), second.str_at("name")
+            first.str_at("kind"),
+            first.str_at("name"),
+            second.str_at("kind"),
+            second.str_at("name")
         );
         errors.push(field::Error::invalid(path, owners.to_vec(), detail));
     }
@@ -251,7 +262,11 @@ pub fn label_selector(path: &str, selector: Option<&Value>, errors: &mut Errors)
                 "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
             )),
             "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
-            other => errors.push(field::Error::invalid(field::child(&at, "operator"), other, "not a valid selector operator")),
+            other => errors.push(field::Error::invalid(
+                field::child(&at, "operator"),
+                other,
+                "not a valid selector operator",
+            )),
         }
         for problem in crate::names::qualified_name(item.str_at("key")) {
             errors.push(field::Error::invalid(field::child(&at, "key"), item.str_at("key"), problem));
@@ -259,7 +274,11 @@ pub fn label_selector(path: &str, selector: Option<&Value>, errors: &mut Errors)
         for (i, value) in values.iter().enumerate() {
             let value = value.as_str().unwrap_or_default();
             for problem in crate::names::label_value(value) {
-                errors.push(field::Error::invalid(field::index(&field::child(&at, "values"), i), value, problem));
+                errors.push(field::Error::invalid(
+                    field::index(&field::child(&at, "values"), i),
+                    value,
+                    problem,
+                ));
             }
         }
     }
@@ -276,6 +295,10 @@ pub fn one_of(path: &str, object: &Value, name: &str, supported: &[&str], errors
 /// The number must not be negative.
 pub fn non_negative(path: &str, object: &Value, name: &str, errors: &mut Errors) {
     if let Some(number) = object.int_at(name).filter(|n| *n < 0) {
-        errors.push(field::Error::invalid(field::child(path, name), number, "must be greater than or equal to 0"));
+        errors.push(field::Error::invalid(
+            field::child(path, name),
+            number,
+            "must be greater than or equal to 0",
+        ));
     }
 }

@@ -11,10 +11,11 @@
 //! group apps apps v1                                      short name, API group ("-" for core), version
 //! kind Deployment deployments namespaced short=deploy sub=scale,status
 //! type ServicePort                                        "atomic": owned and replaced as a whole
-//!   port int32 !                                          "!": always present in upstream's encoding
-//!   ports []ContainerPort map=containerPort,protocol merge=containerPort
-//!   replicas int32 = 1                                     static default, filled in when absent
-//!   protocol string ~ "TCP"                               the same, also when empty or zero
+//!   3 port int32 !                                        protobuf number; "!": always present upstream
+//!   6 ports []ContainerPort map=containerPort,protocol merge=containerPort
+//!   1 replicas int32 = 1                                  static default, filled in when absent
+//!   2 protocol string ~ "TCP"                             the same, also when empty or zero
+//!   1.2 httpGet HTTPGetAction                             inside a structure that Go embeds as field 1
 //! ```
 
 use std::collections::HashMap;
@@ -50,6 +51,8 @@ pub struct Type {
 #[derive(Debug)]
 pub struct Field {
     pub name: String,
+    /// Protobuf field number; two where the field is inside a structure that Go embeds; none if it has none.
+    pub tags: Vec<u32>,
     pub shape: Shape,
     pub required: bool,
     pub list: ListType,
@@ -188,9 +191,11 @@ impl Schema {
         schema.declare_types(text);
         let mut scope = Scope::default();
         for (index, line) in text.lines().enumerate() {
-            schema
-                .read_line(line, &mut scope)
-                .map_err(|problem| TableError { line: index + 1, problem, text: line.to_owned() })?;
+            schema.read_line(line, &mut scope).map_err(|problem| TableError {
+                line: index + 1,
+                problem,
+                text: line.to_owned(),
+            })?;
         }
         schema.types.iter_mut().for_each(|t| t.fields.sort_by(|a, b| a.name.cmp(&b.name)));
         Ok(schema)
@@ -319,10 +324,16 @@ impl Schema {
             }
             None => (line, None),
         };
-        let (name, rest) = facts.split_once(' ').ok_or("a field needs a shape")?;
+        let (first, after) = facts.split_once(' ').ok_or("a field needs a shape")?;
+        let tags: Result<Vec<u32>, _> = first.split('.').map(str::parse).collect();
+        let (tags, (name, rest)) = match tags {
+            Ok(tags) => (tags, after.split_once(' ').ok_or("a field needs a shape")?),
+            Err(_) => (Vec::new(), (first, after)),
+        };
         let (shape, options) = self.read_shape(rest, scope)?;
         let mut field = Field {
             name: name.to_owned(),
+            tags,
             shape,
             required: false,
             list: ListType::Atomic,

@@ -71,7 +71,8 @@ impl LabelSelector {
                 "Exists" => Operator::Exists,
                 _ => Operator::DoesNotExist,
             };
-            let values = item.list_at("values").iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
+            let values =
+                item.list_at("values").iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
             requirements.push(Requirement { key: item.str_at("key").to_owned(), operator, values });
         }
         LabelSelector { requirements, nothing: false }
@@ -234,7 +235,10 @@ fn check_key(key: &str) -> Result<(), ParseError> {
     if problems.is_empty() {
         return Ok(());
     }
-    Err(ParseError(format!("unable to parse requirement: <nil>: Invalid value: {key:?}: {}", problems.join("; "))))
+    Err(ParseError(format!(
+        "unable to parse requirement: <nil>: Invalid value: {key:?}: {}",
+        problems.join("; ")
+    )))
 }
 
 fn check_value(key: &str, value: &str) -> Result<(), ParseError> {
@@ -243,7 +247,9 @@ fn check_value(key: &str, value: &str) -> Result<(), ParseError> {
         return Ok(());
     }
     let text = problems.join("; ");
-    Err(ParseError(format!("unable to parse requirement: values[0][{key}]: Invalid value: {value:?}: {text}")))
+    Err(ParseError(format!(
+        "unable to parse requirement: values[0][{key}]: Invalid value: {value:?}: {text}"
+    )))
 }
 
 /// `metadata.name=x,status.phase!=Running`: equality on the kind's selectable fields.
@@ -269,7 +275,9 @@ impl FieldSelector {
                 _ => match part.split_once('=') {
                     Some((f, v)) => (f, v, true),
                     None => {
-                        return Err(ParseError(format!("invalid selector: '{text}'; can't understand '{part}'")));
+                        return Err(ParseError(format!(
+                            "invalid selector: '{text}'; can't understand '{part}'"
+                        )));
                     }
                 },
             };
@@ -302,9 +310,19 @@ mod tests {
     fn query_selectors_match_as_kubernetes_has_them() {
         let labels = json!({"app":"web","tier":"front","n":"5"});
         for (text, expected) in [
-            ("", true), ("app=web", true), ("app==web,tier=front", true), ("app!=web", false),
-            ("app in (db, web)", true), ("app notin (db)", true), ("missing notin (x)", true), ("app", true),
-            ("!app", false), ("!missing", true), ("n>4", true), ("n<4", false), ("missing!=x", true),
+            ("", true),
+            ("app=web", true),
+            ("app==web,tier=front", true),
+            ("app!=web", false),
+            ("app in (db, web)", true),
+            ("app notin (db)", true),
+            ("missing notin (x)", true),
+            ("app", true),
+            ("!app", false),
+            ("!missing", true),
+            ("n>4", true),
+            ("n<4", false),
+            ("missing!=x", true),
             ("app=", false),
         ] {
             let selector = LabelSelector::parse(text).expect(text);

@@ -59,8 +59,7 @@ impl Status {
 
     /// The path names no resource at all.
     pub fn no_such_resource() -> Box<Status> {
-        let mut status =
-            Status::new(404, "NotFound", "the server could not find the requested resource");
+        let mut status = Status::new(404, "NotFound", "the server could not find the requested resource");
         status.details = Some(json!({}));
         status
     }
@@ -87,7 +86,8 @@ impl Status {
 
     /// The stored object is newer than the one the request was made from.
     pub fn modified(kind: &Kind, name: &str) -> Box<Status> {
-        let why = "the object has been modified; please apply your changes to the latest version and try again";
+        let why =
+            "the object has been modified; please apply your changes to the latest version and try again";
         Status::conflict(kind, name, why)
     }
 

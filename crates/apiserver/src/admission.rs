@@ -102,7 +102,9 @@ const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// Pods run as a service account and find its token where clients look for it.
 fn service_account(a: &Attributes, pod: &mut Value) -> Result<()> {
-    if !is_new_pod(a) || pod.at("metadata.annotations").is_some_and(|m| m.get("kubernetes.io/config.mirror").is_some()) {
+    if !is_new_pod(a)
+        || pod.at("metadata.annotations").is_some_and(|m| m.get("kubernetes.io/config.mirror").is_some())
+    {
         return Ok(());
     }
     if pod.str_at("spec.serviceAccountName").is_empty() {
@@ -112,13 +114,15 @@ fn service_account(a: &Attributes, pod: &mut Value) -> Result<()> {
     pod.set_at("spec.serviceAccount", name.clone());
     let namespace = a.place.namespace;
     let Some(account) = a.registry.lookup("", "serviceaccounts", namespace, &name) else {
-        let why = format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
+        let why =
+            format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
         return Err(Status::forbidden(a.place.kind, pod.name(), why));
     };
     if pod.list_at("spec.imagePullSecrets").is_empty() && !account.list_at("imagePullSecrets").is_empty() {
         pod.set_at("spec.imagePullSecrets", account.list_at("imagePullSecrets").to_vec());
     }
-    let wanted = pod.at("spec.automountServiceAccountToken").or_else(|| account.at("automountServiceAccountToken"));
+    let wanted =
+        pod.at("spec.automountServiceAccountToken").or_else(|| account.at("automountServiceAccountToken"));
     if wanted != Some(&Value::Bool(false)) {
         mount_token(pod);
     }
@@ -164,19 +168,23 @@ fn priority(a: &Attributes, pod: &mut Value) -> Result<()> {
     } else {
         let found = a.registry.lookup("scheduling.k8s.io", "priorityclasses", "", &name);
         Some(found.ok_or_else(|| {
-            Status::forbidden(a.place.kind, pod.name(), format!("no PriorityClass with name {name} was found"))
+            Status::forbidden(
+                a.place.kind,
+                pod.name(),
+                format!("no PriorityClass with name {name} was found"),
+            )
         })?)
     };
     let value = class.as_ref().and_then(|c| c.int_at("value")).unwrap_or(0);
     if let Some(given) = pod.int_at("spec.priority").filter(|p| *p != value) {
-        let why = format!("the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name");
+        let why = format!(
+            "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
+        );
         return Err(Status::forbidden(a.place.kind, pod.name(), why));
     }
     pod.set_at("spec.priority", value);
-    if let Some(class) = &class {
-        if name.is_empty() {
-            pod.set_at("spec.priorityClassName", class.name());
-        }
+    if let (Some(class), true) = (&class, name.is_empty()) {
+        pod.set_at("spec.priorityClassName", class.name());
     }
     let policy = class.as_ref().map_or("", |c| c.str_at("preemptionPolicy"));
     if pod.str_at("spec.preemptionPolicy").is_empty() {
@@ -186,7 +194,8 @@ fn priority(a: &Attributes, pod: &mut Value) -> Result<()> {
 }
 
 fn global_default(registry: &Registry) -> Option<Value> {
-    let listing = registry.store.list("priorityclasses.scheduling.k8s.io", &knarr_store::Range::default()).ok()?;
+    let listing =
+        registry.store.list("priorityclasses.scheduling.k8s.io", &knarr_store::Range::default()).ok()?;
     let classes = listing.entries.iter().map(|e| crate::encode::decode(e));
     classes.filter(|c| c.bool_at("globalDefault")).min_by_key(|c| c.int_at("value"))
 }
@@ -203,7 +212,9 @@ fn default_toleration_seconds(a: &Attributes, pod: &mut Value) -> Result<()> {
                 && (t.str_at("effect") == "NoExecute" || t.str_at("effect").is_empty())
         });
         if !tolerated {
-            tolerations.push(json!({ "key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 }));
+            tolerations.push(
+                json!({ "key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 }),
+            );
         }
     }
     pod.set_at("spec.tolerations", tolerations);

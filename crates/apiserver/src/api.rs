@@ -11,7 +11,7 @@ use knarr_api::columns::Clock;
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
-use knarr_api::decode;
+use knarr_api::{decode, protobuf};
 use knarr_store::{Range, ReadError};
 use serde_json::{Value, json};
 
@@ -82,11 +82,22 @@ impl Api {
         result.unwrap_or_else(|status| respond::refuse(&status, &fallback))
     }
 
-    async fn admit(&self, request: Request<Body>, info: &RequestInfo, form: Result<Form>, peer: &Peer) -> Result<Answer> {
+    async fn admit(
+        &self,
+        request: Request<Body>,
+        info: &RequestInfo,
+        form: Result<Form>,
+        peer: &Peer,
+    ) -> Result<Answer> {
         let user = match peer {
             Peer::InProcess(user) => user.clone(),
             Peer::Remote(certificate) => {
-                let user = authn::authenticate(request.headers(), certificate.as_ref(), &self.tokens, &self.registry)?;
+                let user = authn::authenticate(
+                    request.headers(),
+                    certificate.as_ref(),
+                    &self.tokens,
+                    &self.registry,
+                )?;
                 self.impersonate(user, request.headers())?
             }
         };
@@ -101,14 +112,28 @@ impl Api {
     fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User> {
         let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
         let Some(name) = text("impersonate-user") else { return Ok(user) };
-        let mut groups: Vec<String> =
-            headers.get_all("impersonate-group").iter().filter_map(|v| v.to_str().ok().map(str::to_owned)).collect();
+        let mut groups: Vec<String> = headers
+            .get_all("impersonate-group")
+            .iter()
+            .filter_map(|v| v.to_str().ok().map(str::to_owned))
+            .collect();
         let may = |resource, name: &str| {
-            let action = Action { verb: "impersonate", group: "", resource, subresource: "", namespace: "", name, path: None };
+            let action = Action {
+                verb: "impersonate",
+                group: "",
+                resource,
+                subresource: "",
+                namespace: "",
+                name,
+                path: None,
+            };
             self.rbac.allows(&user, &action)
         };
         if !may("users", name) || groups.iter().any(|g| !may("groups", g)) {
-            let text = format!("users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope", user.name);
+            let text = format!(
+                "users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
+                user.name
+            );
             return Err(Status::new(403, "Forbidden", text));
         }
         if let Some(rest) = name.strip_prefix("system:serviceaccount:")
@@ -125,7 +150,15 @@ impl Api {
         let (action, target) = match &info.target {
             None => {
                 let verb = if info.verb.is_empty() { "get" } else { info.verb };
-                let action = Action { verb, group: "", resource: "", subresource: "", namespace: "", name: "", path: Some(&info.path) };
+                let action = Action {
+                    verb,
+                    group: "",
+                    resource: "",
+                    subresource: "",
+                    namespace: "",
+                    name: "",
+                    path: Some(&info.path),
+                };
                 (action, None)
             }
             Some(t) => {
@@ -150,13 +183,18 @@ impl Api {
             status.details = Some(json!({}));
             return Err(status);
         };
-        let resource = if t.subresource.is_empty() { t.resource.clone() } else { format!("{}/{}", t.resource, t.subresource) };
+        let resource = if t.subresource.is_empty() {
+            t.resource.clone()
+        } else {
+            format!("{}/{}", t.resource, t.subresource)
+        };
         let whereabouts = if t.namespace.is_empty() || t.resource == "namespaces" {
             "at the cluster scope".to_owned()
         } else {
             format!("in the namespace {:?}", t.namespace)
         };
-        let qualified = if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
+        let qualified =
+            if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
         let subject = if t.name.is_empty() { qualified } else { format!("{qualified} {:?}", t.name) };
         let text = format!(
             "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
@@ -182,7 +220,9 @@ impl Api {
         let segments: Vec<&str> = info.path.split('/').filter(|s| !s.is_empty()).collect();
         let aggregated = aggregated_version(accept);
         let value = match (&segments[..], aggregated) {
-            (["healthz" | "livez" | "readyz", check @ ..], _) => return Ok(self.health(segments[0], check, &info.query)),
+            (["healthz" | "livez" | "readyz", check @ ..], _) => {
+                return Ok(self.health(segments[0], check, &info.query));
+            }
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
             (["api"], Some(version)) => return Ok(aggregated_answer(schema, true, version)),
@@ -212,7 +252,9 @@ impl Api {
                 "id_token_signing_alg_values_supported": ["ES256"],
             }),
             (["openid", "v1", "jwks"], _) => self.tokens.key_set(),
-            ([], _) => json!({ "paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] }),
+            ([], _) => {
+                json!({ "paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] })
+            }
             _ => return Err(Status::no_such_resource()),
         };
         let form = Form { shape: Shape::Whole, ..form.unwrap_or(Form::JSON) };
@@ -223,7 +265,11 @@ impl Api {
     fn health(&self, endpoint: &str, check: &[&str], query: &Query) -> Answer {
         const CHECKS: [&str; 3] = ["ping", "log", "store"];
         if let [name] = check {
-            return if CHECKS.contains(name) { respond::text(200, "ok") } else { respond::text(404, "404 page not found\n") };
+            return if CHECKS.contains(name) {
+                respond::text(200, "ok")
+            } else {
+                respond::text(404, "404 page not found\n")
+            };
         }
         if query.get("verbose").is_none() {
             return respond::text(200, "ok");
@@ -231,7 +277,13 @@ impl Api {
         let excluded = query.all("exclude");
         let mut lines: String = CHECKS
             .iter()
-            .map(|c| if excluded.iter().any(|e| e == c) { format!("[+]{c} excluded: ok\n") } else { format!("[+]{c} ok\n") })
+            .map(|c| {
+                if excluded.iter().any(|e| e == c) {
+                    format!("[+]{c} excluded: ok\n")
+                } else {
+                    format!("[+]{c} ok\n")
+                }
+            })
             .collect();
         lines.push_str(&format!("{endpoint} check passed\n"));
         respond::text(200, lines)
@@ -244,14 +296,24 @@ impl Api {
         );
         for kind in self.registry.schema.kinds().iter().filter(|k| !k.create_only) {
             let count = self.registry.store.count(&crate::registry::partition(kind));
-            text.push_str(&format!("apiserver_storage_objects{{resource=\"{}\"}} {count}\n", kind.resource()));
+            text.push_str(&format!(
+                "apiserver_storage_objects{{resource=\"{}\"}} {count}\n",
+                kind.resource()
+            ));
         }
         text
     }
 
     // ---- resources ----
 
-    async fn resource(&self, request: Request<Body>, info: &RequestInfo, target: &Target, form: Result<Form>, user: User) -> Result<Answer> {
+    async fn resource(
+        &self,
+        request: Request<Body>,
+        info: &RequestInfo,
+        target: &Target,
+        form: Result<Form>,
+        user: User,
+    ) -> Result<Answer> {
         let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
         let kind = kind.ok_or_else(Status::no_such_resource)?;
         if !target.subresource.is_empty() && !kind.has_sub(&target.subresource) {
@@ -292,7 +354,9 @@ impl Api {
 
     async fn dispatch(&self, call: &Call<'_>, method: &Method, body: Bytes) -> Result<Answer> {
         match (call.info.verb, call.target.subresource.as_str()) {
-            (verb, "") if call.kind.create_only && verb != "create" => Err(Status::method_not_allowed(call.kind, verb)),
+            (verb, "") if call.kind.create_only && verb != "create" => {
+                Err(Status::method_not_allowed(call.kind, verb))
+            }
             ("get", "" | "status") => self.get(call),
             ("list", "") => self.list(call),
             ("watch", "") => self.watch(call),
@@ -312,27 +376,31 @@ impl Api {
             ("get", "ephemeralcontainers") => self.get(call),
             ("update" | "patch", "ephemeralcontainers") => {
                 let config = self.edit_of(call, &body)?;
-                let outcome = subresources::ephemeral_containers(&self.registry, call.place(), &config, &call.context).await?;
+                let outcome =
+                    subresources::ephemeral_containers(&self.registry, call.place(), &config, &call.context)
+                        .await?;
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("create", "binding") => {
-                let binding = tree(&call.headers, &body)?;
+                let binding = self.tree(&call.headers, &body)?;
                 let value = subresources::bind(&self.registry, call.place(), &binding, &call.context).await?;
                 self.show(call, 201, &value)
             }
             ("create", "eviction") => {
-                let eviction = tree(&call.headers, &body)?;
-                let value = subresources::evict(&self.registry, call.place(), &eviction, &call.context).await?;
+                let eviction = self.tree(&call.headers, &body)?;
+                let value =
+                    subresources::evict(&self.registry, call.place(), &eviction, &call.context).await?;
                 self.show(call, 201, &value)
             }
             ("create", "token") => {
-                let request = tree(&call.headers, &body)?;
+                let request = self.tree(&call.headers, &body)?;
                 let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
                 self.show(call, 201, &value)
             }
             ("update", "finalize") => {
                 let object = self.decode_body(call, &body)?;
-                let outcome = subresources::finalize(&self.registry, call.place(), &object, &call.context).await?;
+                let outcome =
+                    subresources::finalize(&self.registry, call.place(), &object, &call.context).await?;
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("get", "approval") => self.get(call),
@@ -393,20 +461,25 @@ impl Api {
     fn list(&self, call: &Call) -> Result<Answer> {
         let query = call.query();
         let selection = self.selection(call)?;
-        let mut range = Range { limit: query.number("limit")?.unwrap_or(0).max(0) as usize, ..Range::default() };
+        let mut range =
+            Range { limit: query.number("limit")?.unwrap_or(0).max(0) as usize, ..Range::default() };
         let version = query.get("resourceVersion").unwrap_or_default();
         let exact = query.get("resourceVersionMatch");
         if let Some(token) = query.get("continue").filter(|t| !t.is_empty()) {
             if !matches!(version, "" | "0") {
-                return Err(Status::bad_request("specifying resource version is not allowed when using continue"));
+                return Err(Status::bad_request(
+                    "specifying resource version is not allowed when using continue",
+                ));
             }
             let (revision, after) = read_continue(token)?;
             range.at = revision;
             range.after = Some(after);
         } else if !matches!(version, "" | "0") {
-            let revision: u64 = version
-                .parse()
-                .map_err(|_| Status::bad_request(format!("Invalid value: {version:?}: strconv.ParseUint: parsing {version:?}: invalid syntax")))?;
+            let revision: u64 = version.parse().map_err(|_| {
+                Status::bad_request(format!(
+                    "Invalid value: {version:?}: strconv.ParseUint: parsing {version:?}: invalid syntax"
+                ))
+            })?;
             let newest = self.registry.store.revision();
             if revision > newest {
                 return Err(watch::read_failed(&ReadError::Future { requested: revision, newest }));
@@ -425,7 +498,9 @@ impl Api {
             other => watch::read_failed(&other),
         })?;
         let mut metadata = json!({ "resourceVersion": page.revision.to_string() });
-        if page.remaining > 0 && let Some(last) = page.entries.last() {
+        if page.remaining > 0
+            && let Some(last) = page.entries.last()
+        {
             metadata["continue"] = json!(write_continue(page.revision, &last.key));
             if page.counted {
                 metadata["remainingItemCount"] = json!(page.remaining);
@@ -450,28 +525,38 @@ impl Api {
 
     async fn create(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         let object = self.decode_body(call, body)?;
-        let namespace = if call.kind.namespaced && call.namespace().is_empty() { "default" } else { call.namespace() };
+        let namespace =
+            if call.kind.namespaced && call.namespace().is_empty() { "default" } else { call.namespace() };
         let outcome = self.registry.create(call.kind, namespace, object, &call.context).await?;
         Ok(self.outcome(call, 201, &outcome))
     }
 
     async fn review(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         if call.kind.kind == "Binding" {
-            let binding = tree(&call.headers, body)?;
+            let binding = self.tree(&call.headers, body)?;
             let kind = self.registry.schema.resource("", "v1", "pods").expect("pods are built in");
             let place = Place { kind, namespace: call.namespace(), name: binding.name() };
             let value = subresources::bind(&self.registry, place, &binding, &call.context).await?;
             return self.show(call, 201, &value);
         }
         let review = self.decode_body(call, body)?;
-        let value = reviews::answer(&self.registry, &self.rbac, &self.tokens, call.kind, call.namespace(), review, &call.context.user)?;
+        let value = reviews::answer(
+            &self.registry,
+            &self.rbac,
+            &self.tokens,
+            call.kind,
+            call.namespace(),
+            review,
+            &call.context.user,
+        )?;
         self.show(call, 201, &value)
     }
 
     async fn update(&self, call: &Call<'_>, endpoint: Endpoint, body: &Bytes) -> Result<Answer> {
         let edit = Edit::Replace(self.decode_body(call, body)?);
         if endpoint == Endpoint::Main {
-            let (outcome, created) = self.registry.modify_or_create(call.place(), edit, &call.context).await?;
+            let (outcome, created) =
+                self.registry.modify_or_create(call.place(), edit, &call.context).await?;
             return Ok(self.outcome(call, if created { 201 } else { 200 }, &outcome));
         }
         let outcome = self.registry.modify(call.place(), endpoint, &edit, &call.context).await?;
@@ -481,7 +566,8 @@ impl Api {
     async fn patch(&self, call: &Call<'_>, endpoint: Endpoint, body: &Bytes) -> Result<Answer> {
         let edit = self.edit_of(call, body)?;
         if endpoint == Endpoint::Main && matches!(edit, Edit::Apply { .. }) {
-            let (outcome, created) = self.registry.modify_or_create(call.place(), edit, &call.context).await?;
+            let (outcome, created) =
+                self.registry.modify_or_create(call.place(), edit, &call.context).await?;
             return Ok(self.outcome(call, if created { 201 } else { 200 }, &outcome));
         }
         let outcome = self.registry.modify(call.place(), endpoint, &edit, &call.context).await?;
@@ -502,7 +588,8 @@ impl Api {
                     let text = "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
                     return Err(Status::new(422, "Invalid", text));
                 }
-                let tree = decode::yaml(body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
+                let tree = decode::yaml(body)
+                    .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
                 let config = self.registry.decode(call.kind, tree, &call.context)?;
                 if config.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
@@ -510,7 +597,18 @@ impl Api {
                 let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
                 if !broken.is_empty() {
                     let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
-                    return Err(Status::new(500, "InternalError", format!("failed to create typed patch object ({}/{}; {}, Kind={}): {}", call.namespace(), call.target.name, call.kind.api_version(), call.kind.kind, texts.join("\n"))));
+                    return Err(Status::new(
+                        500,
+                        "InternalError",
+                        format!(
+                            "failed to create typed patch object ({}/{}; {}, Kind={}): {}",
+                            call.namespace(),
+                            call.target.name,
+                            call.kind.api_version(),
+                            call.kind.kind,
+                            texts.join("\n")
+                        ),
+                    ));
                 }
                 Ok(Edit::Apply { config, force: call.query().flag("force") })
             }
@@ -523,7 +621,7 @@ impl Api {
     async fn scale(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         let replace = call.info.verb == "update";
         let media = media_type(&call.headers);
-        let sent = if replace { Some(tree(&call.headers, body)?) } else { None };
+        let sent = if replace { Some(self.tree(&call.headers, body)?) } else { None };
         let type_id = self.registry.schema.type_named("autoscaling.v1.Scale");
         let edit = |scale: &Value| -> Result<Value> {
             match (&sent, media, type_id) {
@@ -533,7 +631,8 @@ impl Api {
                     knarr_api::patch::strategic(self.registry.schema, id, scale, body)
                 }
                 (None, "application/apply-patch+yaml", _) => {
-                    let config = decode::yaml(body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
+                    let config = decode::yaml(body)
+                        .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
                     let mut new = scale.clone();
                     if let Some(replicas) = config.at("spec.replicas") {
                         new.set_at("spec.replicas", replicas.clone());
@@ -553,7 +652,8 @@ impl Api {
         let rules = knarr_api::rules::Rules::of(call.kind);
         if gone && !rules.returns_deleted {
             let object = outcome.value();
-            let mut details = json!({ "name": call.target.name, "kind": call.kind.plural, "uid": object.uid() });
+            let mut details =
+                json!({ "name": call.target.name, "kind": call.kind.plural, "uid": object.uid() });
             if !call.kind.group.is_empty() {
                 details["group"] = json!(call.kind.group);
             }
@@ -586,7 +686,7 @@ impl Api {
     }
 
     fn delete_options(&self, call: &Call, body: &Bytes) -> Result<DeleteOptions> {
-        let options = if body.is_empty() { Value::Null } else { tree(&call.headers, body)? };
+        let options = if body.is_empty() { Value::Null } else { self.tree(&call.headers, body)? };
         DeleteOptions::read(&options, call.query())
     }
 
@@ -596,16 +696,55 @@ impl Api {
                 let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
+            PROTOBUF => {
+                let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
+                    .map_err(|e| Status::bad_request(e.0))?;
+                self.registry.decode(call.kind, tree, &call.context)
+            }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
+            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
         }
+    }
+
+    /// A body of another type than the resource's, as a tree: options, scales, bindings.
+    fn tree(&self, headers: &HeaderMap, body: &Bytes) -> Result<Value> {
+        match media_type(headers) {
+            "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
+            PROTOBUF => {
+                let (version, kind, _) = protobuf::envelope(body).map_err(|e| Status::bad_request(e.0))?;
+                let id = self.registry.schema.type_named(&qualified_type(&version, &kind));
+                let id = id.ok_or_else(|| {
+                    Status::bad_request(format!("no kind {kind:?} is registered for version {version:?}"))
+                })?;
+                protobuf::decode(self.registry.schema, id, body).map_err(|e| Status::bad_request(e.0))
+            }
+            "application/json" | "" => serde_json::from_slice(body).map_err(|e| {
+                Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
+            }),
+            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+        }
+    }
+}
+
+const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+
+/// The schema's name of a type: `policy.v1.Eviction`. Options are of the meta group whatever they claim.
+fn qualified_type(api_version: &str, kind: &str) -> String {
+    if kind.ends_with("Options") {
+        return format!("meta.v1.{kind}");
+    }
+    match api_version.split_once('/') {
+        Some((group, version)) => format!("{}.{version}.{kind}", group.split('.').next().unwrap_or_default()),
+        None => format!("core.{api_version}.{kind}"),
     }
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {
     match Limited::new(body, BODY_BYTES_MAX).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Status::too_large(BODY_BYTES_MAX)),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+            Err(Status::too_large(BODY_BYTES_MAX))
+        }
         Err(error) => Err(Status::bad_request(format!("cannot read the body: {error}"))),
     }
 }
@@ -613,17 +752,6 @@ async fn read_body(body: Body) -> Result<Bytes> {
 fn media_type(headers: &HeaderMap) -> &str {
     let value = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     value.split(';').next().unwrap_or_default().trim()
-}
-
-/// A body as a plain tree.
-fn tree(headers: &HeaderMap, body: &Bytes) -> Result<Value> {
-    match media_type(headers) {
-        "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
-        "application/json" | "" => {
-            serde_json::from_slice(body).map_err(|e| Status::bad_request(format!("couldn't get version/kind; json parse error: {e}")))
-        }
-        _ => Err(Status::unsupported_media_type("application/json, application/yaml")),
-    }
 }
 
 /// `fieldManager`, or the user agent up to its first slash.

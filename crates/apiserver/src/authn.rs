@@ -98,7 +98,8 @@ impl Tokens {
         if let Some((name, uid)) = &claims.node {
             kubernetes["node"] = json!({ "name": name, "uid": uid });
         }
-        let audiences = if claims.audiences.is_empty() { vec![self.issuer.clone()] } else { claims.audiences.clone() };
+        let audiences =
+            if claims.audiences.is_empty() { vec![self.issuer.clone()] } else { claims.audiences.clone() };
         let body = json!({
             "iss": self.issuer,
             "sub": format!("system:serviceaccount:{}:{}", claims.namespace, claims.account),
@@ -117,7 +118,12 @@ impl Tokens {
     }
 
     /// The user of a token, if it is ours, in time, meant for `audiences`, and what it is bound to still exists.
-    pub fn verify(&self, token: &str, audiences: &[String], registry: &Registry) -> std::result::Result<User, TokenError> {
+    pub fn verify(
+        &self,
+        token: &str,
+        audiences: &[String],
+        registry: &Registry,
+    ) -> std::result::Result<User, TokenError> {
         let mut validation = Validation::new(Algorithm::ES256);
         validation.set_issuer(&[&self.issuer]);
         let own = [self.issuer.clone()];
@@ -134,7 +140,9 @@ impl Tokens {
             return Err(TokenError::Unbound("service account"));
         }
         let mut user = User::service_account(namespace, account, uid);
-        for (kind, plural, scope) in [("pod", "pods", namespace), ("secret", "secrets", namespace), ("node", "nodes", "")] {
+        for (kind, plural, scope) in
+            [("pod", "pods", namespace), ("secret", "secrets", namespace), ("node", "nodes", "")]
+        {
             let Some(bound) = about.get(kind) else { continue };
             let (name, uid) = (bound.str_at("name"), bound.str_at("uid"));
             // A pod's token names its node for information only.
@@ -143,7 +151,8 @@ impl Tokens {
                 return Err(TokenError::Unbound(kind));
             }
             for (key, value) in [("name", name), ("uid", uid)] {
-                user.extra.push((format!("authentication.kubernetes.io/{kind}-{key}"), vec![value.to_owned()]));
+                user.extra
+                    .push((format!("authentication.kubernetes.io/{kind}-{key}"), vec![value.to_owned()]));
             }
         }
         if let Some(id) = claims.get("jti").and_then(Value::as_str) {

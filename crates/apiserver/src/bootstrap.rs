@@ -19,8 +19,16 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
         ensure(registry, "", "namespaces", "", json!({ "metadata": { "name": name } }), &context).await?;
     }
     for (name, value, description) in [
-        ("system-node-critical", 2_000_001_000, "Used for system critical pods that must not be moved from their current node."),
-        ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+        (
+            "system-node-critical",
+            2_000_001_000,
+            "Used for system critical pods that must not be moved from their current node.",
+        ),
+        (
+            "system-cluster-critical",
+            2_000_000_000,
+            "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+        ),
     ] {
         let class = json!({ "metadata": { "name": name }, "value": value, "description": description });
         ensure(registry, "scheduling.k8s.io", "priorityclasses", "", class, &context).await?;
@@ -40,8 +48,16 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
     publish_self(registry, advertised, &context).await
 }
 
-async fn ensure(registry: &Registry, group: &str, plural: &str, namespace: &str, object: Value, context: &Context) -> Result<()> {
-    let kind = registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
+async fn ensure(
+    registry: &Registry,
+    group: &str,
+    plural: &str,
+    namespace: &str,
+    object: Value,
+    context: &Context,
+) -> Result<()> {
+    let kind =
+        registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
     if registry.lookup(group, plural, namespace, object.name()).is_some() {
         return Ok(());
     }
@@ -58,11 +74,16 @@ async fn ensure_rules(registry: &Registry, role: Value, context: &Context) -> Re
         return ensure(registry, "rbac.authorization.k8s.io", "clusterroles", "", role, context).await;
     };
     let wanted = role.list_at("rules").to_vec();
-    let missing = |object: &Value| wanted.iter().filter(|r| !object.list_at("rules").contains(r)).cloned().collect::<Vec<_>>();
+    let missing = |object: &Value| {
+        wanted.iter().filter(|r| !object.list_at("rules").contains(r)).cloned().collect::<Vec<_>>()
+    };
     if missing(&found).is_empty() {
         return Ok(());
     }
-    let kind = registry.schema.resource("rbac.authorization.k8s.io", "v1", "clusterroles").expect("roles are built in");
+    let kind = registry
+        .schema
+        .resource("rbac.authorization.k8s.io", "v1", "clusterroles")
+        .expect("roles are built in");
     let add = |old: &Value| {
         let mut new = old.clone();
         let mut rules = old.list_at("rules").to_vec();
@@ -86,12 +107,27 @@ const BINDINGS: &[(&str, &str, &str, &[&str])] = &[
     ("cluster-admin", "cluster-admin", "Group", &["system:masters"]),
     ("system:basic-user", "system:basic-user", "Group", &["system:authenticated"]),
     ("system:discovery", "system:discovery", "Group", &["system:authenticated"]),
-    ("system:public-info-viewer", "system:public-info-viewer", "Group", &["system:authenticated", "system:unauthenticated"]),
-    ("system:service-account-issuer-discovery", "system:service-account-issuer-discovery", "Group", &["system:serviceaccounts"]),
+    (
+        "system:public-info-viewer",
+        "system:public-info-viewer",
+        "Group",
+        &["system:authenticated", "system:unauthenticated"],
+    ),
+    (
+        "system:service-account-issuer-discovery",
+        "system:service-account-issuer-discovery",
+        "Group",
+        &["system:serviceaccounts"],
+    ),
     ("system:node", "system:node", "Group", &["system:nodes"]),
     ("system:node-proxier", "system:node-proxier", "User", &["system:kube-proxy"]),
     ("system:kube-scheduler", "system:kube-scheduler", "User", &["system:kube-scheduler"]),
-    ("system:kube-controller-manager", "system:kube-controller-manager", "User", &["system:kube-controller-manager"]),
+    (
+        "system:kube-controller-manager",
+        "system:kube-controller-manager",
+        "User",
+        &["system:kube-controller-manager"],
+    ),
     ("system:kube-dns", "system:kube-dns", "User", &["kube-system/kube-dns", "system:kube-dns"]),
 ];
 
@@ -108,15 +144,55 @@ fn urls(urls: &[&str]) -> Value {
 }
 
 fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
-    let everything = || vec![rule(&["*"], &["*"], &["*"]), json!({ "nonResourceURLs": ["*"], "verbs": ["*"] })];
-    let workloads = &["deployments", "deployments/scale", "replicasets", "replicasets/scale", "statefulsets", "statefulsets/scale", "daemonsets", "controllerrevisions"][..];
-    let core = &["configmaps", "endpoints", "persistentvolumeclaims", "pods", "replicationcontrollers", "replicationcontrollers/scale", "serviceaccounts", "services"][..];
+    let everything =
+        || vec![rule(&["*"], &["*"], &["*"]), json!({ "nonResourceURLs": ["*"], "verbs": ["*"] })];
+    let workloads = &[
+        "deployments",
+        "deployments/scale",
+        "replicasets",
+        "replicasets/scale",
+        "statefulsets",
+        "statefulsets/scale",
+        "daemonsets",
+        "controllerrevisions",
+    ][..];
+    let core = &[
+        "configmaps",
+        "endpoints",
+        "persistentvolumeclaims",
+        "pods",
+        "replicationcontrollers",
+        "replicationcontrollers/scale",
+        "serviceaccounts",
+        "services",
+    ][..];
     let view = || {
         vec![
             rule(&[""], core, &READ),
-            rule(&[""], &["bindings", "events", "limitranges", "namespaces/status", "pods/log", "pods/status", "replicationcontrollers/status", "resourcequotas", "resourcequotas/status", "persistentvolumeclaims/status", "services/status", "namespaces"], &READ),
+            rule(
+                &[""],
+                &[
+                    "bindings",
+                    "events",
+                    "limitranges",
+                    "namespaces/status",
+                    "pods/log",
+                    "pods/status",
+                    "replicationcontrollers/status",
+                    "resourcequotas",
+                    "resourcequotas/status",
+                    "persistentvolumeclaims/status",
+                    "services/status",
+                    "namespaces",
+                ],
+                &READ,
+            ),
             rule(&["apps"], workloads, &READ),
-            rule(&["apps"], &["deployments/status", "replicasets/status", "statefulsets/status", "daemonsets/status"], &READ),
+            rule(
+                &["apps"],
+                &["deployments/status", "replicasets/status", "statefulsets/status", "daemonsets/status"],
+                &READ,
+            ),
             rule(&["batch"], &["jobs", "cronjobs", "jobs/status", "cronjobs/status"], &READ),
             rule(&["autoscaling"], &["horizontalpodautoscalers", "horizontalpodautoscalers/status"], &READ),
             rule(&["networking.k8s.io"], &["ingresses", "ingresses/status", "networkpolicies"], &READ),
@@ -130,7 +206,11 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
             rule(&[""], core, &WRITE),
             rule(&[""], &["secrets"], &ALL),
             rule(&[""], &["events"], &WRITE),
-            rule(&[""], &["pods/attach", "pods/exec", "pods/portforward", "pods/proxy", "services/proxy"], &["get", "list", "watch", "create", "delete", "patch", "update"]),
+            rule(
+                &[""],
+                &["pods/attach", "pods/exec", "pods/portforward", "pods/proxy", "services/proxy"],
+                &["get", "list", "watch", "create", "delete", "patch", "update"],
+            ),
             rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
             rule(&[""], &["serviceaccounts"], &["impersonate"]),
             rule(&["apps"], workloads, &WRITE),
@@ -153,54 +233,145 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
         ("admin", admin()),
         ("edit", edit()),
         ("view", view()),
-        ("system:basic-user", vec![
-            rule(&["authorization.k8s.io"], &["selfsubjectaccessreviews", "selfsubjectrulesreviews"], &["create"]),
-            rule(&["authentication.k8s.io"], &["selfsubjectreviews"], &["create"]),
-        ]),
-        ("system:discovery", vec![urls(&["/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi", "/openapi/*", "/readyz", "/version", "/version/"])]),
-        ("system:public-info-viewer", vec![urls(&["/healthz", "/livez", "/readyz", "/version", "/version/"])]),
-        ("system:service-account-issuer-discovery", vec![urls(&["/.well-known/openid-configuration", "/.well-known/openid-configuration/", "/openid/v1/jwks", "/openid/v1/jwks/"])]),
-        ("system:node", vec![
-            rule(&[""], &["nodes"], &["create", "get", "list", "watch", "patch", "update"]),
-            rule(&[""], &["nodes/status"], &["patch", "update"]),
-            rule(&[""], &["pods"], &["get", "list", "watch", "create", "delete"]),
-            rule(&[""], &["pods/status"], &["patch", "update"]),
-            rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
-            rule(&[""], &["configmaps", "secrets", "services", "endpoints", "namespaces", "serviceaccounts", "persistentvolumeclaims", "persistentvolumes"], &READ),
-            rule(&[""], &["events"], &["create", "patch", "update"]),
-            rule(&["events.k8s.io"], &["events"], &["create", "patch", "update"]),
-            rule(&["coordination.k8s.io"], &["leases"], &["create", "delete", "get", "patch", "update"]),
-            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
-            rule(&["node.k8s.io"], &["runtimeclasses"], &READ),
-            rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
-            rule(&["authorization.k8s.io"], &["subjectaccessreviews", "localsubjectaccessreviews"], &["create"]),
-            rule(&["certificates.k8s.io"], &["certificatesigningrequests"], &["create", "get", "list", "watch"]),
-            rule(&["storage.k8s.io"], &["csinodes", "volumeattachments", "csidrivers"], &["create", "get", "list", "watch", "patch", "update", "delete"]),
-        ]),
-        ("system:node-proxier", vec![
-            rule(&[""], &["services", "endpoints", "nodes"], &READ),
-            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
-            rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
-        ]),
-        ("system:kube-scheduler", vec![
-            rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
-            rule(&["coordination.k8s.io"], &["leases"], &ALL),
-            rule(&[""], &["nodes", "namespaces", "services", "replicationcontrollers", "persistentvolumeclaims", "persistentvolumes"], &READ),
-            rule(&[""], &["pods"], &["delete", "get", "list", "watch"]),
-            rule(&[""], &["bindings", "pods/binding"], &["create"]),
-            rule(&[""], &["pods/status"], &["patch", "update"]),
-            rule(&["apps"], &["replicasets", "statefulsets"], &READ),
-            rule(&["policy"], &["poddisruptionbudgets"], &READ),
-            rule(&["scheduling.k8s.io"], &["priorityclasses"], &READ),
-            rule(&["storage.k8s.io"], &["csinodes", "csidrivers", "csistoragecapacities", "storageclasses", "volumeattachments"], &READ),
-            rule(&["resource.k8s.io"], &["*"], &READ),
-        ]),
+        (
+            "system:basic-user",
+            vec![
+                rule(
+                    &["authorization.k8s.io"],
+                    &["selfsubjectaccessreviews", "selfsubjectrulesreviews"],
+                    &["create"],
+                ),
+                rule(&["authentication.k8s.io"], &["selfsubjectreviews"], &["create"]),
+            ],
+        ),
+        (
+            "system:discovery",
+            vec![urls(&[
+                "/api",
+                "/api/*",
+                "/apis",
+                "/apis/*",
+                "/healthz",
+                "/livez",
+                "/openapi",
+                "/openapi/*",
+                "/readyz",
+                "/version",
+                "/version/",
+            ])],
+        ),
+        (
+            "system:public-info-viewer",
+            vec![urls(&["/healthz", "/livez", "/readyz", "/version", "/version/"])],
+        ),
+        (
+            "system:service-account-issuer-discovery",
+            vec![urls(&[
+                "/.well-known/openid-configuration",
+                "/.well-known/openid-configuration/",
+                "/openid/v1/jwks",
+                "/openid/v1/jwks/",
+            ])],
+        ),
+        (
+            "system:node",
+            vec![
+                rule(&[""], &["nodes"], &["create", "get", "list", "watch", "patch", "update"]),
+                rule(&[""], &["nodes/status"], &["patch", "update"]),
+                rule(&[""], &["pods"], &["get", "list", "watch", "create", "delete"]),
+                rule(&[""], &["pods/status"], &["patch", "update"]),
+                rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
+                rule(
+                    &[""],
+                    &[
+                        "configmaps",
+                        "secrets",
+                        "services",
+                        "endpoints",
+                        "namespaces",
+                        "serviceaccounts",
+                        "persistentvolumeclaims",
+                        "persistentvolumes",
+                    ],
+                    &READ,
+                ),
+                rule(&[""], &["events"], &["create", "patch", "update"]),
+                rule(&["events.k8s.io"], &["events"], &["create", "patch", "update"]),
+                rule(&["coordination.k8s.io"], &["leases"], &["create", "delete", "get", "patch", "update"]),
+                rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+                rule(&["node.k8s.io"], &["runtimeclasses"], &READ),
+                rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
+                rule(
+                    &["authorization.k8s.io"],
+                    &["subjectaccessreviews", "localsubjectaccessreviews"],
+                    &["create"],
+                ),
+                rule(
+                    &["certificates.k8s.io"],
+                    &["certificatesigningrequests"],
+                    &["create", "get", "list", "watch"],
+                ),
+                rule(
+                    &["storage.k8s.io"],
+                    &["csinodes", "volumeattachments", "csidrivers"],
+                    &["create", "get", "list", "watch", "patch", "update", "delete"],
+                ),
+            ],
+        ),
+        (
+            "system:node-proxier",
+            vec![
+                rule(&[""], &["services", "endpoints", "nodes"], &READ),
+                rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+                rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
+            ],
+        ),
+        (
+            "system:kube-scheduler",
+            vec![
+                rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
+                rule(&["coordination.k8s.io"], &["leases"], &ALL),
+                rule(
+                    &[""],
+                    &[
+                        "nodes",
+                        "namespaces",
+                        "services",
+                        "replicationcontrollers",
+                        "persistentvolumeclaims",
+                        "persistentvolumes",
+                    ],
+                    &READ,
+                ),
+                rule(&[""], &["pods"], &["delete", "get", "list", "watch"]),
+                rule(&[""], &["bindings", "pods/binding"], &["create"]),
+                rule(&[""], &["pods/status"], &["patch", "update"]),
+                rule(&["apps"], &["replicasets", "statefulsets"], &READ),
+                rule(&["policy"], &["poddisruptionbudgets"], &READ),
+                rule(&["scheduling.k8s.io"], &["priorityclasses"], &READ),
+                rule(
+                    &["storage.k8s.io"],
+                    &[
+                        "csinodes",
+                        "csidrivers",
+                        "csistoragecapacities",
+                        "storageclasses",
+                        "volumeattachments",
+                    ],
+                    &READ,
+                ),
+                rule(&["resource.k8s.io"], &["*"], &READ),
+            ],
+        ),
         // The loops run as one identity for now; the garbage collector among them must reach every kind.
         ("system:kube-controller-manager", everything()),
-        ("system:kube-dns", vec![
-            rule(&[""], &["endpoints", "services", "pods", "namespaces", "nodes"], &READ),
-            rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
-        ]),
+        (
+            "system:kube-dns",
+            vec![
+                rule(&[""], &["endpoints", "services", "pods", "namespaces", "nodes"], &READ),
+                rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+            ],
+        ),
     ]
 }
 
@@ -216,7 +387,8 @@ async fn publish_self(registry: &Registry, advertised: &[SocketAddr], context: &
         },
     });
     ensure(registry, "", "services", "default", service, context).await?;
-    let addresses: Vec<String> = advertised.iter().map(|a| a.ip()).filter(IpAddr::is_ipv4).map(|a| a.to_string()).collect();
+    let addresses: Vec<String> =
+        advertised.iter().map(|a| a.ip()).filter(IpAddr::is_ipv4).map(|a| a.to_string()).collect();
     let endpoints = json!({
         "metadata": { "name": "kubernetes", "labels": { "endpointslice.kubernetes.io/skip-mirror": "true" } },
         "subsets": [{
@@ -235,8 +407,16 @@ async fn publish_self(registry: &Registry, advertised: &[SocketAddr], context: &
 }
 
 /// Creates the object in `default`, or brings the named fields up to date: addresses change with restarts.
-async fn replace(registry: &Registry, group: &str, plural: &str, object: Value, fields: &[&str], context: &Context) -> Result<()> {
-    let kind = registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
+async fn replace(
+    registry: &Registry,
+    group: &str,
+    plural: &str,
+    object: Value,
+    fields: &[&str],
+    context: &Context,
+) -> Result<()> {
+    let kind =
+        registry.schema.resource(group, "v1", plural).expect("bootstrap objects are of built-in kinds");
     let name = object.name().to_owned();
     if registry.lookup(group, plural, "default", &name).is_none() {
         return ensure(registry, group, plural, "default", object, context).await;

@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 const VERBS: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
 /// `(verbs, kind, group of the kind, version of the kind)` of a subresource; empty names are the parent's.
-fn subresource(kind: &Kind, name: &str) -> (&'static [&'static str], &'static str, &'static str, &'static str) {
+fn subresource(
+    kind: &Kind,
+    name: &str,
+) -> (&'static [&'static str], &'static str, &'static str, &'static str) {
     match name {
         "scale" => (&["get", "patch", "update"], "Scale", "autoscaling", "v1"),
         "eviction" => (&["create"], "Eviction", "policy", "v1"),
@@ -86,7 +89,8 @@ fn group_value((name, versions): &(String, Vec<String>)) -> Value {
 
 /// `/api/v1` and `/apis/GROUP/VERSION`.
 pub fn resource_list(schema: &Schema, group: &str, version: &str) -> Option<Value> {
-    let kinds: Vec<&Kind> = schema.kinds().iter().filter(|k| k.group == group && k.version == version).collect();
+    let kinds: Vec<&Kind> =
+        schema.kinds().iter().filter(|k| k.group == group && k.version == version).collect();
     let api_version = kinds.first()?.api_version();
     let mut resources = Vec::new();
     for kind in kinds {
@@ -121,7 +125,9 @@ pub fn resource_list(schema: &Schema, group: &str, version: &str) -> Option<Valu
         }
     }
     resources.sort_by(|a, b| a["name"].as_str().cmp(&b["name"].as_str()));
-    Some(json!({ "kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources }))
+    Some(
+        json!({ "kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources }),
+    )
 }
 
 /// The aggregated form (KEP-3352) of `/api` (the core group) or `/apis` (all others).
@@ -131,7 +137,11 @@ pub fn aggregated(schema: &Schema, core: bool, version: &str) -> Value {
         .filter(|(name, _)| name.is_empty() == core)
         .map(|(name, versions)| {
             let versions: Vec<Value> = versions.iter().map(|v| aggregated_version(schema, name, v)).collect();
-            let metadata = if name.is_empty() { json!({ "creationTimestamp": null }) } else { json!({ "name": name, "creationTimestamp": null }) };
+            let metadata = if name.is_empty() {
+                json!({ "creationTimestamp": null })
+            } else {
+                json!({ "name": name, "creationTimestamp": null })
+            };
             json!({ "metadata": metadata, "versions": versions })
         })
         .collect();

@@ -101,7 +101,10 @@ mod tests {
         let (mut bytes, at) = encode(kind, &object);
         bytes.splice(at..at, b"42".iter().copied());
         let decoded: Value = serde_json::from_slice(&bytes).expect("json");
-        assert_eq!(decoded, json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}}));
+        assert_eq!(
+            decoded,
+            json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}})
+        );
         let item = format!("{{{}", String::from_utf8_lossy(&list_item(kind, &Bytes::from(bytes))));
         let item: Value = serde_json::from_str(&item).expect("json");
         assert_eq!(item, json!({"metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}}));

@@ -9,23 +9,23 @@
 pub mod api;
 pub mod server;
 
-pub mod identity;
 pub mod authn;
+pub mod identity;
 pub mod rbac;
 pub mod request;
 
-pub mod registry;
 pub mod admission;
 pub mod encode;
+pub mod registry;
+pub mod reviews;
 pub mod services;
 pub mod subresources;
-pub mod reviews;
 
-pub mod respond;
-pub mod watch;
 pub mod discovery;
 pub mod openapi;
 pub mod proxy;
+pub mod respond;
+pub mod watch;
 
 pub mod bootstrap;
 

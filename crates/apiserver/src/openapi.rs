@@ -23,7 +23,8 @@ fn group_path(group: &str, version: &str) -> String {
 
 /// The document of one group and version.
 pub fn v3_document(schema: &Schema, group: &str, version: &str) -> Option<Value> {
-    let kinds: Vec<&Kind> = schema.kinds().iter().filter(|k| k.group == group && k.version == version).collect();
+    let kinds: Vec<&Kind> =
+        schema.kinds().iter().filter(|k| k.group == group && k.version == version).collect();
     if kinds.is_empty() {
         return None;
     }
@@ -85,7 +86,11 @@ impl Writer<'_> {
     fn reachable(&self, roots: impl Iterator<Item = TypeId>) -> BTreeSet<TypeId> {
         let mut found = BTreeSet::new();
         let mut open: Vec<TypeId> = roots.collect();
-        open.extend(["meta.v1.ListMeta", "meta.v1.Status", "meta.v1.DeleteOptions", "meta.v1.WatchEvent"].iter().filter_map(|n| self.schema.type_named(n)));
+        open.extend(
+            ["meta.v1.ListMeta", "meta.v1.Status", "meta.v1.DeleteOptions", "meta.v1.WatchEvent"]
+                .iter()
+                .filter_map(|n| self.schema.type_named(n)),
+        );
         while let Some(id) = open.pop() {
             if found.insert(id) {
                 open.extend(self.schema.type_of(id).fields.iter().filter_map(Field::object_type));
@@ -123,7 +128,8 @@ impl Writer<'_> {
 
     fn list_definition(&self, kind: &Kind, v3: bool) -> Value {
         let item = self.shape(&Shape::Object(kind.type_id), v3);
-        let metadata = self.schema.type_named("meta.v1.ListMeta").map(|id| self.shape(&Shape::Object(id), v3));
+        let metadata =
+            self.schema.type_named("meta.v1.ListMeta").map(|id| self.shape(&Shape::Object(id), v3));
         json!({
             "type": "object",
             "required": ["items"],
@@ -150,7 +156,9 @@ impl Writer<'_> {
         }
         if matches!(field.shape, Shape::List(_)) {
             match &field.list {
-                ListType::Atomic if field.merge.is_none() => value["x-kubernetes-list-type"] = json!("atomic"),
+                ListType::Atomic if field.merge.is_none() => {
+                    value["x-kubernetes-list-type"] = json!("atomic")
+                }
                 ListType::Atomic => {}
                 ListType::Set => value["x-kubernetes-list-type"] = json!("set"),
                 ListType::Map(keys) => {
@@ -163,7 +171,8 @@ impl Writer<'_> {
             value["x-kubernetes-map-type"] = json!("atomic");
         }
         if let Some(merge) = &field.merge {
-            value["x-kubernetes-patch-strategy"] = json!(if field.retain_keys { "merge,retainKeys" } else { "merge" });
+            value["x-kubernetes-patch-strategy"] =
+                json!(if field.retain_keys { "merge,retainKeys" } else { "merge" });
             if let Some(key) = &merge.key {
                 value["x-kubernetes-patch-merge-key"] = json!(key);
             }
@@ -204,7 +213,15 @@ impl Writer<'_> {
         let collection = format!("{root}{scope}/{}", kind.plural);
         let item = format!("{collection}/{{name}}");
         let operation = |action: &str, options: &[&str]| self.operation(kind, action, options, v3);
-        let lists = &["labelSelector", "fieldSelector", "limit", "continue", "resourceVersion", "watch", "timeoutSeconds"][..];
+        let lists = &[
+            "labelSelector",
+            "fieldSelector",
+            "limit",
+            "continue",
+            "resourceVersion",
+            "watch",
+            "timeoutSeconds",
+        ][..];
         let writes = &["dryRun", "fieldManager", "fieldValidation"][..];
         if kind.create_only {
             return vec![(collection, json!({ "post": operation("post", writes) }))];

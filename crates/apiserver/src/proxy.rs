@@ -50,7 +50,13 @@ impl Dialer {
     }
 
     /// `pods/{log,exec,attach,portforward}`.
-    pub async fn pod_stream(&self, registry: &Registry, target: &Target, query: &Query, request: Request<Body>) -> Result<Answer> {
+    pub async fn pod_stream(
+        &self,
+        registry: &Registry,
+        target: &Target,
+        query: &Query,
+        request: Request<Body>,
+    ) -> Result<Answer> {
         let pod = find(registry, "pods", &target.namespace, &target.name)?;
         let container = container_of(&pod, &target.subresource, query)?;
         let node = pod.str_at("spec.nodeName");
@@ -75,7 +81,12 @@ impl Dialer {
     }
 
     /// `nodes/NAME/proxy/...`, `pods/NAME[:PORT]/proxy/...`, `services/[SCHEME:]NAME[:PORT]/proxy/...`.
-    pub async fn proxy(&self, registry: &Registry, target: &Target, request: Request<Body>) -> Result<Answer> {
+    pub async fn proxy(
+        &self,
+        registry: &Registry,
+        target: &Target,
+        request: Request<Body>,
+    ) -> Result<Answer> {
         let mut path = format!("/{}", target.rest);
         if request.uri().path().ends_with('/') && !path.ends_with('/') {
             path.push('/');
@@ -116,7 +127,9 @@ impl Dialer {
 
 fn plain(address: String, port: u16, scheme: &str, path_and_query: String) -> Result<Upstream> {
     if scheme == "https" {
-        return Err(Status::bad_request("proxying to https ports is not supported yet; use http or port-forward"));
+        return Err(Status::bad_request(
+            "proxying to https ports is not supported yet; use http or port-forward",
+        ));
     }
     let host = format!("{address}:{port}");
     Ok(Upstream { address: (address, port), tls: None, path_and_query, host })
@@ -131,7 +144,9 @@ fn find(registry: &Registry, plural: &str, namespace: &str, name: &str) -> Resul
 fn split_name(name: &str) -> (&str, &str, Option<&str>) {
     match name.split(':').collect::<Vec<_>>()[..] {
         [name, port] => ("http", name, Some(port).filter(|p| !p.is_empty())),
-        [scheme, name, port] => (if scheme.is_empty() { "http" } else { scheme }, name, Some(port).filter(|p| !p.is_empty())),
+        [scheme, name, port] => {
+            (if scheme.is_empty() { "http" } else { scheme }, name, Some(port).filter(|p| !p.is_empty()))
+        }
         _ => ("http", name, None),
     }
 }
@@ -155,7 +170,9 @@ fn named_port(pod: &Value, port: &str) -> Result<u16> {
     }
     let mut ports = pod.list_at("spec.containers").iter().flat_map(|c| c.list_at("ports"));
     let found = ports.find(|p| p.str_at("name") == port).and_then(|p| p.int_at("containerPort"));
-    found.and_then(|n| u16::try_from(n).ok()).ok_or_else(|| Status::bad_request(format!("no port named {port:?}")))
+    found
+        .and_then(|n| u16::try_from(n).ok())
+        .ok_or_else(|| Status::bad_request(format!("no port named {port:?}")))
 }
 
 /// A ready endpoint of the service.
@@ -167,7 +184,10 @@ fn endpoint(registry: &Registry, namespace: &str, name: &str, port: Option<&str>
         Some(text) => p.str_at("name") == text || p.int_at("port").is_some_and(|n| n.to_string() == text),
     };
     let port = ports.iter().find(matches).ok_or_else(|| {
-        Status::service_unavailable(format!("no service port {:?} found for service {name:?}", port.unwrap_or("")))
+        Status::service_unavailable(format!(
+            "no service port {:?} found for service {name:?}",
+            port.unwrap_or("")
+        ))
     })?;
     let endpoints = registry.lookup("", "endpoints", namespace, name).unwrap_or(Value::Null);
     for subset in endpoints.list_at("subsets") {
@@ -224,7 +244,9 @@ fn log_options(query: &Query) -> Result<String> {
     for (name, minimum) in [("tailLines", 0), ("sinceSeconds", 1), ("limitBytes", 1)] {
         if let Some(number) = query.number(name)? {
             if number < minimum {
-                let text = format!("PodLogOptions \"\" is invalid: {name}: Invalid value: {number}: must be greater than or equal to {minimum}");
+                let text = format!(
+                    "PodLogOptions \"\" is invalid: {name}: Invalid value: {number}: must be greater than or equal to {minimum}"
+                );
                 return Err(Status::new(422, "Invalid", text));
             }
             options.push(format!("{name}={number}"));

@@ -226,8 +226,18 @@ mod tests {
 
     #[test]
     fn rules_cover_resources_subresources_names_and_urls() {
-        let rule = PolicyRule::read(&json!({"verbs":["get"],"apiGroups":[""],"resources":["pods","pods/log"],"resourceNames":["a"]}));
-        let action = Action { verb: "get", group: "", resource: "pods", subresource: "", namespace: "x", name: "a", path: None };
+        let rule = PolicyRule::read(
+            &json!({"verbs":["get"],"apiGroups":[""],"resources":["pods","pods/log"],"resourceNames":["a"]}),
+        );
+        let action = Action {
+            verb: "get",
+            group: "",
+            resource: "pods",
+            subresource: "",
+            namespace: "x",
+            name: "a",
+            path: None,
+        };
         assert!(rule.allows(&action));
         assert!(rule.allows(&Action { subresource: "log", ..action }));
         assert!(!rule.allows(&Action { subresource: "exec", ..action }));

@@ -148,11 +148,21 @@ impl DeleteOptions {
         let orphan = orphan.or_else(|| query.get("orphanDependents").map(|v| v == "true"));
         let named = text("propagationPolicy").or_else(|| query.get("propagationPolicy").map(str::to_owned));
         if orphan.is_some() && named.is_some() {
-            return Err(Status::new(422, "Invalid", "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set"));
+            return Err(Status::new(
+                422,
+                "Invalid",
+                "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set",
+            ));
         }
         let propagation = match (named, orphan) {
             (Some(policy), _) if !matches!(policy.as_str(), "Orphan" | "Background" | "Foreground") => {
-                return Err(Status::new(422, "Invalid", format!("DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Unsupported value: {policy:?}: supported values: \"Foreground\", \"Background\", \"Orphan\"")));
+                return Err(Status::new(
+                    422,
+                    "Invalid",
+                    format!(
+                        "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Unsupported value: {policy:?}: supported values: \"Foreground\", \"Background\", \"Orphan\""
+                    ),
+                ));
             }
             (Some(policy), _) => Some(policy),
             (None, Some(true)) => Some("Orphan".to_owned()),
@@ -202,13 +212,23 @@ impl Registry {
 
     // ---- create ----
 
-    pub async fn create(&self, kind: &Kind, namespace: &str, object: Value, context: &Context) -> Result<Outcome> {
+    pub async fn create(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        object: Value,
+        context: &Context,
+    ) -> Result<Outcome> {
         let generated = object.name().is_empty() && !object.str_at("metadata.generateName").is_empty();
         let mut attempt = 0;
         loop {
             let result = self.create_once(kind, namespace, object.clone(), context).await;
             match result {
-                Err(status) if generated && status.reason == "AlreadyExists" && attempt < GENERATE_NAME_RETRIES_MAX => {
+                Err(status)
+                    if generated
+                        && status.reason == "AlreadyExists"
+                        && attempt < GENERATE_NAME_RETRIES_MAX =>
+                {
                     attempt += 1;
                 }
                 other => return other,
@@ -216,12 +236,19 @@ impl Registry {
         }
     }
 
-    async fn create_once(&self, kind: &Kind, namespace: &str, object: Value, context: &Context) -> Result<Outcome> {
+    async fn create_once(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        object: Value,
+        context: &Context,
+    ) -> Result<Outcome> {
         let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, false);
         let reset = reset_fields(kind, Endpoint::Main);
         let mut object = object;
-        apply::record_update(self.schema, kind.type_id, None, &mut object, &owner, reset, &self.now());
+        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        apply::record_update(self.schema, kind.type_id, None, &mut object, write);
         self.commit_new(kind, object, reservation, context).await
     }
 
@@ -297,7 +324,9 @@ impl Registry {
                 _ => {}
             }
         }
-        for name in ["selfLink", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "resourceVersion"] {
+        for name in
+            ["selfLink", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "resourceVersion"]
+        {
             object.remove_at(&format!("metadata.{name}"));
         }
         object.set_at("metadata.uid", new_uid());
@@ -315,7 +344,13 @@ impl Registry {
     // ---- change ----
 
     /// Changes an existing object.
-    pub async fn modify(&self, place: Place<'_>, endpoint: Endpoint, edit: &Edit<'_>, context: &Context) -> Result<Outcome> {
+    pub async fn modify(
+        &self,
+        place: Place<'_>,
+        endpoint: Endpoint,
+        edit: &Edit<'_>,
+        context: &Context,
+    ) -> Result<Outcome> {
         for _ in 0..CONFLICT_RETRIES_MAX {
             let entry = self.get(place)?;
             match self.modify_once(place, endpoint, edit, context, &entry).await? {
@@ -360,7 +395,11 @@ impl Registry {
 
     async fn create_applied(&self, place: Place<'_>, config: &Value, context: &Context) -> Result<Outcome> {
         if !config.str_at("metadata.resourceVersion").is_empty() || !config.uid().is_empty() {
-            return Err(Status::conflict(place.kind, place.name, "StorageError: the object to apply does not exist"));
+            return Err(Status::conflict(
+                place.kind,
+                place.name,
+                "StorageError: the object to apply does not exist",
+            ));
         }
         let kind = place.kind;
         let mut object = config.clone();
@@ -372,8 +411,9 @@ impl Registry {
         let owner = manager(kind, context, Endpoint::Main, true);
         let reset = reset_fields(kind, Endpoint::Main);
         let empty = json!({});
-        let applied = apply::merge(self.schema, kind.type_id, &empty, config, &owner, reset, true)?;
-        apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, &owner, reset, &self.now());
+        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        let applied = apply::merge(self.schema, kind.type_id, &empty, config, write, true)?;
+        apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, write);
         self.commit_new(kind, object, reservation, context).await
     }
 
@@ -390,7 +430,8 @@ impl Registry {
         let old = encode::decode(entry);
         let applies = matches!(edit, Edit::Apply { .. });
         let owner = manager(kind, context, endpoint, applies);
-        let reset = reset_fields(kind, endpoint);
+        let now = self.now();
+        let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
         let mut applied = None;
         let mut new = match edit {
             Edit::Replace(object) => object.clone(),
@@ -405,7 +446,7 @@ impl Registry {
                 if config.name().is_empty() {
                     config.set_at("metadata.name", place.name);
                 }
-                let merged = apply::merge(self.schema, kind.type_id, &old, &config, &owner, reset, *force)?;
+                let merged = apply::merge(self.schema, kind.type_id, &old, &config, write, *force)?;
                 let object = self.decode_patched(kind, merged.object.clone(), context)?;
                 applied = Some(merged);
                 object
@@ -448,11 +489,8 @@ impl Registry {
             new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
         }
         match applied {
-            Some(applied) => {
-                let now = self.now();
-                apply::record_apply(self.schema, kind.type_id, &old, applied, &mut new, &owner, reset, &now);
-            }
-            None => apply::record_update(self.schema, kind.type_id, Some(&old), &mut new, &owner, reset, &self.now()),
+            Some(applied) => apply::record_apply(self.schema, kind.type_id, &old, applied, &mut new, write),
+            None => apply::record_update(self.schema, kind.type_id, Some(&old), &mut new, write),
         }
         if same_but_for_times(&new, &old) {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
@@ -540,12 +578,20 @@ impl Registry {
     fn check_identity(&self, place: Place, new: &Value, old: &Value, rules: &Rules) -> Result<bool> {
         check_name(place, new)?;
         if !new.uid().is_empty() && new.uid() != old.uid() {
-            let why = format!("Precondition failed: UID in precondition: {}, UID in object meta: {}", new.uid(), old.uid());
+            let why = format!(
+                "Precondition failed: UID in precondition: {}, UID in object meta: {}",
+                new.uid(),
+                old.uid()
+            );
             return Err(Status::conflict(place.kind, place.name, why));
         }
         match new.str_at("metadata.resourceVersion") {
             "" if rules.needs_revision => {
-                let error = knarr_api::field::Error::invalid("metadata.resourceVersion", 0, "must be specified for an update");
+                let error = knarr_api::field::Error::invalid(
+                    "metadata.resourceVersion",
+                    0,
+                    "must be specified for an update",
+                );
                 Err(Status::invalid(place.kind, place.name, &[error]))
             }
             "" => Ok(true),
@@ -557,7 +603,12 @@ impl Registry {
     // ---- delete ----
 
     /// Deletes an object, at once or gracefully; true if it is gone.
-    pub async fn delete(&self, place: Place<'_>, options: &DeleteOptions, context: &Context) -> Result<(Outcome, bool)> {
+    pub async fn delete(
+        &self,
+        place: Place<'_>,
+        options: &DeleteOptions,
+        context: &Context,
+    ) -> Result<(Outcome, bool)> {
         for _ in 0..CONFLICT_RETRIES_MAX {
             let entry = self.get(place)?;
             let old = encode::decode(&entry);
@@ -626,15 +677,22 @@ impl Registry {
         object.set_at("metadata.deletionGracePeriodSeconds", grace);
     }
 
-    async fn remove(&self, kind: &Kind, entry: &Arc<Entry>, last: &Value) -> std::result::Result<knarr_store::Committed, WriteError> {
+    async fn remove(
+        &self,
+        kind: &Kind,
+        entry: &Arc<Entry>,
+        last: &Value,
+    ) -> std::result::Result<knarr_store::Committed, WriteError> {
         let write = Write {
             partition: partition(kind).into(),
             key: entry.key.clone(),
             expect: Expect::Revision(entry.revision),
-            change: Change::Delete { last: Some({
-                let (bytes, splice) = encode::encode(kind, last);
-                (bytes, Some(splice))
-            }) },
+            change: Change::Delete {
+                last: Some({
+                    let (bytes, splice) = encode::encode(kind, last);
+                    (bytes, Some(splice))
+                }),
+            },
         };
         let committed = self.store.commit(write).await?;
         self.services.release(kind, last);
@@ -644,11 +702,21 @@ impl Registry {
     // ---- lists ----
 
     /// Entries that match the selectors, of one moment. A page may be shorter than `limit` is long only at the end.
-    pub fn list(&self, kind: &Kind, namespace: &str, selection: &Selection, range: Range) -> std::result::Result<Page, ReadError> {
+    pub fn list(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        selection: &Selection,
+        range: Range,
+    ) -> std::result::Result<Page, ReadError> {
         let rules = Rules::of(kind);
         let mut range = Range { prefix: prefix(namespace), ..range };
         if let Some(name) = selection.fields.exact("metadata.name") {
-            let namespace = if namespace.is_empty() { selection.fields.exact("metadata.namespace").unwrap_or("") } else { namespace };
+            let namespace = if namespace.is_empty() {
+                selection.fields.exact("metadata.namespace").unwrap_or("")
+            } else {
+                namespace
+            };
             if !kind.namespaced || !namespace.is_empty() {
                 range.prefix = encode::key(namespace, name);
             }
@@ -657,12 +725,22 @@ impl Registry {
         if selection.is_everything() {
             range.limit = limit;
             let listing = self.store.list(&partition(kind), &range)?;
-            return Ok(Page { entries: listing.entries, revision: listing.revision, remaining: listing.remaining, counted: true });
+            return Ok(Page {
+                entries: listing.entries,
+                revision: listing.revision,
+                remaining: listing.remaining,
+                counted: true,
+            });
         }
         let listing = self.store.list(&partition(kind), &range)?;
         let mut matching = listing.entries.into_iter().filter(|entry| selection.matches(rules, entry));
         if limit == 0 {
-            return Ok(Page { entries: matching.collect(), revision: listing.revision, remaining: 0, counted: true });
+            return Ok(Page {
+                entries: matching.collect(),
+                revision: listing.revision,
+                remaining: 0,
+                counted: true,
+            });
         }
         let entries: Vec<Arc<Entry>> = matching.by_ref().take(limit).collect();
         let more = matching.next().is_some();
@@ -707,7 +785,11 @@ impl Selection {
         }
         let view = View::of(rules, entry);
         self.labels.matches(Some(&view.labels))
-            && self.fields.terms.iter().all(|t| names(&t.field).is_some() || (view.field(&t.field) == t.value) == t.equal)
+            && self
+                .fields
+                .terms
+                .iter()
+                .all(|t| names(&t.field).is_some() || (view.field(&t.field) == t.value) == t.equal)
     }
 }
 
@@ -903,12 +985,15 @@ fn is_finished(object: &Value) -> bool {
 }
 
 fn check_preconditions(place: Place, object: &Value, options: &DeleteOptions) -> Result<()> {
-    for (name, wanted, path) in
-        [("UID", &options.uid, "metadata.uid"), ("ResourceVersion", &options.resource_version, "metadata.resourceVersion")]
-    {
+    for (name, wanted, path) in [
+        ("UID", &options.uid, "metadata.uid"),
+        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion"),
+    ] {
         let have = object.str_at(path);
         if let Some(wanted) = wanted.as_deref().filter(|w| *w != have) {
-            let why = format!("Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {have}");
+            let why = format!(
+                "Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {have}"
+            );
             return Err(Status::conflict(place.kind, place.name, why));
         }
     }
@@ -926,7 +1011,8 @@ fn set_policy_finalizer(kind: &Kind, object: &mut Value, options: &DeleteOptions
         None if Rules::of(kind).orphans_by_default => "Orphan",
         None => "Background",
     };
-    let mut finalizers: Vec<Value> = had.into_iter().filter(|f| f != "orphan" && f != "foregroundDeletion").collect();
+    let mut finalizers: Vec<Value> =
+        had.into_iter().filter(|f| f != "orphan" && f != "foregroundDeletion").collect();
     match policy {
         "Orphan" => finalizers.push(json!("orphan")),
         "Foreground" => finalizers.push(json!("foregroundDeletion")),

@@ -219,7 +219,10 @@ mod tests {
         let info = parse(Method::GET, "/apis/apps/v1/namespaces/default/deployments/web/scale?x=1");
         let target = info.target.expect("a resource");
         assert_eq!((info.verb, target.group.as_str(), target.namespace.as_str()), ("get", "apps", "default"));
-        assert_eq!((target.resource.as_str(), target.name.as_str(), target.subresource.as_str()), ("deployments", "web", "scale"));
+        assert_eq!(
+            (target.resource.as_str(), target.name.as_str(), target.subresource.as_str()),
+            ("deployments", "web", "scale")
+        );
         assert_eq!(parse(Method::GET, "/api/v1/pods?watch=true").verb, "watch");
         assert_eq!(parse(Method::DELETE, "/api/v1/namespaces/a/pods").verb, "deletecollection");
         assert!(parse(Method::GET, "/apis/apps/v1").target.is_none());
@@ -229,8 +232,13 @@ mod tests {
     #[test]
     fn namespaces_are_resources_too() {
         let target = parse(Method::PUT, "/api/v1/namespaces/a/finalize").target.expect("a resource");
-        assert_eq!((target.resource.as_str(), target.name.as_str(), target.subresource.as_str()), ("namespaces", "a", "finalize"));
-        let proxy = parse(Method::GET, "/api/v1/namespaces/a/services/http:web:80/proxy/x/y").target.expect("a resource");
+        assert_eq!(
+            (target.resource.as_str(), target.name.as_str(), target.subresource.as_str()),
+            ("namespaces", "a", "finalize")
+        );
+        let proxy = parse(Method::GET, "/api/v1/namespaces/a/services/http:web:80/proxy/x/y")
+            .target
+            .expect("a resource");
         assert_eq!((proxy.name.as_str(), proxy.rest.as_str()), ("http:web:80", "x/y"));
     }
 

@@ -20,7 +20,10 @@ use crate::encode;
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 pub type Answer = Response<Body>;
 
-pub const SUPPORTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// Forms of answers.
+pub const OFFERED: &str = "application/json, application/yaml";
+/// Forms of bodies.
+pub const ACCEPTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
 
 /// The form the client asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,9 +44,14 @@ pub enum Encoding {
 pub enum Shape {
     Whole,
     /// Rows for printing, of this `meta.k8s.io` version; `include` says what goes with each row.
-    Table { version: String, include: Include },
+    Table {
+        version: String,
+        include: Include,
+    },
     /// Metadata only, of this `meta.k8s.io` version.
-    Partial { version: String },
+    Partial {
+        version: String,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,7 +99,7 @@ impl Form {
             };
             return Ok(Form { encoding, shape, pretty });
         }
-        Err(Status::not_acceptable(SUPPORTED))
+        Err(Status::not_acceptable(OFFERED))
     }
 
     pub fn content_type(&self) -> &'static str {
@@ -230,11 +238,13 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             answer(200, form.content_type(), pieces(chunks))
         }
         shape => {
-            let parse = |bytes: &Bytes| -> Value { serde_json::from_slice(bytes).expect("stored bytes are json") };
+            let parse =
+                |bytes: &Bytes| -> Value { serde_json::from_slice(bytes).expect("stored bytes are json") };
             let value = match shape {
                 Shape::Table { version, include } => {
                     let columns = Columns::of(kind);
-                    let rows = items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
+                    let rows =
+                        items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
                     table(version, &columns, rows, metadata, true)
                 }
                 Shape::Partial { version } => json!({
@@ -269,7 +279,8 @@ mod tests {
     fn the_first_form_the_server_has_is_taken() {
         assert_eq!(negotiate("application/json"), Ok(Form::JSON));
         assert_eq!(negotiate("application/vnd.kubernetes.protobuf, application/json"), Ok(Form::JSON));
-        let table = negotiate("application/json;as=Table;v=v1;g=meta.k8s.io,application/json").expect("has it");
+        let table =
+            negotiate("application/json;as=Table;v=v1;g=meta.k8s.io,application/json").expect("has it");
         assert_eq!(table.shape, Shape::Table { version: "v1".into(), include: Include::Metadata });
         assert_eq!(negotiate("application/yaml").expect("has it").encoding, Encoding::Yaml);
         assert_eq!(negotiate("text/html").expect_err("has not").code, 406);

@@ -11,7 +11,15 @@ use crate::rbac::{Action, PolicyRule, Rbac};
 use crate::registry::Registry;
 
 /// Answers a review.
-pub fn answer(registry: &Registry, rbac: &Rbac, tokens: &Tokens, kind: &Kind, namespace: &str, mut review: Value, user: &User) -> Result<Value> {
+pub fn answer(
+    registry: &Registry,
+    rbac: &Rbac,
+    tokens: &Tokens,
+    kind: &Kind,
+    namespace: &str,
+    mut review: Value,
+    user: &User,
+) -> Result<Value> {
     let status = match kind.kind.as_str() {
         "SelfSubjectReview" => json!({ "userInfo": user_info(user) }),
         "TokenReview" => token_review(registry, tokens, &review),
@@ -66,7 +74,11 @@ fn access(rbac: &Rbac, review: &Value, user: &User) -> Value {
     let attributes = spec.at("resourceAttributes").unwrap_or(&Value::Null);
     let path = spec.at("nonResourceAttributes").map(|n| n.str_at("path"));
     let action = Action {
-        verb: if path.is_some() { spec.str_at("nonResourceAttributes.verb") } else { attributes.str_at("verb") },
+        verb: if path.is_some() {
+            spec.str_at("nonResourceAttributes.verb")
+        } else {
+            attributes.str_at("verb")
+        },
         group: attributes.str_at("group"),
         resource: attributes.str_at("resource"),
         subresource: attributes.str_at("subresource"),

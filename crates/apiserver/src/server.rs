@@ -47,7 +47,11 @@ pub async fn serve(api: Arc<Api>, listener: TcpListener, tls: Arc<rustls::Server
     }
 }
 
-async fn connection(api: Arc<Api>, stream: TcpStream, acceptor: TlsAcceptor) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+async fn connection(
+    api: Arc<Api>,
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     stream.set_nodelay(true)?;
     let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await??;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());

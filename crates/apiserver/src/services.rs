@@ -129,7 +129,13 @@ impl Allocator {
     }
 
     /// Fills in what the service lacks and reserves what it names.
-    pub fn reserve(&self, _registry: &Registry, kind: &Kind, object: &mut Value, old: Option<&Value>) -> Result<Reservation<'_>> {
+    pub fn reserve(
+        &self,
+        _registry: &Registry,
+        kind: &Kind,
+        object: &mut Value,
+        old: Option<&Value>,
+    ) -> Result<Reservation<'_>> {
         let mut reservation = Reservation {
             allocator: self,
             addresses: Vec::new(),
@@ -157,13 +163,21 @@ impl Allocator {
         }
         if let Some(old) = old {
             let (kept_addresses, kept_ports) = (addresses(object), node_ports(object));
-            reservation.freed_addresses = addresses(old).into_iter().filter(|a| !kept_addresses.contains(a)).collect();
-            reservation.freed_ports = node_ports(old).into_iter().filter(|p| !kept_ports.contains(p)).collect();
+            reservation.freed_addresses =
+                addresses(old).into_iter().filter(|a| !kept_addresses.contains(a)).collect();
+            reservation.freed_ports =
+                node_ports(old).into_iter().filter(|p| !kept_ports.contains(p)).collect();
         }
         if errors.is_empty() { Ok(reservation) } else { Err(Status::invalid(kind, object.name(), &errors)) }
     }
 
-    fn reserve_address(&self, object: &mut Value, uid: &str, reservation: &mut Reservation, errors: &mut Vec<field::Error>) {
+    fn reserve_address(
+        &self,
+        object: &mut Value,
+        uid: &str,
+        reservation: &mut Reservation,
+        errors: &mut Vec<field::Error>,
+    ) {
         let wanted = match (object.str_at("spec.clusterIP"), object.list_at("spec.clusterIPs").first()) {
             ("", Some(Value::String(first))) => first.clone(),
             (given, _) => given.to_owned(),
@@ -199,11 +213,20 @@ impl Allocator {
         }
     }
 
-    fn claim_address(&self, address: u32, uid: &str, reservation: &mut Reservation, errors: &mut Vec<field::Error>) {
+    fn claim_address(
+        &self,
+        address: u32,
+        uid: &str,
+        reservation: &mut Reservation,
+        errors: &mut Vec<field::Error>,
+    ) {
         let text = Ipv4Addr::from(address).to_string();
         let at = "spec.clusterIPs";
         if !self.range.hosts().contains(&address) {
-            let detail = format!("failed to allocate IP {text}: the provided IP ({text}) is not in the valid range. The range of valid IPs is {}", self.range);
+            let detail = format!(
+                "failed to allocate IP {text}: the provided IP ({text}) is not in the valid range. The range of valid IPs is {}",
+                self.range
+            );
             errors.push(field::Error::invalid(at, json!([text]), detail));
             return;
         }
@@ -234,8 +257,17 @@ impl Allocator {
         Some(free)
     }
 
-    fn reserve_ports(&self, object: &mut Value, uid: &str, wants: bool, reservation: &mut Reservation, errors: &mut Vec<field::Error>) {
-        let Some(Value::Array(ports)) = object.get_mut("spec").and_then(|s| s.get_mut("ports")) else { return };
+    fn reserve_ports(
+        &self,
+        object: &mut Value,
+        uid: &str,
+        wants: bool,
+        reservation: &mut Reservation,
+        errors: &mut Vec<field::Error>,
+    ) {
+        let Some(Value::Array(ports)) = object.get_mut("spec").and_then(|s| s.get_mut("ports")) else {
+            return;
+        };
         let mut given: Vec<(i64, String)> = Vec::new();
         for (index, port) in ports.iter_mut().enumerate() {
             let protocol = port.str_at("protocol").to_owned();
@@ -243,8 +275,14 @@ impl Allocator {
             match port.int_at("nodePort").unwrap_or(0) {
                 // One number may serve several protocols of the same port.
                 0 if wants => {
-                    let shared = given.iter().find(|(n, p)| *p != protocol && self.claim_port(*n, &protocol, uid, reservation).is_ok() && port.int_at("port").is_some());
-                    let number = shared.map(|(n, _)| *n as u16).or_else(|| self.draw_port(&protocol, uid, reservation));
+                    let shared = given.iter().find(|(n, p)| {
+                        *p != protocol
+                            && self.claim_port(*n, &protocol, uid, reservation).is_ok()
+                            && port.int_at("port").is_some()
+                    });
+                    let number = shared
+                        .map(|(n, _)| *n as u16)
+                        .or_else(|| self.draw_port(&protocol, uid, reservation));
                     match number {
                         Some(number) => port["nodePort"] = json!(number),
                         None => {
@@ -264,10 +302,18 @@ impl Allocator {
         }
     }
 
-    fn claim_port(&self, number: i64, protocol: &str, uid: &str, reservation: &mut Reservation) -> std::result::Result<(), String> {
+    fn claim_port(
+        &self,
+        number: i64,
+        protocol: &str,
+        uid: &str,
+        reservation: &mut Reservation,
+    ) -> std::result::Result<(), String> {
         let (low, high) = (*self.ports.start(), *self.ports.end());
         let Some(number) = u16::try_from(number).ok().filter(|n| self.ports.contains(n)) else {
-            return Err(format!("provided port is not in the valid range. The range of valid ports is {low}-{high}"));
+            return Err(format!(
+                "provided port is not in the valid range. The range of valid ports is {low}-{high}"
+            ));
         };
         let key = (number, protocol.to_owned());
         let mut used = self.used.lock();

@@ -59,7 +59,12 @@ fn selector_text(selector: &LabelSelector) -> String {
 }
 
 /// Changes a workload through its scale. `edit` works on the `Scale` object.
-pub async fn update_scale(registry: &Registry, place: Place<'_>, edit: &(dyn Fn(&Value) -> Result<Value> + Send + Sync), context: &Context) -> Result<Value> {
+pub async fn update_scale(
+    registry: &Registry,
+    place: Place<'_>,
+    edit: &(dyn Fn(&Value) -> Result<Value> + Send + Sync),
+    context: &Context,
+) -> Result<Value> {
     let kind = place.kind;
     let change = |object: &Value| -> Result<Value> {
         let scale = edit(&scale_of(object))?;
@@ -76,9 +81,11 @@ pub async fn update_scale(registry: &Registry, place: Place<'_>, edit: &(dyn Fn(
         }
         let replicas = scale.int_at("spec.replicas").unwrap_or(0);
         if replicas < 0 {
-            let error = field::Error::invalid("spec.replicas", replicas, "must be greater than or equal to 0");
+            let error =
+                field::Error::invalid("spec.replicas", replicas, "must be greater than or equal to 0");
             let mut status = Status::invalid(kind, place.name, &[error]);
-            status.message = status.message.replacen(&format!("{}.{}", kind.kind, kind.group), "Scale.autoscaling", 1);
+            status.message =
+                status.message.replacen(&format!("{}.{}", kind.kind, kind.group), "Scale.autoscaling", 1);
             return Err(status);
         }
         let mut new = object.clone();
@@ -91,7 +98,12 @@ pub async fn update_scale(registry: &Registry, place: Place<'_>, edit: &(dyn Fn(
 }
 
 /// Binds a pod to a node, once.
-pub async fn bind(registry: &Registry, place: Place<'_>, binding: &Value, context: &Context) -> Result<Value> {
+pub async fn bind(
+    registry: &Registry,
+    place: Place<'_>,
+    binding: &Value,
+    context: &Context,
+) -> Result<Value> {
     let node = binding.str_at("target.name").to_owned();
     if node.is_empty() {
         let error = field::Error::required("target.name", "");
@@ -107,7 +119,10 @@ pub async fn bind(registry: &Registry, place: Place<'_>, binding: &Value, contex
         };
         let uid = binding.uid();
         if !uid.is_empty() && uid != pod.uid() {
-            return refuse(format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", pod.uid()));
+            return refuse(format!(
+                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                pod.uid()
+            ));
         }
         if pod.at("metadata.deletionTimestamp").is_some() {
             return refuse(format!("pod {} is being deleted, cannot be assigned to a host", place.name));
@@ -120,9 +135,12 @@ pub async fn bind(registry: &Registry, place: Place<'_>, binding: &Value, contex
         }
         let mut new = pod.clone();
         new.set_at("spec.nodeName", node.as_str());
-        set_condition(&mut new, json!({ "type": "PodScheduled", "status": "True", "lastTransitionTime": now, "lastProbeTime": null }));
+        set_condition(
+            &mut new,
+            json!({ "type": "PodScheduled", "status": "True", "lastTransitionTime": now, "lastProbeTime": null }),
+        );
         for (key, value) in binding.map_at("metadata.annotations").into_iter().flatten() {
-            if !new.get("metadata").is_some_and(|m| m.get("annotations").is_some()) {
+            if new.at("metadata.annotations").is_none() {
                 new["metadata"]["annotations"] = json!({});
             }
             new["metadata"]["annotations"][key] = value.clone();
@@ -149,18 +167,32 @@ pub fn success(code: u16) -> Value {
 }
 
 /// Deletes a pod if its disruption budgets allow it.
-pub async fn evict(registry: &Registry, place: Place<'_>, eviction: &Value, context: &Context) -> Result<Value> {
+pub async fn evict(
+    registry: &Registry,
+    place: Place<'_>,
+    eviction: &Value,
+    context: &Context,
+) -> Result<Value> {
     let empty = json!({});
     let options = DeleteOptions::read(eviction.at("deleteOptions").unwrap_or(&empty), &Default::default())?;
     let pod = registry.get(place)?;
     let pod = crate::encode::decode(&pod);
-    let running = !pod.str_at("spec.nodeName").is_empty() && !matches!(pod.str_at("status.phase"), "Succeeded" | "Failed" | "Pending");
+    let running = !pod.str_at("spec.nodeName").is_empty()
+        && !matches!(pod.str_at("status.phase"), "Succeeded" | "Failed" | "Pending");
     if running && let Some(budget) = exhausted_budget(registry, place.namespace, &pod) {
-        let mut status = Status::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget.", 10);
+        let mut status = Status::too_many_requests(
+            "Cannot evict pod as it would violate the pod's disruption budget.",
+            10,
+        );
         let current = budget.int_at("status.currentHealthy").unwrap_or(0);
         let desired = budget.int_at("status.desiredHealthy").unwrap_or(0);
-        let message = format!("The disruption budget {} needs {desired} healthy pods and has {current} currently", budget.name());
-        status.details = Some(json!({ "retryAfterSeconds": 10, "causes": [{ "reason": "DisruptionBudget", "message": message }] }));
+        let message = format!(
+            "The disruption budget {} needs {desired} healthy pods and has {current} currently",
+            budget.name()
+        );
+        status.details = Some(
+            json!({ "retryAfterSeconds": 10, "causes": [{ "reason": "DisruptionBudget", "message": message }] }),
+        );
         return Err(status);
     }
     registry.delete(place, &options, context).await?;
@@ -178,23 +210,35 @@ fn exhausted_budget(registry: &Registry, namespace: &str, pod: &Value) -> Option
 }
 
 /// Adds ephemeral containers: nothing else may change, and none may go.
-pub async fn ephemeral_containers(registry: &Registry, place: Place<'_>, edit: &Edit<'_>, context: &Context) -> Result<Outcome> {
+pub async fn ephemeral_containers(
+    registry: &Registry,
+    place: Place<'_>,
+    edit: &Edit<'_>,
+    context: &Context,
+) -> Result<Outcome> {
     // The edit is worked out on a scratch copy, so that only its containers reach the pod.
     let change = |pod: &Value| -> Result<Value> {
         let wanted = match edit {
             Edit::Replace(object) => object.clone(),
             Edit::JsonPatch(body) => knarr_api::patch::json(pod, body)?,
             Edit::MergePatch(body) => knarr_api::patch::merge(pod, body)?,
-            Edit::StrategicPatch(body) => knarr_api::patch::strategic(registry.schema, place.kind.type_id, pod, body)?,
+            Edit::StrategicPatch(body) => {
+                knarr_api::patch::strategic(registry.schema, place.kind.type_id, pod, body)?
+            }
             Edit::Apply { .. } | Edit::With(_) => {
-                return Err(Status::bad_request("ephemeral containers cannot be applied; patch or update them"));
+                return Err(Status::bad_request(
+                    "ephemeral containers cannot be applied; patch or update them",
+                ));
             }
         };
         let wanted = registry.decode(place.kind, wanted, context)?;
         let containers = wanted.list_at("spec.ephemeralContainers");
         let old = pod.list_at("spec.ephemeralContainers");
         if let Some(missing) = old.iter().find(|o| !containers.contains(o)) {
-            let detail = format!("existing ephemeral containers {:?} may not be removed or changed", missing.str_at("name"));
+            let detail = format!(
+                "existing ephemeral containers {:?} may not be removed or changed",
+                missing.str_at("name")
+            );
             let error = field::Error::forbidden("spec.ephemeralContainers", detail);
             return Err(Status::invalid(place.kind, place.name, &[error]));
         }
@@ -207,7 +251,12 @@ pub async fn ephemeral_containers(registry: &Registry, place: Place<'_>, edit: &
 }
 
 /// Only `spec.finalizers` of a namespace; without any left, a namespace marked for deletion goes.
-pub async fn finalize(registry: &Registry, place: Place<'_>, object: &Value, context: &Context) -> Result<Outcome> {
+pub async fn finalize(
+    registry: &Registry,
+    place: Place<'_>,
+    object: &Value,
+    context: &Context,
+) -> Result<Outcome> {
     let change = |namespace: &Value| -> Result<Value> {
         let revision = object.str_at("metadata.resourceVersion");
         if !revision.is_empty() && revision != namespace.str_at("metadata.resourceVersion") {
@@ -229,7 +278,9 @@ const TOKEN_SECONDS_MIN: i64 = 600;
 
 /// Issues a token for a service account.
 pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value) -> Result<Value> {
-    let account = registry.lookup("", "serviceaccounts", place.namespace, place.name).ok_or_else(|| place.not_found())?;
+    let account = registry
+        .lookup("", "serviceaccounts", place.namespace, place.name)
+        .ok_or_else(|| place.not_found())?;
     let seconds = request.int_at("spec.expirationSeconds").unwrap_or(3600);
     let kind = review_kind(registry, "authentication.k8s.io", "tokenreviews");
     let invalid = |error| {
@@ -238,10 +289,18 @@ pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value
         status
     };
     if seconds < TOKEN_SECONDS_MIN {
-        return Err(invalid(field::Error::invalid("spec.expirationSeconds", seconds, "may not specify a duration less than 10 minutes")));
+        return Err(invalid(field::Error::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration less than 10 minutes",
+        )));
     }
     if seconds > TOKEN_SECONDS_MAX {
-        return Err(invalid(field::Error::invalid("spec.expirationSeconds", seconds, "may not specify a duration larger than 2^32 seconds")));
+        return Err(invalid(field::Error::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration larger than 2^32 seconds",
+        )));
     }
     let bound = request.at("spec.boundObjectRef").filter(|b| !b.str_at("name").is_empty());
     let (mut bound_to, mut node) = (None, None);
@@ -251,25 +310,39 @@ pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value
             "Pod" => ("pods", place.namespace),
             "Secret" => ("secrets", place.namespace),
             "Node" => ("nodes", ""),
-            other => return Err(Status::bad_request(format!("cannot bind token for serviceaccount {:?} to type {other}", place.name))),
+            other => {
+                return Err(Status::bad_request(format!(
+                    "cannot bind token for serviceaccount {:?} to type {other}",
+                    place.name
+                )));
+            }
         };
         let resource = registry.schema.resource("", "v1", plural).expect("bindable kinds are built in");
-        let object = registry.lookup("", plural, scope, name).ok_or_else(|| Status::not_found(resource, name))?;
+        let object =
+            registry.lookup("", plural, scope, name).ok_or_else(|| Status::not_found(resource, name))?;
         let uid = reference.str_at("uid");
         if !uid.is_empty() && uid != object.uid() {
-            let why = format!("the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated");
+            let why = format!(
+                "the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated"
+            );
             return Err(Status::conflict(resource, name, why));
         }
         if kind == "Pod" && object.str_at("spec.serviceAccountName") != place.name {
-            return Err(Status::bad_request(format!("cannot bind token for serviceaccount {:?} to pod running with different serviceaccount name.", place.name)));
+            return Err(Status::bad_request(format!(
+                "cannot bind token for serviceaccount {:?} to pod running with different serviceaccount name.",
+                place.name
+            )));
         }
         let host = object.str_at("spec.nodeName");
-        if kind == "Pod" && let Some(found) = registry.lookup("", "nodes", "", host) {
+        if kind == "Pod"
+            && let Some(found) = registry.lookup("", "nodes", "", host)
+        {
             node = Some((host.to_owned(), found.uid().to_owned()));
         }
         bound_to = Some((kind.to_owned(), name.to_owned(), object.uid().to_owned()));
     }
-    let audiences: Vec<String> = request.list_at("spec.audiences").iter().filter_map(|a| a.as_str().map(str::to_owned)).collect();
+    let audiences: Vec<String> =
+        request.list_at("spec.audiences").iter().filter_map(|a| a.as_str().map(str::to_owned)).collect();
     let claims = Claims {
         namespace: place.namespace,
         account: place.name,
@@ -288,7 +361,10 @@ pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value
     answer.set_at("metadata.namespace", place.namespace);
     answer.set_at("metadata.creationTimestamp", registry.now());
     answer.set_at("spec.expirationSeconds", seconds);
-    answer.set_at("spec.audiences", if audiences.is_empty() { vec![tokens.issuer().to_owned()] } else { audiences });
+    answer.set_at(
+        "spec.audiences",
+        if audiences.is_empty() { vec![tokens.issuer().to_owned()] } else { audiences },
+    );
     answer.set_at("status", json!({ "token": token, "expirationTimestamp": time::print(expires, 0) }));
     Ok(answer)
 }

@@ -49,7 +49,11 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
     }
     let from: Option<Revision> = match version {
         "" | "0" => None,
-        text => Some(text.parse().map_err(|_| Status::bad_request(format!("Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax")))?),
+        text => Some(text.parse().map_err(|_| {
+            Status::bad_request(format!(
+                "Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+            ))
+        })?),
     };
     let timeout = match query.number("timeoutSeconds")? {
         Some(seconds) if seconds > 0 => seconds as u64,
@@ -58,7 +62,9 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
     // Without a revision, the current objects come first, as if just added.
     let initial = wants_initial || (from.is_none() && query.get("sendInitialEvents").is_none());
     let (first, position) = if initial {
-        let listing = registry.store.list(&partition(kind), &Range { prefix: prefix(&request.namespace), ..Range::default() });
+        let listing = registry
+            .store
+            .list(&partition(kind), &Range { prefix: prefix(&request.namespace), ..Range::default() });
         let listing = listing.map_err(|e| read_failed(&e))?;
         if from.is_some_and(|f| f > listing.revision) {
             return Err(too_new(from.unwrap_or(0), listing.revision));
@@ -117,7 +123,9 @@ pub fn read_failed(error: &ReadError) -> Box<Status> {
 
 fn too_new(requested: Revision, newest: Revision) -> Box<Status> {
     let mut status = Status::timeout(format!("Too large resource version: {requested}, current: {newest}"));
-    status.details = Some(json!({ "causes": [{ "reason": "ResourceVersionTooLarge", "message": "Too large resource version" }], "retryAfterSeconds": 1 }));
+    status.details = Some(
+        json!({ "causes": [{ "reason": "ResourceVersionTooLarge", "message": "Too large resource version" }], "retryAfterSeconds": 1 }),
+    );
     status
 }
 
@@ -138,7 +146,10 @@ struct Stream {
 
 enum State {
     /// The objects there were come first; then the mark that they are complete.
-    Initial { entries: Vec<Arc<Entry>>, mark: Option<Revision> },
+    Initial {
+        entries: Vec<Arc<Entry>>,
+        mark: Option<Revision>,
+    },
     Live,
     Ended,
 }
@@ -180,7 +191,10 @@ impl Stream {
                     Wake::Events(Err(error)) => {
                         self.state = State::Ended;
                         let status = read_failed(&error).to_value();
-                        return Some(Bytes::from(format!("{}\n", json!({ "type": "ERROR", "object": status }))));
+                        return Some(Bytes::from(format!(
+                            "{}\n",
+                            json!({ "type": "ERROR", "object": status })
+                        )));
                     }
                     Wake::Events(Ok(events)) => {
                         let mut out = Vec::new();
@@ -255,9 +269,15 @@ impl Stream {
             metadata["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
         }
         let object = match &self.form.shape {
-            Shape::Whole => json!({ "kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": metadata }),
-            Shape::Partial { version } => json!({ "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata }),
-            Shape::Table { version, .. } => json!({ "kind": "Table", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata, "columnDefinitions": null, "rows": [] }),
+            Shape::Whole => {
+                json!({ "kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": metadata })
+            }
+            Shape::Partial { version } => {
+                json!({ "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata })
+            }
+            Shape::Table { version, .. } => {
+                json!({ "kind": "Table", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata, "columnDefinitions": null, "rows": [] })
+            }
         };
         out.extend(format!("{}\n", json!({ "type": "BOOKMARK", "object": object })).bytes());
     }

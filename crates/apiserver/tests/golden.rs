@@ -18,7 +18,7 @@ use knarr_apiserver::bootstrap;
 use knarr_apiserver::identity::User;
 use knarr_apiserver::proxy::Dialer;
 use knarr_apiserver::rbac::Rbac;
-use knarr_apiserver::registry::Registry;
+use knarr_apiserver::registry::{Context, Registry};
 use knarr_apiserver::respond::full;
 use knarr_apiserver::services::Allocator;
 use knarr_store::engine::Memory;
@@ -26,7 +26,8 @@ use knarr_store::{Embedded, Options, Store};
 use serde_json::{Value, json};
 
 async fn server() -> Api {
-    let store: Arc<dyn Store> = Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
+    let store: Arc<dyn Store> =
+        Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
     let registry = Arc::new(Registry {
         store: store.clone(),
         schema: Schema::builtin(),
@@ -35,13 +36,19 @@ async fn server() -> Api {
     });
     bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
     let key = rcgen::KeyPair::generate().expect("a key");
-    let tokens = Tokens::new("https://issuer", key.serialize_pem().as_bytes(), key.public_key_raw()).expect("tokens");
+    let tokens =
+        Tokens::new("https://issuer", key.serialize_pem().as_bytes(), key.public_key_raw()).expect("tokens");
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let client = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("versions")
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
+    // The recording server ran without service account admission; this account changes no pod.
+    let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
+    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
+    let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
+    registry.create(kind, "default", account, &context).await.expect("creates");
     Api {
         rbac: Rbac::new(store),
         registry,
@@ -52,7 +59,8 @@ async fn server() -> Api {
 }
 
 fn recordings(file: &str) -> Option<Vec<Value>> {
-    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).join("../../../shared/reference/golden");
+    let root =
+        PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).join("../../../shared/reference/golden");
     let text = std::fs::read_to_string(root.join(file)).ok()?;
     Some(text.lines().map(|line| serde_json::from_str(line).expect("a recording is json")).collect())
 }
@@ -73,12 +81,17 @@ async fn replay(api: &Api, pair: &Value) -> (u16, Value) {
     let answer = api.handle(request, &peer).await;
     let status = answer.status().as_u16();
     let bytes = answer.into_body().collect().await.expect("a body").to_bytes();
-    (status, serde_json::from_slice(&bytes).unwrap_or_else(|_| json!({ "_text": String::from_utf8_lossy(&bytes) })))
+    (
+        status,
+        serde_json::from_slice(&bytes)
+            .unwrap_or_else(|_| json!({ "_text": String::from_utf8_lossy(&bytes) })),
+    )
 }
 
 /// Kinds served by v1.24 that are no longer, or not yet: nothing to compare.
 fn is_served(path: &str) -> bool {
-    let parts: Vec<&str> = path.split('?').next().unwrap_or_default().split('/').filter(|s| !s.is_empty()).collect();
+    let parts: Vec<&str> =
+        path.split('?').next().unwrap_or_default().split('/').filter(|s| !s.is_empty()).collect();
     let schema = Schema::builtin();
     let (group, version, rest) = match parts[..] {
         ["api", version, ref rest @ ..] => ("", version, rest),
@@ -118,16 +131,28 @@ impl Tally {
                 Some(path) => format!("differs at {path}"),
             }
         };
-        let example = format!("{} {} | {}\n      want {}\n      have {}", pair.str_at("method"), pair.str_at("path"), pair.str_at("case"), brief(expected), brief(answer));
+        let example = format!(
+            "{} {} | {}\n      want {}\n      have {}",
+            pair.str_at("method"),
+            pair.str_at("path"),
+            pair.str_at("case"),
+            brief(expected),
+            brief(answer)
+        );
         let slot = self.differences.entry(what).or_insert((0, example));
         slot.0 += 1;
     }
 
     fn report(&self, name: &str) {
-        println!("{name}: {} requests, {} statuses equal, {} answers equal", self.all, self.same_status, self.same_answer);
+        println!(
+            "{name}: {} requests, {} statuses equal, {} answers equal",
+            self.all, self.same_status, self.same_answer
+        );
         let mut list: Vec<_> = self.differences.iter().collect();
         list.sort_by_key(|(_, (count, _))| std::cmp::Reverse(*count));
-        for (what, (count, example)) in list.iter().take(std::env::var("GOLDEN_SHOW").ok().and_then(|n| n.parse().ok()).unwrap_or(5)) {
+        for (what, (count, example)) in
+            list.iter().take(std::env::var("GOLDEN_SHOW").ok().and_then(|n| n.parse().ok()).unwrap_or(5))
+        {
             println!("  {count:4} {what}\n      {example}");
         }
     }
@@ -143,8 +168,15 @@ fn brief(value: &Value) -> String {
 
 /// Fields that differ from run to run, or that newer releases add.
 const VOLATILE: [&str; 9] = [
-    "uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "selfLink", "deletionTimestamp",
-    "clusterIP", "clusterIPs",
+    "uid",
+    "resourceVersion",
+    "creationTimestamp",
+    "managedFields",
+    "generation",
+    "selfLink",
+    "deletionTimestamp",
+    "clusterIP",
+    "clusterIPs",
 ];
 
 /// The path of the first difference that matters; answers may say more than the recording does.
@@ -198,21 +230,29 @@ async fn run(file: &str, floor_status: usize, floor_answer: usize) {
     }
     tally.report(file);
     let share = |n: usize| n * 1000 / tally.all.max(1);
-    assert!(share(tally.same_status) >= floor_status, "equal statuses fell to {} per mille", share(tally.same_status));
-    assert!(share(tally.same_answer) >= floor_answer, "equal answers fell to {} per mille", share(tally.same_answer));
+    assert!(
+        share(tally.same_status) >= floor_status,
+        "equal statuses fell to {} per mille",
+        share(tally.same_status)
+    );
+    assert!(
+        share(tally.same_answer) >= floor_answer,
+        "equal answers fell to {} per mille",
+        share(tally.same_answer)
+    );
 }
 
 #[tokio::test]
 async fn rich_objects_are_answered_as_upstream_did() {
-    run("rich.jsonl", 0, 0).await;
+    run("rich.jsonl", 795, 650).await;
 }
 
 #[tokio::test]
 async fn fixtures_are_answered_as_upstream_did() {
-    run("fixtures.jsonl", 0, 0).await;
+    run("fixtures.jsonl", 910, 800).await;
 }
 
 #[tokio::test]
 async fn sequences_are_answered_as_upstream_did() {
-    run("seq.jsonl", 0, 0).await;
+    run("seq.jsonl", 905, 550).await;
 }

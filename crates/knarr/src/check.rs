@@ -23,7 +23,8 @@ impl Finding {
 
 /// Looks at everything; changes nothing. `running` is true if the cluster itself holds the ports.
 pub fn all(settings: &Settings, running: bool) -> Vec<Finding> {
-    let mut findings = vec![Finding::judge("root privileges", nix::unistd::geteuid().is_root(), "run it with sudo")];
+    let mut findings =
+        vec![Finding::judge("root privileges", nix::unistd::geteuid().is_root(), "run it with sudo")];
     if !running {
         for (port, flag) in [(settings.port, "--port"), (settings.kubelet_port, "--kubelet-port")] {
             findings.push(Finding::judge(
@@ -48,17 +49,26 @@ pub fn all(settings: &Settings, running: bool) -> Vec<Finding> {
     ));
     findings.push(Finding::judge(
         "kernel: control groups (v1, v2 or both)",
-        Path::new("/sys/fs/cgroup/cgroup.controllers").exists() || Path::new("/sys/fs/cgroup/memory").exists(),
+        Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+            || Path::new("/sys/fs/cgroup/memory").exists(),
         "mount cgroup2 on /sys/fs/cgroup, or boot a kernel with control groups",
     ));
     for namespace in ["mnt", "pid", "net", "ipc", "uts"] {
         let there = Path::new("/proc/self/ns").join(namespace).exists();
-        findings.push(Finding::judge(format!("kernel: {namespace} namespaces"), there, "boot a kernel with namespaces"));
+        findings.push(Finding::judge(
+            format!("kernel: {namespace} namespaces"),
+            there,
+            "boot a kernel with namespaces",
+        ));
     }
     if let Some(endpoint) = &settings.container_runtime_endpoint {
         let path = endpoint.trim_start_matches("unix://");
         let way_out = "start the container runtime, or leave --container-runtime-endpoint out";
-        findings.push(Finding::judge(format!("container runtime at {path}"), Path::new(path).exists(), way_out));
+        findings.push(Finding::judge(
+            format!("container runtime at {path}"),
+            Path::new(path).exists(),
+            way_out,
+        ));
     }
     findings
 }

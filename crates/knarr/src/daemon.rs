@@ -36,6 +36,14 @@ fn uses_unit(settings: &Settings) -> bool {
     has_systemd() && settings.data_dir == Path::new(crate::settings::DATA_DIR)
 }
 
+/// Where the cluster's log is to be read.
+pub fn log_place(settings: &Settings) -> String {
+    match uses_unit(settings) {
+        true => format!("journalctl -u {UNIT}"),
+        false => settings.log_file().display().to_string(),
+    }
+}
+
 /// Starts the cluster in the background.
 pub fn start(settings: &Settings) -> Result<()> {
     let program = std::env::current_exe().context("find this program")?;
@@ -92,7 +100,11 @@ pub fn supervisor(settings: &Settings) -> Option<Pid> {
 /// Does the cluster run (or at least: does somebody see to it that it does)?
 pub fn is_running(settings: &Settings) -> bool {
     supervisor(settings).is_some()
-        || (uses_unit(settings) && Command::new("systemctl").args(["is-active", "--quiet", UNIT]).status().is_ok_and(|s| s.success()))
+        || (uses_unit(settings)
+            && Command::new("systemctl")
+                .args(["is-active", "--quiet", UNIT])
+                .status()
+                .is_ok_and(|s| s.success()))
 }
 
 /// Ends the cluster's processes; containers are not its children and stay. True if it ran.
@@ -109,7 +121,9 @@ pub fn stop(settings: &Settings) -> Result<bool> {
         end(pid)?;
     }
     match fs::remove_file(settings.pid_file()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove the pid file"),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context("remove the pid file")
+        }
         _ => Ok(ran),
     }
 }
@@ -171,7 +185,11 @@ pub fn supervise(data_dir: &Path) -> Result<()> {
         if !watch_child(child, &signals)? {
             return Ok(());
         }
-        delay = if started.elapsed() > HEALTHY_AFTER { RESTART_DELAY_MIN } else { (delay * 2).min(RESTART_DELAY_MAX) };
+        delay = if started.elapsed() > HEALTHY_AFTER {
+            RESTART_DELAY_MIN
+        } else {
+            (delay * 2).min(RESTART_DELAY_MAX)
+        };
         eprintln!("knarr: ended unexpectedly; starting again in {} ms", delay.as_millis());
         if told_to_end(&signals, delay) {
             return Ok(());
@@ -200,7 +218,8 @@ fn watch_child(child: Pid, signals: &SigSet) -> Result<bool> {
 fn told_to_end(signals: &SigSet, delay: Duration) -> bool {
     let mut stop = *signals;
     stop.remove(Signal::SIGCHLD);
-    let time = nix::libc::timespec { tv_sec: delay.as_secs() as i64, tv_nsec: i64::from(delay.subsec_nanos()) };
+    let time =
+        nix::libc::timespec { tv_sec: delay.as_secs() as i64, tv_nsec: i64::from(delay.subsec_nanos()) };
     // SAFETY: both pointers are to live values of the right types; the third argument may be null.
     let signal = unsafe { nix::libc::sigtimedwait(stop.as_ref(), std::ptr::null_mut(), &time) };
     signal > 0

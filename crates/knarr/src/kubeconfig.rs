@@ -123,7 +123,8 @@ fn write(path: &Path, value: &Value) -> Result<()> {
     if let Some(owner) = owner {
         // Under sudo, the file belongs to the user whose home it lies in.
         for path in [Some(path), made.then_some(parent)].into_iter().flatten() {
-            chown(path, Some(owner.uid()), Some(owner.gid())).with_context(|| format!("own {}", path.display()))?;
+            chown(path, Some(owner.uid()), Some(owner.gid()))
+                .with_context(|| format!("own {}", path.display()))?;
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! The binary: command line, configuration, wiring of roles.
 
+mod bench;
 mod check;
 mod daemon;
 mod kubeconfig;
@@ -38,6 +39,14 @@ enum Command {
     Status(DataDir),
     /// Show whether this machine has all a node needs.
     Check(up::UpArgs),
+    /// The Kubernetes command-line client, for this cluster or any other.
+    #[command(disable_help_flag = true)]
+    Kubectl {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Measure a running cluster.
+    Bench(bench::BenchArgs),
     /// Run the cluster in the foreground, as `up` made it.
     #[command(hide = true)]
     Run(DataDir),
@@ -58,12 +67,40 @@ fn main() -> ExitCode {
     if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
         return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
     }
-    match execute(Cli::parse().command) {
+    if let Some(args) = kubectl_args() {
+        end_quietly_on_closed_pipes();
+        rustls::crypto::ring::default_provider().install_default().ok();
+        return ExitCode::from(knarr_kubectl::main(args) as u8);
+    }
+    let cli = Cli::parse();
+    if !matches!(cli.command, Command::Run(_)) {
+        end_quietly_on_closed_pipes();
+    }
+    match execute(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("knarr: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What follows `knarr kubectl`, or everything if the program is called by that name.
+fn kubectl_args() -> Option<Vec<String>> {
+    let mut args = std::env::args();
+    let program = args.next()?;
+    if Path::new(&program).file_name().is_some_and(|name| name == "kubectl") {
+        return Some(args.collect());
+    }
+    (args.next()? == "kubectl").then(|| args.collect())
+}
+
+/// `knarr status | head` ends like any other program. Servers keep Rust's way: a closed socket is an error.
+fn end_quietly_on_closed_pipes() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: the default disposition runs no code of ours.
+    if let Err(error) = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) } {
+        eprintln!("knarr: {error}");
     }
 }
 
@@ -76,6 +113,9 @@ fn execute(command: Command) -> Result<()> {
         Command::Down(args) => up::down(&args),
         Command::Status(args) => up::status(&args.data_dir),
         Command::Check(args) => up::check(&args),
+        // Dispatched before the command line was parsed, so that every flag reaches it.
+        Command::Kubectl { .. } => Ok(()),
+        Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run(&args.data_dir),
         Command::Supervise(args) => daemon::supervise(&args.data_dir),
     }
@@ -87,7 +127,8 @@ const WORKERS_MAX: usize = 4;
 fn run(data_dir: &Path) -> Result<()> {
     let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    let settings = Settings::load(data_dir)?.with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
+    let settings = Settings::load(data_dir)?
+        .with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
     let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     runtime.block_on(serve(&settings))

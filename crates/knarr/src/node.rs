@@ -5,22 +5,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use knarr_client::{Informers, Client};
+use knarr_client::{Client, Informers};
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
+use knarr_kubelet::{Kubelet, KubeletConfig};
 use knarr_network::nft::NftProgram;
 use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
 use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::pki::{Authority, Subject};
+use crate::pki::{Authority, Clients, Subject};
 use crate::server::Server;
 use crate::settings::Settings;
 
 const DNS_PORT: u16 = 53;
 
 fn runtime_config(settings: &Settings) -> builtin::Config {
-    let mut config = builtin::Config::new(settings.data_dir.join("runtime"), settings.run_dir.join("runtime"));
+    let mut config =
+        builtin::Config::new(settings.data_dir.join("runtime"), settings.run_dir.join("runtime"));
     config.cgroup_root = cgroup_root(settings);
     config
 }
@@ -31,7 +33,8 @@ fn cgroup_root(settings: &Settings) -> String {
 }
 
 fn network_config(settings: &Settings) -> Result<RoutedConfig> {
-    let parse = |cidr: &str| -> Result<Subnet> { cidr.parse().map_err(|e| anyhow!("address range {cidr:?}: {e}")) };
+    let parse =
+        |cidr: &str| -> Result<Subnet> { cidr.parse().map_err(|e| anyhow!("address range {cidr:?}: {e}")) };
     Ok(RoutedConfig {
         device: settings.device.clone(),
         state_dir: settings.run_dir.join("network"),
@@ -53,8 +56,22 @@ pub async fn start(
     let informers = Informers::new(client.clone());
     let (runtime, network) = tokio::try_join!(start_runtime(settings), start_network(settings))?;
     let gateways = network.gateways();
+    let (kept, stop) = (network.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        if let Err(error) = kept.keep(stop).await {
+            tracing::warn!(%error, "nobody watches the pod network's firewall table any more");
+        }
+    });
     start_proxy(settings, &informers, tasks, shutdown)?;
-    start_dns(settings, &server.client("system:apiserver", &["system:masters"]), &informers, &gateways, tasks, shutdown).await?;
+    start_dns(
+        settings,
+        &server.client("system:apiserver", &["system:masters"]),
+        &informers,
+        &gateways,
+        tasks,
+        shutdown,
+    )
+    .await?;
     let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
     let stop = shutdown.clone();
     tasks.spawn(async move {
@@ -70,7 +87,8 @@ async fn start_runtime(settings: &Settings) -> Result<Arc<dyn Runtime>> {
         let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
         return Ok(Arc::new(remote.with_context(|| format!("container runtime at {endpoint}"))?));
     }
-    let runtime = BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
+    let runtime =
+        BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
     for path in archives(settings)? {
         let imported = runtime.import_image(&path, None, true).await;
         imported.with_context(|| format!("import the image archive {}", path.display()))?;
@@ -102,7 +120,12 @@ async fn start_network(settings: &Settings) -> Result<Arc<RoutedNetwork>> {
     Ok(Arc::new(RoutedNetwork::start(network_config(settings)?).await.context("pod network")?))
 }
 
-fn start_proxy(settings: &Settings, informers: &Informers, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<()> {
+fn start_proxy(
+    settings: &Settings,
+    informers: &Informers,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
     let network = network_config(settings)?;
     let config = ProxyConfig {
         node_name: settings.node_name.clone(),
@@ -140,7 +163,11 @@ async fn start_dns(
     server.follow(informers);
     let servers: Vec<knarr_dns::wiring::Server> = gateways
         .iter()
-        .map(|ip| knarr_dns::wiring::Server { node: settings.node_name.clone(), address: *ip, port: DNS_PORT })
+        .map(|ip| knarr_dns::wiring::Server {
+            node: settings.node_name.clone(),
+            address: *ip,
+            port: DNS_PORT,
+        })
         .collect();
     let (service, slice) = knarr_dns::wiring::objects(service, &servers);
     publish(client, service).await?;
@@ -173,7 +200,7 @@ fn kubelet(
     informers: Informers,
     runtime: Arc<dyn Runtime>,
     network: Arc<RoutedNetwork>,
-) -> Result<knarr_kubelet::Kubelet> {
+) -> Result<Kubelet> {
     let (names, addresses) = ([settings.node_name.clone()], [settings.node_ip]);
     let subject = Subject {
         name: &format!("system:node:{}", settings.node_name),
@@ -182,23 +209,24 @@ fn kubelet(
         addresses: &addresses,
     };
     let serving = authority.leaf("kubelet", &subject)?;
-    let tls = authority.server_config(&serving, true, &["http/1.1"])?;
-    let own_network = settings.container_runtime_endpoint.is_none();
-    let config = knarr_kubelet::KubeletConfig {
-        node_name: settings.node_name.clone(),
+    let own_cluster = settings.data_dir == Path::new(crate::settings::DATA_DIR);
+    let config = KubeletConfig {
         node_addresses: vec![settings.node_ip],
         root_dir: settings.data_dir.join("kubelet"),
-        pod_cidrs: vec![settings.node_cidr.clone()],
+        log_dir: log_dir(settings),
+        log_link_dir: own_cluster.then(|| PathBuf::from(LOG_LINKS)),
         cluster_dns: vec![IpAddr::V4(settings.service_address(10)?)],
         cluster_domain: settings.domain.clone(),
+        pod_cidrs: vec![settings.node_cidr.clone()],
+        control_plane: true,
+        cgroup_root: format!("{}/kubepods", cgroup_root(settings)),
         listen: SocketAddr::new(IpAddr::from([0, 0, 0, 0]), settings.kubelet_port),
-        tls: Some(tls),
-        cgroup_root: cgroup_root(settings),
-        log_dir: log_dir(settings),
-        ..knarr_kubelet::KubeletConfig::default()
+        tls: Some(authority.server_config(&serving, Clients::Required, &["http/1.1"])?),
+        ..KubeletConfig::new(&settings.node_name)
     };
+    let own_network = settings.container_runtime_endpoint.is_none();
     let network = own_network.then_some(network as Arc<dyn knarr_network::PodNetwork>);
-    Ok(knarr_kubelet::Kubelet::new(config, client, informers, runtime, network))
+    Ok(Kubelet::new(config, client, informers, runtime, network))
 }
 
 /// Ends all containers; their pods start anew with the next `up`.
@@ -206,15 +234,17 @@ pub fn stop_containers(settings: &Settings) -> Result<()> {
     if settings.container_runtime_endpoint.is_some() {
         return Ok(());
     }
-    builtin::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
+    builtin::purge::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
 }
 
 /// Removes everything of ours from the machine.
 pub fn purge(settings: &Settings) -> Result<()> {
-    builtin::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
+    builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
-        knarr_network::builtin::purge(&settings.run_dir.join("network")).await.context("purge the pod network")
+        knarr_network::builtin::purge(&settings.run_dir.join("network"))
+            .await
+            .context("purge the pod network")
     })?;
     unmount_below(&settings.data_dir)?;
     remove_pod_logs(settings)
@@ -227,10 +257,12 @@ fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 /// Volumes of pods are mounts below the data directory.
 fn unmount_below(dir: &Path) -> Result<()> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mut below: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(dir)).collect();
+    let mut below: Vec<&str> =
+        table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(dir)).collect();
     below.sort_by_key(|m| std::cmp::Reverse(m.len()));
     for mount in below {
-        nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH).with_context(|| format!("unmount {mount}"))?;
+        nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH)
+            .with_context(|| format!("unmount {mount}"))?;
     }
     Ok(())
 }
@@ -250,7 +282,8 @@ fn remove_pod_logs(settings: &Settings) -> Result<()> {
     // The links come first: they lead into the logs and would dangle.
     for entry in std::fs::read_dir(LOG_LINKS).into_iter().flatten().flatten() {
         if std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(&logs)) {
-            std::fs::remove_file(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+            std::fs::remove_file(entry.path())
+                .with_context(|| format!("remove {}", entry.path().display()))?;
         }
     }
     match std::fs::remove_dir_all(&logs) {
@@ -263,19 +296,30 @@ fn remove_pod_logs(settings: &Settings) -> Result<()> {
 
 /// What was looked for, each with what is left of it.
 pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
-    let checks = builtin::verify_clean(&runtime_config(settings)).map_err(|e| anyhow!("look for containers: {e}"))?;
+    let checks = builtin::purge::verify_clean(&runtime_config(settings))
+        .map_err(|e| anyhow!("look for containers: {e}"))?;
     let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
     let report = block_on(async {
-        let report = knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;
+        let report =
+            knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;
         report.context("look for network devices")
     })?;
     found.push((report.checked.join("; "), report.leftovers));
     let table = block_on(async {
-        knarr_network::nft::table_exists(&NftProgram, knarr_network::proxy::TABLE).await.context("look for firewall tables")
+        knarr_network::nft::table_exists(&NftProgram, knarr_network::proxy::TABLE)
+            .await
+            .context("look for firewall tables")
     })?;
-    found.push((format!("nftables table {}", knarr_network::proxy::TABLE), if table { vec![knarr_network::proxy::TABLE.into()] } else { Vec::new() }));
+    found.push((
+        format!("nftables table {}", knarr_network::proxy::TABLE),
+        if table { vec![knarr_network::proxy::TABLE.into()] } else { Vec::new() },
+    ));
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mounts = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|m| Path::new(m).starts_with(&settings.data_dir));
-    found.push((format!("mounts below {}", settings.data_dir.display()), mounts.map(str::to_owned).collect()));
+    let mounts = table
+        .lines()
+        .filter_map(|l| l.split(' ').nth(4))
+        .filter(|m| Path::new(m).starts_with(&settings.data_dir));
+    found
+        .push((format!("mounts below {}", settings.data_dir.display()), mounts.map(str::to_owned).collect()));
     Ok(found)
 }

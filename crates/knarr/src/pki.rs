@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
@@ -39,6 +39,13 @@ pub struct Subject<'a> {
     /// DNS names and addresses; a leaf with any serves, one without is a client.
     pub names: &'a [String],
     pub addresses: &'a [IpAddr],
+}
+
+/// Must clients show a certificate?
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Clients {
+    Required,
+    Optional,
 }
 
 /// The certificate authority of a cluster.
@@ -71,8 +78,10 @@ impl Authority {
 
     /// The leaf kept under `file`, made anew if it is missing, nearly over, or for other names.
     pub fn leaf(&self, file: &str, subject: &Subject) -> Result<Leaf> {
-        let (certificate_path, key_path) = (self.dir.join(format!("{file}.crt")), self.dir.join(format!("{file}.key")));
-        if let (Ok(certificate), Ok(key)) = (fs::read_to_string(&certificate_path), fs::read_to_string(&key_path))
+        let (certificate_path, key_path) =
+            (self.dir.join(format!("{file}.crt")), self.dir.join(format!("{file}.key")));
+        if let (Ok(certificate), Ok(key)) =
+            (fs::read_to_string(&certificate_path), fs::read_to_string(&key_path))
             && still_fits(&certificate, subject)
         {
             return Ok(Leaf { certificate, key });
@@ -115,17 +124,29 @@ impl Authority {
 
     fn roots(&self) -> Result<RootCertStore> {
         let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(self.certificate.as_bytes()).map_err(|e| anyhow!("ca.crt: {e}"))?)?;
+        roots.add(
+            CertificateDer::from_pem_slice(self.certificate.as_bytes())
+                .map_err(|e| anyhow!("ca.crt: {e}"))?,
+        )?;
         Ok(roots)
     }
 
-    /// Serves with the leaf; clients may show certificates of this authority, or, if `required`, must.
-    pub fn server_config(&self, leaf: &Leaf, required: bool, protocols: &[&str]) -> Result<Arc<rustls::ServerConfig>> {
+    /// Serves with the leaf; certificates that clients show are of this authority.
+    pub fn server_config(
+        &self,
+        leaf: &Leaf,
+        clients: Clients,
+        protocols: &[&str],
+    ) -> Result<Arc<rustls::ServerConfig>> {
         let verifier = WebPkiClientVerifier::builder(Arc::new(self.roots()?));
-        let verifier = if required { verifier } else { verifier.allow_unauthenticated() };
+        let verifier = match clients {
+            Clients::Required => verifier,
+            Clients::Optional => verifier.allow_unauthenticated(),
+        };
         let (chain, key) = parse(leaf)?;
-        let mut config =
-            rustls::ServerConfig::builder().with_client_cert_verifier(verifier.build()?).with_single_cert(chain, key)?;
+        let mut config = rustls::ServerConfig::builder()
+            .with_client_cert_verifier(verifier.build()?)
+            .with_single_cert(chain, key)?;
         config.alpn_protocols = protocols.iter().map(|p| p.as_bytes().to_vec()).collect();
         Ok(Arc::new(config))
     }
@@ -144,7 +165,8 @@ fn new_authority() -> Result<(String, String)> {
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, "knarr-ca");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+    params.key_usages =
+        vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
     validity(&mut params, AUTHORITY_DAYS)?;
     Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
 }
@@ -170,7 +192,8 @@ fn still_fits(pem: &str, subject: &Subject) -> bool {
         _ => 0,
     };
     let has = |name: &str| pem_names(&certificate).iter().any(|n| n == name);
-    let all_named = subject.names.iter().all(|n| has(n)) && subject.addresses.iter().all(|a| has(&a.to_string()));
+    let all_named =
+        subject.names.iter().all(|n| has(n)) && subject.addresses.iter().all(|a| has(&a.to_string()));
     left > RENEW_DAYS * 86_400 && all_named && names == subject.names.len() + subject.addresses.len()
 }
 
@@ -194,6 +217,7 @@ fn pem_names(certificate: &x509_parser::certificate::X509Certificate) -> Vec<Str
 
 fn parse(leaf: &Leaf) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(leaf.certificate.as_bytes()).collect();
-    let key = PrivateKeyDer::from_pem_slice(leaf.key.as_bytes()).map_err(|e| anyhow!("certificate key: {e}"))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(leaf.key.as_bytes()).map_err(|e| anyhow!("certificate key: {e}"))?;
     Ok((chain.map_err(|e| anyhow!("certificate: {e}"))?, key))
 }

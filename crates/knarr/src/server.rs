@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
+use knarr_api::schema::Schema;
 use knarr_apiserver::api::Api;
 use knarr_apiserver::authn::Tokens;
 use knarr_apiserver::identity::User;
@@ -13,7 +14,6 @@ use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
 use knarr_apiserver::services::Allocator;
 use knarr_apiserver::{bootstrap, server};
-use knarr_api::schema::Schema;
 use knarr_client::Client;
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options, Store};
@@ -22,8 +22,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::kubeconfig;
-use crate::pki::{Authority, Subject};
+use crate::pki::{Authority, Clients, Subject};
 use crate::settings::Settings;
+
+/// The name the API server shows to kubelets.
+pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
 
@@ -35,7 +38,11 @@ pub struct Server {
 
 impl Server {
     /// Opens the store, creates what every cluster has, and answers on the port.
-    pub async fn start(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Server> {
+    pub async fn start(
+        settings: &Settings,
+        tasks: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> Result<Server> {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
             .await
             .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
@@ -51,10 +58,12 @@ impl Server {
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
-        bootstrap::run(&registry, &[advertised]).await.map_err(|e| anyhow!("create the first objects: {e}"))?;
+        bootstrap::run(&registry, &[advertised])
+            .await
+            .map_err(|e| anyhow!("create the first objects: {e}"))?;
         let kubelet_client = authority.leaf(
             "apiserver-kubelet-client",
-            &Subject { name: "kube-apiserver-kubelet-client", groups: &["system:masters"], names: &[], addresses: &[] },
+            &Subject { name: KUBELET_CLIENT, groups: &["system:masters"], names: &[], addresses: &[] },
         )?;
         let api = Arc::new(Api {
             rbac: Rbac::new(store),
@@ -64,7 +73,7 @@ impl Server {
             address: advertised.to_string(),
         });
         let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
-        let tls = authority.server_config(&serving, false, &["h2", "http/1.1"])?;
+        let tls = authority.server_config(&serving, Clients::Optional, &["h2", "http/1.1"])?;
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {
             tokio::select! {
@@ -98,7 +107,11 @@ impl Server {
     }
 }
 
-fn open_store(settings: &Settings, tasks: &TaskTracker, shutdown: &CancellationToken) -> Result<Arc<dyn Store>> {
+fn open_store(
+    settings: &Settings,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<Arc<dyn Store>> {
     let dir = settings.data_dir.join("store");
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     let store = Arc::new(Embedded::open(Disk::open(&dir)?, Options::default())?);
@@ -126,7 +139,8 @@ impl ServingNames {
 
 fn serving_names(settings: &Settings) -> Result<ServingNames> {
     let service = "kubernetes.default.svc";
-    let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", service].map(str::to_owned).to_vec();
+    let mut names: Vec<String> =
+        ["localhost", "kubernetes", "kubernetes.default", service].map(str::to_owned).to_vec();
     names.push(format!("{service}.{}", settings.domain));
     if !names.contains(&settings.node_name) {
         names.push(settings.node_name.clone());

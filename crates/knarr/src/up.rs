@@ -67,7 +67,8 @@ impl UpArgs {
     fn settings(&self) -> Result<Settings> {
         let stored = Settings::load(&self.data_dir)?;
         let first = stored.is_none();
-        let mut settings = stored.unwrap_or_else(|| Settings { data_dir: self.data_dir.clone(), ..Settings::default() });
+        let mut settings =
+            stored.unwrap_or_else(|| Settings { data_dir: self.data_dir.clone(), ..Settings::default() });
         if first && self.data_dir != Path::new(settings::DATA_DIR) {
             // A second cluster beside the machine's own keeps to its own directory.
             settings.run_dir = self.data_dir.join("run");
@@ -83,7 +84,13 @@ impl UpArgs {
             settings.container_runtime_endpoint = self.container_runtime_endpoint.clone();
         }
         if !self.images.is_empty() {
-            settings.images = self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
+            settings.images =
+                self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
+        }
+        if settings.container_runtime_endpoint.is_some() && !settings.images.is_empty() {
+            bail!(
+                "--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint"
+            );
         }
         settings.server_only |= self.server_only;
         settings.service_range()?;
@@ -97,9 +104,11 @@ impl UpArgs {
 
 /// The first /24 of the cluster's range, or the range itself if it is no larger: this node's.
 fn first_range(cidr: &str) -> Result<String> {
-    let (base, prefix) = cidr.split_once('/').with_context(|| format!("--cluster-cidr: {cidr:?} is no address range"))?;
+    let (base, prefix) =
+        cidr.split_once('/').with_context(|| format!("--cluster-cidr: {cidr:?} is no address range"))?;
     let _: Ipv4Addr = base.parse().with_context(|| format!("--cluster-cidr: {cidr:?} is no IPv4 range"))?;
-    let prefix: u8 = prefix.parse().with_context(|| format!("--cluster-cidr: {cidr:?} is no address range"))?;
+    let prefix: u8 =
+        prefix.parse().with_context(|| format!("--cluster-cidr: {cidr:?} is no address range"))?;
     Ok(format!("{base}/{}", prefix.max(24)))
 }
 
@@ -132,8 +141,12 @@ impl Progress {
 pub fn up(args: &UpArgs) -> Result<()> {
     let mut settings = args.settings()?;
     if daemon::is_running(&settings) {
-        if Settings::load(&args.data_dir)?.as_ref().is_some_and(|s| Settings { kubeconfig: None, ..s.clone() } != Settings { kubeconfig: None, ..settings.clone() }) {
-            bail!("the cluster is running with other settings; `knarr down` first, then `knarr up` with the new ones");
+        if Settings::load(&args.data_dir)?.as_ref().is_some_and(|s| {
+            Settings { kubeconfig: None, ..s.clone() } != Settings { kubeconfig: None, ..settings.clone() }
+        }) {
+            bail!(
+                "the cluster is running with other settings; `knarr down` first, then `knarr up` with the new ones"
+            );
         }
         println!("The cluster is already up; nothing was changed.");
         return farewell(&settings);
@@ -147,7 +160,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
     progress.step("started", || daemon::start(&settings))?;
     let result = wait_until_ready(&settings, &progress);
     if result.is_err() {
-        eprintln!("See {} for what happened.", settings.log_file().display());
+        eprintln!("See {} for what happened.", daemon::log_place(&settings));
     }
     result?;
     println!("Up in {:.2} s.", progress.started.elapsed().as_secs_f64());
@@ -156,16 +169,22 @@ pub fn up(args: &UpArgs) -> Result<()> {
 
 fn wait_until_ready(settings: &Settings, progress: &Progress) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let client = progress.step("API answers", || runtime.block_on(async {
-        wait("the API server answers", async || -> Result<Option<Client>> {
-            if !daemon::is_running(settings) {
-                bail!("the cluster's process ended");
-            }
-            let Ok(client) = knarr_client::connect::from_kubeconfig(&settings.admin_kubeconfig(), None).await else { return Ok(None) };
-            Ok(client.apiserver_version().await.ok().map(|_| client))
+    let client = progress.step("API answers", || {
+        runtime.block_on(async {
+            wait("the API server answers", async || -> Result<Option<Client>> {
+                if !daemon::is_running(settings) {
+                    bail!("the cluster's process ended");
+                }
+                let Ok(client) =
+                    knarr_client::connect::from_kubeconfig(&settings.admin_kubeconfig(), None).await
+                else {
+                    return Ok(None);
+                };
+                Ok(client.apiserver_version().await.ok().map(|_| client))
+            })
+            .await
         })
-        .await
-    }))?;
+    })?;
     if let Some(path) = &settings.kubeconfig {
         let what = format!("context {:?} in {}", settings.context, path.display());
         progress.step(&what, || kubeconfig::merge(settings, path))?;
@@ -173,13 +192,20 @@ fn wait_until_ready(settings: &Settings, progress: &Progress) -> Result<()> {
     if settings.server_only {
         return Ok(());
     }
-    progress.step(&format!("node {} is Ready", settings.node_name), || runtime.block_on(async {
-        let nodes: Api<Node> = Api::all(client.clone());
-        wait("the node is Ready", async || Ok(nodes.get_opt(&settings.node_name).await?.filter(is_ready).map(|_| ()))).await
-    }))?;
-    progress.step("cluster DNS answers", || runtime.block_on(async {
-        wait("cluster DNS answers", async || Ok(dns_answers(settings).then_some(()))).await
-    }))
+    progress.step(&format!("node {} is Ready", settings.node_name), || {
+        runtime.block_on(async {
+            let nodes: Api<Node> = Api::all(client.clone());
+            wait("the node is Ready", async || {
+                Ok(nodes.get_opt(&settings.node_name).await?.filter(is_ready).map(|_| ()))
+            })
+            .await
+        })
+    })?;
+    progress.step("cluster DNS answers", || {
+        runtime.block_on(async {
+            wait("cluster DNS answers", async || Ok(dns_answers(settings).then_some(()))).await
+        })
+    })
 }
 
 async fn wait<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
@@ -225,7 +251,10 @@ fn farewell(settings: &Settings) -> Result<()> {
     if settings.kubeconfig.is_none() {
         println!("export KUBECONFIG={}", settings.admin_kubeconfig().display());
     }
-    println!("Next: knarr kubectl get nodes    (or kubectl: the context {:?} is the current one)", settings.context);
+    println!(
+        "Next: knarr kubectl get nodes    (or kubectl: the context {:?} is the current one)",
+        settings.context
+    );
     Ok(())
 }
 
@@ -244,7 +273,8 @@ pub struct DownArgs {
 pub fn down(args: &DownArgs) -> Result<()> {
     let stored = Settings::load(&args.data_dir)?;
     let found = stored.is_some();
-    let settings = stored.unwrap_or_else(|| Settings { data_dir: args.data_dir.clone(), ..Settings::default() });
+    let settings =
+        stored.unwrap_or_else(|| Settings { data_dir: args.data_dir.clone(), ..Settings::default() });
     if !nix::unistd::geteuid().is_root() {
         bail!("needed: root privileges; run it with sudo");
     }
@@ -260,7 +290,10 @@ pub fn down(args: &DownArgs) -> Result<()> {
         }
         remove_dirs(&settings)?;
     } else {
-        println!("The data stays in {}; `knarr up` brings the cluster back, `knarr down --purge` removes it.", settings.data_dir.display());
+        println!(
+            "The data stays in {}; `knarr up` brings the cluster back, `knarr down --purge` removes it.",
+            settings.data_dir.display()
+        );
     }
     if args.verify {
         return verify(&settings);
@@ -325,7 +358,8 @@ pub fn status(data_dir: &Path) -> Result<()> {
         }
         let pods: Api<Pod> = Api::all(client);
         let pods = pods.list(&ListParams::default()).await?;
-        let running = pods.iter().filter(|p| p.status.as_ref().is_some_and(|s| s.phase.as_deref() == Some("Running")));
+        let running =
+            pods.iter().filter(|p| p.status.as_ref().is_some_and(|s| s.phase.as_deref() == Some("Running")));
         println!("  pods         {} of {} running", running.count(), pods.items.len());
         if !settings.server_only {
             let answers = dns_answers(&settings);

@@ -93,10 +93,17 @@ impl Cluster {
             if Instant::now() > deadline {
                 let pods = output(&mut self.kubectl_command(&["get", "pods", "-A", "-o", "wide"]));
                 let events = output(&mut self.kubectl_command(&["get", "events", "-A"]));
-                let log = std::fs::read_to_string(format!("{}/knarr.log", self.data_dir())).unwrap_or_default();
+                let log =
+                    std::fs::read_to_string(format!("{}/knarr.log", self.data_dir())).unwrap_or_default();
                 let tail: Vec<&str> = log.lines().rev().take(40).collect();
                 let tail: Vec<&str> = tail.into_iter().rev().collect();
-                panic!("waited {} s until {what}\n{}\n{}\n{}", PATIENCE.as_secs(), text(&pods), text(&events), tail.join("\n"));
+                panic!(
+                    "waited {} s until {what}\n{}\n{}\n{}",
+                    PATIENCE.as_secs(),
+                    text(&pods),
+                    text(&events),
+                    tail.join("\n")
+                );
             }
             std::thread::park_timeout(LOOK_AGAIN);
         }
@@ -120,7 +127,12 @@ impl Cluster {
     fn down(&mut self) -> String {
         self.down = true;
         let data = self.data_dir();
-        must(&mut self.command(&knarr().display().to_string(), &["down", "--data-dir", &data, "--purge", "--verify"]))
+        must(
+            &mut self.command(
+                &knarr().display().to_string(),
+                &["down", "--data-dir", &data, "--purge", "--verify"],
+            ),
+        )
     }
 }
 
@@ -128,7 +140,9 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         if !self.down {
             let data = self.data_dir();
-            output(&mut self.command(&knarr().display().to_string(), &["down", "--data-dir", &data, "--purge"]));
+            output(
+                &mut self.command(&knarr().display().to_string(), &["down", "--data-dir", &data, "--purge"]),
+            );
         }
         output(Command::new("ip").args(["netns", "delete", &self.namespace]));
     }
@@ -179,7 +193,8 @@ fn a_user_walks_through_a_cluster() {
         eprintln!("SKIPPED: the walk needs {what}");
         return;
     }
-    let has_kubectl = Command::new("kubectl").arg("version").arg("--client").output().is_ok_and(|o| o.status.success());
+    let has_kubectl =
+        Command::new("kubectl").arg("version").arg("--client").output().is_ok_and(|o| o.status.success());
     if !has_kubectl {
         eprintln!("SKIPPED: there is no kubectl on this machine");
         return;
@@ -194,7 +209,9 @@ fn walk(kubectl: Vec<String>) {
     c.kubectl(&["create", "deployment", "web", "--image=nginx:latest"]);
     c.kubectl(&["patch", "deployment", "web", "-p", r#"{"spec":{"template":{"spec":{"containers":[{"name":"nginx","imagePullPolicy":"IfNotPresent"}],"terminationGracePeriodSeconds":1}}}}"#]);
     c.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
-    let wide = c.wait_for("one pod of web is left", &["get", "pods", "-l", "app=web", "-o", "wide"], |o| o.lines().count() == 2);
+    let wide = c.wait_for("one pod of web is left", &["get", "pods", "-l", "app=web", "-o", "wide"], |o| {
+        o.lines().count() == 2
+    });
     assert!(wide.contains("walker") && wide.contains("1/1"), "{wide}");
     assert!(c.kubectl(&["describe", "deployment", "web"]).contains("NewReplicaSet"));
     let pod = c.kubectl(&["get", "pods", "-l", "app=web", "-o", "jsonpath={.items[0].metadata.name}"]);
@@ -213,25 +230,37 @@ fn walk(kubectl: Vec<String>) {
     assert!(c.apply(MANIFEST).contains("pod/client created"));
     c.kubectl(&["wait", "--for=condition=Ready", "pod/client", "--timeout=60s"]);
     assert!(c.apply(MANIFEST).contains("pod/client unchanged"));
-    assert!(c.apply(&MANIFEST.replace("color: blue", "color: green")).contains("configmap/settings configured"));
+    assert!(
+        c.apply(&MANIFEST.replace("color: blue", "color: green")).contains("configmap/settings configured")
+    );
     assert_eq!(c.kubectl(&["exec", "client", "--", "sh", "-c", "echo $COLOR"]).trim(), "blue");
     for name in ["web", "web.default", "web.default.svc.cluster.local"] {
         let url = format!("http://{name}/");
-        c.wait_for("another pod reaches the service by name", &["exec", "client", "--", "wget", "-qO-", &url], |o| o.contains("nginx"));
+        c.wait_for(
+            "another pod reaches the service by name",
+            &["exec", "client", "--", "wget", "-qO-", &url],
+            |o| o.contains("nginx"),
+        );
     }
 
     c.kubectl(&["scale", "deployment", "web", "--replicas=5"]);
     c.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
     c.kubectl(&["delete", "pod", &pod, "--wait=false"]);
-    c.wait_for("a deleted pod is replaced", &["get", "pods", "-l", "app=web"], |o| !o.contains(&pod) && o.matches("1/1").count() == 5);
+    c.wait_for("a deleted pod is replaced", &["get", "pods", "-l", "app=web"], |o| {
+        !o.contains(&pod) && o.matches("1/1").count() == 5
+    });
 
     c.kubectl(&["set", "image", "deployment/web", "nginx=nginx:next"]);
     c.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
-    assert!(c.wait("the new version answers", || c.get(&format!("http://{address}/"))).contains("next version"));
+    assert!(
+        c.wait("the new version answers", || c.get(&format!("http://{address}/"))).contains("next version")
+    );
     assert!(c.kubectl(&["rollout", "history", "deployment/web"]).contains("REVISION"));
     c.kubectl(&["rollout", "undo", "deployment/web"]);
     c.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"]);
-    assert!(!c.wait("the old version answers", || c.get(&format!("http://{address}/"))).contains("next version"));
+    assert!(
+        !c.wait("the old version answers", || c.get(&format!("http://{address}/"))).contains("next version")
+    );
 
     forwards_a_port(&c);
     survives_a_kill(&c, &address);
@@ -245,7 +274,8 @@ fn walk(kubectl: Vec<String>) {
 
 fn forwards_a_port(c: &Cluster) {
     let mut forward = c.kubectl_command(&["port-forward", "deployment/web", "18080:80"]);
-    let mut child = forward.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts");
+    let mut child =
+        forward.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts");
     let page = c.wait("the forwarded port answers", || c.get("http://127.0.0.1:18080/"));
     child.kill().expect("ends");
     child.wait().expect("ends");
@@ -268,7 +298,10 @@ fn survives_a_kill(c: &Cluster, address: &str) {
     };
     let old = pid().expect("knarr runs");
     must(Command::new("kill").args(["-9", &old]));
-    assert!(c.get(&format!("http://{address}/")).is_some_and(|p| p.contains("nginx")), "containers serve on without knarr");
+    assert!(
+        c.get(&format!("http://{address}/")).is_some_and(|p| p.contains("nginx")),
+        "containers serve on without knarr"
+    );
     c.wait("knarr runs again", || pid().filter(|p| *p != old));
     c.wait_for("the API answers again", &["get", "nodes"], |o| o.contains(" Ready"));
     let after = c.wait("all pods are known again", || {

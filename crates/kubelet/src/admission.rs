@@ -26,7 +26,8 @@ pub fn check(
     let labels = node.and_then(|node| node.metadata.labels.clone()).unwrap_or_default();
     let name = node.and_then(|node| node.metadata.name.as_deref()).unwrap_or_default();
     if node.is_some() && !placement::selects_node(spec, &labels, name) {
-        let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector".to_owned();
+        let message =
+            "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector".to_owned();
         return Some(Rejection { reason: "NodeAffinity", message });
     }
     if spec.os.as_ref().is_some_and(|os| os.name != "linux") {
@@ -36,14 +37,22 @@ pub fn check(
     let beside: Vec<&Arc<Pod>> =
         others.iter().filter(|other| other.metadata.uid != pod.metadata.uid && is_active(other)).collect();
     if beside.len() as u64 >= u64::from(pods_max) {
-        let message = format!("Node didn't have enough resource: pods, requested: 1, used: {}, capacity: {pods_max}", beside.len());
+        let message = format!(
+            "Node didn't have enough resource: pods, requested: 1, used: {}, capacity: {pods_max}",
+            beside.len()
+        );
         return Some(Rejection { reason: "OutOfpods", message });
     }
-    let resources = [("cpu", "OutOfcpu"), ("memory", "OutOfmemory"), ("ephemeral-storage", "OutOfephemeral-storage")];
+    let resources =
+        [("cpu", "OutOfcpu"), ("memory", "OutOfmemory"), ("ephemeral-storage", "OutOfephemeral-storage")];
     for (resource, reason) in resources {
         let wanted = pod_request(spec, resource);
         let Some(capacity) = allocatable.get(resource).filter(|_| wanted > 0) else { continue };
-        let used: i64 = beside.iter().filter_map(|other| other.spec.as_ref()).map(|spec| pod_request(spec, resource)).sum();
+        let used: i64 = beside
+            .iter()
+            .filter_map(|other| other.spec.as_ref())
+            .map(|spec| pod_request(spec, resource))
+            .sum();
         if used + wanted > *capacity {
             let message = format!(
                 "Node didn't have enough resource: {resource}, requested: {wanted}, used: {used}, capacity: {capacity}"
@@ -77,22 +86,30 @@ mod tests {
     use serde_json::{Value, json};
 
     fn pod(uid: &str, spec: Value) -> Arc<Pod> {
-        Arc::new(serde_json::from_value(json!({"metadata": {"name": uid, "uid": uid}, "spec": spec})).unwrap())
+        Arc::new(
+            serde_json::from_value(json!({"metadata": {"name": uid, "uid": uid}, "spec": spec})).unwrap(),
+        )
     }
 
     #[test]
     fn pods_that_do_not_fit_are_turned_away_in_upstreams_words() {
-        let with_cpu = |cpu: &str| json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]});
+        let with_cpu =
+            |cpu: &str| json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]});
         let others = [pod("a", with_cpu("1500m"))];
-        let node: Node = serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"disk": "ssd"}}})).unwrap();
+        let node: Node =
+            serde_json::from_value(json!({"metadata": {"name": "n", "labels": {"disk": "ssd"}}})).unwrap();
         let allocatable = [("cpu", 2000)].into();
         let check = |spec: Value, pods_max| {
-            check(&pod("b", spec), &others, Some(&node), &allocatable, pods_max).map(|found| (found.reason, found.message))
+            check(&pod("b", spec), &others, Some(&node), &allocatable, pods_max)
+                .map(|found| (found.reason, found.message))
         };
         assert_eq!(check(with_cpu("500m"), 110), None);
         let (reason, message) = check(with_cpu("600m"), 110).unwrap();
         assert_eq!(reason, "OutOfcpu");
-        assert_eq!(message, "Node didn't have enough resource: cpu, requested: 600, used: 1500, capacity: 2000");
+        assert_eq!(
+            message,
+            "Node didn't have enough resource: cpu, requested: 600, used: 1500, capacity: 2000"
+        );
         assert_eq!(check(with_cpu("0"), 1).unwrap().0, "OutOfpods");
         let selective = json!({"containers": [], "nodeSelector": {"disk": "hdd"}});
         assert_eq!(check(selective, 110).unwrap().0, "NodeAffinity");

@@ -71,7 +71,8 @@ pub fn host_ports(spec: &PodSpec) -> Result<Vec<HostPort>, String> {
     let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
     for port in containers.flat_map(|container| container.ports.iter().flatten()) {
         let Some(host_port) = port.host_port.filter(|port| *port > 0) else { continue };
-        let number = |value: i32| u16::try_from(value).map_err(|_| format!("port {value} is not below 65536"));
+        let number =
+            |value: i32| u16::try_from(value).map_err(|_| format!("port {value} is not below 65536"));
         let host_ip = match port.host_ip.as_deref() {
             None | Some("") => None,
             Some(text) => Some(text.parse().map_err(|_| format!("hostIP {text:?} is not an address"))?),
@@ -105,11 +106,16 @@ fn port_mappings(spec: &PodSpec) -> Vec<v1::PortMapping> {
 fn sysctls(security: Option<&PodSecurityContext>) -> HashMap<String, String> {
     let sysctls = security.and_then(|security| security.sysctls.as_ref());
     // `kernel/shm_rmid_forced` is another spelling of `kernel.shm_rmid_forced`.
-    sysctls.into_iter().flatten().map(|sysctl| (sysctl.name.replace('/', "."), sysctl.value.clone())).collect()
+    sysctls
+        .into_iter()
+        .flatten()
+        .map(|sysctl| (sysctl.name.replace('/', "."), sysctl.value.clone()))
+        .collect()
 }
 
 fn namespaces(spec: &PodSpec, target: Option<&str>) -> v1::NamespaceOption {
-    let of = |host: Option<bool>| if host.unwrap_or(false) { HostNamespace as i32 } else { PodNamespace as i32 };
+    let of =
+        |host: Option<bool>| if host.unwrap_or(false) { HostNamespace as i32 } else { PodNamespace as i32 };
     let pid = match target {
         Some(_) => Target as i32,
         None if spec.host_pid.unwrap_or(false) => HostNamespace as i32,
@@ -133,12 +139,14 @@ fn sandbox_security(spec: &PodSpec, config: &KubeletConfig) -> v1::LinuxSandboxS
         run_as_group: security.run_as_group.map(|value| v1::Int64Value { value }),
         supplemental_groups: groups(&security),
         supplemental_groups_policy: groups_policy(&security),
-        privileged: spec
-            .containers
-            .iter()
-            .chain(spec.init_containers.iter().flatten())
-            .any(|container| container.security_context.as_ref().and_then(|own| own.privileged) == Some(true)),
-        seccomp: Some(seccomp(security.seccomp_profile.as_ref(), config, v1::security_profile::ProfileType::RuntimeDefault)),
+        privileged: spec.containers.iter().chain(spec.init_containers.iter().flatten()).any(|container| {
+            container.security_context.as_ref().and_then(|own| own.privileged) == Some(true)
+        }),
+        seccomp: Some(seccomp(
+            security.seccomp_profile.as_ref(),
+            config,
+            v1::security_profile::ProfileType::RuntimeDefault,
+        )),
         ..Default::default()
     }
 }
@@ -215,7 +223,11 @@ pub fn container(input: &ContainerInput<'_>, config: &KubeletConfig) -> Result<v
         command: expand(&container.command),
         args: expand(&container.args),
         working_dir: container.working_dir.clone().unwrap_or_default(),
-        envs: input.env.iter().map(|(key, value)| v1::KeyValue { key: key.clone(), value: value.clone() }).collect(),
+        envs: input
+            .env
+            .iter()
+            .map(|(key, value)| v1::KeyValue { key: key.clone(), value: value.clone() })
+            .collect(),
         mounts: input.mounts.clone(),
         devices: Vec::new(),
         labels,
@@ -289,7 +301,8 @@ fn security(
 ) -> v1::LinuxContainerSecurityContext {
     let privileged = own.privileged.unwrap_or(false);
     let capabilities = own.capabilities.clone().unwrap_or_default();
-    let adds_admin = capabilities.add.iter().flatten().any(|name| name == "CAP_SYS_ADMIN" || name == "SYS_ADMIN");
+    let adds_admin =
+        capabilities.add.iter().flatten().any(|name| name == "CAP_SYS_ADMIN" || name == "SYS_ADMIN");
     let unmasked = own.proc_mount.as_deref() == Some("Unmasked");
     let apparmor = own.app_armor_profile.as_ref().or(pod.app_armor_profile.as_ref());
     v1::LinuxContainerSecurityContext {
@@ -340,8 +353,7 @@ const MASKED_PATHS: [&str; 10] = [
     "/proc/sched_debug",
     "/sys/firmware",
 ];
-const READONLY_PATHS: [&str; 5] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// The containers of a pod in the order they are looked after.
 pub fn find_container(pod: &Pod, name: &str) -> Option<Container> {
@@ -361,10 +373,15 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn build(pod_security: Value, container: Value, user: (Option<i64>, &str)) -> Result<v1::ContainerConfig, String> {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"},
+    fn build(
+        pod_security: Value,
+        container: Value,
+        user: (Option<i64>, &str),
+    ) -> Result<v1::ContainerConfig, String> {
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"},
             "spec": {"securityContext": pod_security, "containers": [container]}}))
-        .unwrap();
+            .unwrap();
         let container = &pod.spec.as_ref().unwrap().containers[0];
         let input = ContainerInput {
             pod: &pod,
@@ -383,7 +400,11 @@ mod tests {
 
     #[test]
     fn commands_are_expanded_and_logs_named_by_attempt() {
-        let built = build(json!({}), json!({"name": "c", "command": ["sh", "$(A)"], "args": ["$$(A)"]}), (Some(0), ""));
+        let built = build(
+            json!({}),
+            json!({"name": "c", "command": ["sh", "$(A)"], "args": ["$$(A)"]}),
+            (Some(0), ""),
+        );
         let built = built.unwrap();
         assert_eq!((built.command, built.args), (vec!["sh".to_owned(), "x".into()], vec!["$(A)".to_owned()]));
         assert_eq!(built.log_path, "c/2.log");
@@ -396,11 +417,16 @@ mod tests {
         let plain = || json!({"name": "c"});
         assert!(build(strict(), plain(), (Some(1000), "")).is_ok());
         let error = build(strict(), plain(), (Some(0), "")).unwrap_err();
-        assert_eq!(error, "container has runAsNonRoot and image will run as root (pod: \"p_n(u)\", container: c)");
+        assert_eq!(
+            error,
+            "container has runAsNonRoot and image will run as root (pod: \"p_n(u)\", container: c)"
+        );
         let error = build(strict(), plain(), (None, "app")).unwrap_err();
         assert!(error.contains("non-numeric user (app)"), "{error}");
         let own = json!({"name": "c", "securityContext": {"runAsUser": 0}});
-        assert!(build(strict(), own, (Some(5), "")).unwrap_err().contains("runAsUser breaks non-root policy"));
+        assert!(
+            build(strict(), own, (Some(5), "")).unwrap_err().contains("runAsUser breaks non-root policy")
+        );
     }
 
     #[test]

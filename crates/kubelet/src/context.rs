@@ -42,8 +42,12 @@ pub struct NodeContext {
 impl NodeContext {
     /// What the downward API tells about the host of a pod with these addresses.
     pub fn host(&self, pod_ips: Vec<String>) -> Host {
-        let allocatable: BTreeMap<String, i64> =
-            self.machine.allocatable(&self.config).into_iter().map(|(name, amount)| (name.to_owned(), amount)).collect();
+        let allocatable: BTreeMap<String, i64> = self
+            .machine
+            .allocatable(&self.config)
+            .into_iter()
+            .map(|(name, amount)| (name.to_owned(), amount))
+            .collect();
         Host { ips: self.config.host_ips(), pod_ips, allocatable }
     }
 }

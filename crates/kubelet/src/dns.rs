@@ -167,7 +167,9 @@ mod tests {
     fn file(spec: Value) -> String {
         let mut config = KubeletConfig::new("node");
         config.cluster_dns = vec!["10.96.0.10".parse().unwrap()];
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec}))
+                .unwrap();
         print(&resolver(&pod, &config, NODE))
     }
 
@@ -190,7 +192,8 @@ mod tests {
         for (spec, want) in cases {
             assert_eq!(file(spec.clone()), want, "{spec}");
         }
-        let merged = file(json!({"containers": [], "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]}}));
+        let merged =
+            file(json!({"containers": [], "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]}}));
         assert!(merged.ends_with("options ndots:2\n"), "{merged}");
     }
 

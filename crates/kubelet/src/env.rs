@@ -128,7 +128,11 @@ fn from_source(
     Err("fileKeyRef is not supported by this node; use configMapKeyRef or secretKeyRef".to_owned())
 }
 
-fn config_map(lookup: &dyn Lookup, name: &str, optional: Option<bool>) -> Result<Option<Arc<ConfigMap>>, String> {
+fn config_map(
+    lookup: &dyn Lookup,
+    name: &str,
+    optional: Option<bool>,
+) -> Result<Option<Arc<ConfigMap>>, String> {
     match lookup.config_map(name)? {
         None if optional != Some(true) => Err(format!("configmap {name:?} not found")),
         found => Ok(found),
@@ -294,7 +298,9 @@ pub(crate) mod tests {
         for (source, want) in cases {
             assert_eq!(of(source).unwrap_err(), want);
         }
-        assert!(of(json!({"secretKeyRef": {"name": "no", "key": "k", "optional": true}})).unwrap().is_empty());
+        assert!(
+            of(json!({"secretKeyRef": {"name": "no", "key": "k", "optional": true}})).unwrap().is_empty()
+        );
     }
 
     #[test]
@@ -305,7 +311,8 @@ pub(crate) mod tests {
             "spec": {"clusterIP": "10.1.2.4", "ports": [{"port": 1}]}});
         let services: Vec<Arc<Service>> =
             [service, other].map(|service| Arc::new(serde_json::from_value(service).unwrap())).into();
-        let pod = json!({"metadata": {"name": "p", "namespace": "n"}, "spec": {"containers": [{"name": "c"}]}});
+        let pod =
+            json!({"metadata": {"name": "p", "namespace": "n"}, "spec": {"containers": [{"name": "c"}]}});
         let mut pod: Pod = serde_json::from_value(pod).unwrap();
         let env = service_variables(&pod, &services);
         assert_eq!(env["MY_DB_SERVICE_HOST"], "10.1.2.3");

@@ -49,8 +49,13 @@ impl FakeRuntime {
         let id = {
             let world = self.world.lock();
             let running = v1::ContainerState::ContainerRunning as i32;
-            let found = world.containers.values().find(|(_, status)| status.state == running && name_of(status) == name);
-            found.map(|(_, status)| status.id.clone()).unwrap_or_else(|| panic!("container {name} is not running"))
+            let found = world
+                .containers
+                .values()
+                .find(|(_, status)| status.state == running && name_of(status) == name);
+            found
+                .map(|(_, status)| status.id.clone())
+                .unwrap_or_else(|| panic!("container {name} is not running"))
         };
         self.end(&id, code);
     }
@@ -96,7 +101,11 @@ fn unsupported<T>() -> Result<T> {
 #[async_trait]
 impl Runtime for FakeRuntime {
     async fn version(&self) -> Result<v1::VersionResponse> {
-        Ok(v1::VersionResponse { runtime_name: "fake".into(), runtime_version: "1".into(), ..Default::default() })
+        Ok(v1::VersionResponse {
+            runtime_name: "fake".into(),
+            runtime_version: "1".into(),
+            ..Default::default()
+        })
     }
 
     async fn status(&self, _: bool) -> Result<v1::StatusResponse> {
@@ -121,7 +130,10 @@ impl Runtime for FakeRuntime {
                 metadata: config.metadata,
                 state: v1::PodSandboxState::SandboxReady as i32,
                 created_at: self.now(),
-                network: Some(v1::PodSandboxNetworkStatus { ip: "10.0.0.9".into(), additional_ips: Vec::new() }),
+                network: Some(v1::PodSandboxNetworkStatus {
+                    ip: "10.0.0.9".into(),
+                    additional_ips: Vec::new(),
+                }),
                 labels: config.labels,
                 ..Default::default()
             };
@@ -142,7 +154,12 @@ impl Runtime for FakeRuntime {
             if let Some(sandbox) = world.sandboxes.get_mut(id) {
                 sandbox.state = v1::PodSandboxState::SandboxNotready as i32;
             }
-            world.containers.values().filter(|(sandbox, _)| sandbox == id).map(|(_, status)| status.id.clone()).collect()
+            world
+                .containers
+                .values()
+                .filter(|(sandbox, _)| sandbox == id)
+                .map(|(_, status)| status.id.clone())
+                .collect()
         };
         for id in ids {
             self.end(&id, 137);
@@ -177,7 +194,12 @@ impl Runtime for FakeRuntime {
         Ok(all.map(one).collect())
     }
 
-    async fn create_container(&self, sandbox_id: &str, config: v1::ContainerConfig, _: v1::PodSandboxConfig) -> Result<String> {
+    async fn create_container(
+        &self,
+        sandbox_id: &str,
+        config: v1::ContainerConfig,
+        _: v1::PodSandboxConfig,
+    ) -> Result<String> {
         let mut world = self.world.lock();
         world.next_id += 1;
         let id = format!("c{}", world.next_id);
@@ -274,7 +296,10 @@ impl Runtime for FakeRuntime {
         unsupported()
     }
 
-    async fn list_container_stats(&self, _: Option<v1::ContainerStatsFilter>) -> Result<Vec<v1::ContainerStats>> {
+    async fn list_container_stats(
+        &self,
+        _: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>> {
         Ok(Vec::new())
     }
 
@@ -282,7 +307,10 @@ impl Runtime for FakeRuntime {
         unsupported()
     }
 
-    async fn list_pod_sandbox_stats(&self, _: Option<v1::PodSandboxStatsFilter>) -> Result<Vec<v1::PodSandboxStats>> {
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Option<v1::PodSandboxStatsFilter>,
+    ) -> Result<Vec<v1::PodSandboxStats>> {
         Ok(Vec::new())
     }
 

@@ -70,7 +70,8 @@ pub fn resource(
         containers.find(|container| container.name == name).ok_or(format!("container {name} not found"))?;
     let unsupported = || format!("unsupported container resource: {}", selector.resource);
     let (kind, resource) = selector.resource.split_once('.').ok_or_else(unsupported)?;
-    let known = matches!(resource, "cpu" | "memory" | "ephemeral-storage") || resource.starts_with("hugepages-");
+    let known =
+        matches!(resource, "cpu" | "memory" | "ephemeral-storage") || resource.starts_with("hugepages-");
     let value = match kind {
         _ if !known => return Err(unsupported()),
         "limits" => limit_of(container, resource).or_else(|| host.allocatable.get(resource).copied()),

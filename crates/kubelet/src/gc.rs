@@ -62,17 +62,20 @@ fn superseded(all: &[v1::Container]) -> Vec<String> {
 /// Removes unused images while the disk is too full; whether any went.
 async fn images(context: &NodeContext) -> knarr_runtime::Result<bool> {
     let info = context.runtime.image_fs_info().await?;
-    let place = info.image_filesystems.first().and_then(|fs| fs.fs_id.as_ref()).map(|id| id.mountpoint.clone());
+    let place =
+        info.image_filesystems.first().and_then(|fs| fs.fs_id.as_ref()).map(|id| id.mountpoint.clone());
     let Some(place) = place.filter(|place| !place.is_empty()) else { return Ok(false) };
     let full = || usage_percent(&place).unwrap_or(0);
     if full() < DISK_HIGH_PERCENT {
         return Ok(false);
     }
     let containers = context.runtime.list_containers(None).await?;
-    let used: BTreeSet<&str> = containers.iter().flat_map(|one| [one.image_ref.as_str(), one.image_id.as_str()]).collect();
+    let used: BTreeSet<&str> =
+        containers.iter().flat_map(|one| [one.image_ref.as_str(), one.image_id.as_str()]).collect();
     let mut removed = false;
     for image in context.runtime.list_images(None).await? {
-        let in_use = used.contains(image.id.as_str()) || image.repo_digests.iter().any(|name| used.contains(name.as_str()));
+        let in_use = used.contains(image.id.as_str())
+            || image.repo_digests.iter().any(|name| used.contains(name.as_str()));
         if image.pinned || in_use {
             continue;
         }

@@ -59,15 +59,21 @@ fn port(container: &Container, port: &IntOrString) -> Result<u16, String> {
         IntOrString::Int(number) => Some(*number),
         IntOrString::String(name) => {
             let ports = container.ports.iter().flatten();
-            let named = ports.filter(|port| port.name.as_ref() == Some(name)).map(|port| port.container_port).next();
+            let named =
+                ports.filter(|port| port.name.as_ref() == Some(name)).map(|port| port.container_port).next();
             named.or_else(|| name.parse().ok())
         }
     };
     let valid = number.and_then(|number| u16::try_from(number).ok()).filter(|number| *number > 0);
-    valid.ok_or_else(|| format!("invalid port: {}", match port {
-        IntOrString::Int(number) => number.to_string(),
-        IntOrString::String(name) => name.clone(),
-    }))
+    valid.ok_or_else(|| {
+        format!(
+            "invalid port: {}",
+            match port {
+                IntOrString::Int(number) => number.to_string(),
+                IntOrString::String(name) => name.clone(),
+            }
+        )
+    })
 }
 
 fn join(host: &str, port: u16) -> String {
@@ -190,7 +196,9 @@ impl HttpRequest {
         }));
         let mut request = http::Request::get(&self.path).header("connection", "close");
         let given = |name: &str| self.headers.iter().any(|(have, _)| have.eq_ignore_ascii_case(name));
-        for (name, value) in [("host", self.address().as_str()), ("user-agent", "kube-probe/1.36"), ("accept", "*/*")] {
+        for (name, value) in
+            [("host", self.address().as_str()), ("user-agent", "kube-probe/1.36"), ("accept", "*/*")]
+        {
             if !given(name) {
                 request = request.header(name, value);
             }
@@ -240,11 +248,13 @@ pub async fn grpc(target: &Target<'_>, action: &GRPCAction, timeout: Duration) -
 }
 
 async fn check(address: &str, service: &str) -> Result<u64, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("timeout: failed to connect service {address:?}: {error}");
+    let failed =
+        |error: &dyn std::fmt::Display| format!("timeout: failed to connect service {address:?}: {error}");
     let stream = TcpStream::connect(address).await.map_err(|error| failed(&dial_error(address, &error)))?;
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-        .await
-        .map_err(|error| failed(&error))?;
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .map_err(|error| failed(&error))?;
     let _connection = AbortOnDrop(tokio::spawn(async move {
         let _ = connection.await;
     }));
@@ -262,8 +272,13 @@ async fn check(address: &str, service: &str) -> Result<u64, String> {
         value.and_then(|value| value.to_str().ok()).map(str::to_owned)
     };
     match trailer("grpc-status").as_deref() {
-        None | Some("0") => health_status(&body.to_bytes()).ok_or_else(|| "malformed health answer".to_owned()),
-        Some("12") => Err("error: this server does not implement the grpc health protocol (grpc.health.v1.Health)".into()),
+        None | Some("0") => {
+            health_status(&body.to_bytes()).ok_or_else(|| "malformed health answer".to_owned())
+        }
+        Some("12") => {
+            Err("error: this server does not implement the grpc health protocol (grpc.health.v1.Health)"
+                .into())
+        }
         Some(code) => {
             let message = trailer("grpc-message").unwrap_or_default();
             Err(format!("error: health rpc failed: rpc error: code = {code} desc = {message}"))
@@ -332,7 +347,12 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         signature: &rustls::DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, signature, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls12_signature(
+            message,
+            cert,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -341,7 +361,12 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         signature: &rustls::DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, signature, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {

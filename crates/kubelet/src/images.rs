@@ -72,8 +72,9 @@ impl Images {
         let policy = container.image_pull_policy.as_deref().unwrap_or(default_policy(&image));
         match (present, policy) {
             (Some(found), "IfNotPresent" | "Never") => {
-                let message =
-                    format!("Container image {image:?} already present on machine and can be accessed by the pod");
+                let message = format!(
+                    "Container image {image:?} already present on machine and can be accessed by the pod"
+                );
                 self.recorder.event_about(about.clone(), EventType::Normal, "Pulled", message);
                 Ok(found)
             }
@@ -107,7 +108,12 @@ impl Images {
             let message = format!("{message}: ErrImagePull: {}", failing.error);
             return Err(Failure { reason: "ImagePullBackOff", message, retry: Some(retry) });
         }
-        self.recorder.event_about(about.clone(), EventType::Normal, "Pulling", format!("Pulling image {image:?}"));
+        self.recorder.event_about(
+            about.clone(),
+            EventType::Normal,
+            "Pulling",
+            format!("Pulling image {image:?}"),
+        );
         let asked_at = Instant::now();
         let (outcome, began_at) = self.pull_as_any(pod, image, lookup).await;
         match outcome {
@@ -182,7 +188,8 @@ impl Images {
             Some(found) => Some(found),
             None => self.find(&id).await?,
         };
-        found.ok_or_else(|| knarr_runtime::Error::internal(format!("image {image:?} vanished after the pull")))
+        found
+            .ok_or_else(|| knarr_runtime::Error::internal(format!("image {image:?} vanished after the pull")))
     }
 
     fn warn(&self, about: &ObjectReference, reason: &str, message: String) {
@@ -225,7 +232,8 @@ pub fn with_tag(image: &str) -> Result<String, String> {
         return Err("couldn't parse image name: invalid reference format".to_owned());
     }
     if repository[domain_end..].chars().any(|c| c.is_ascii_uppercase()) {
-        return Err("couldn't parse image name: invalid reference format: repository name must be lowercase".to_owned());
+        return Err("couldn't parse image name: invalid reference format: repository name must be lowercase"
+            .to_owned());
     }
     let tagged = path.contains(':') || image.contains('@');
     Ok(if tagged { image.to_owned() } else { format!("{image}:latest") })
@@ -347,7 +355,8 @@ mod tests {
         let mut lookup = Fixed::default();
         lookup.secrets.insert("s".into(), Arc::new(serde_json::from_value(secret).unwrap()));
         let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"},
-            "spec": {"containers": [], "imagePullSecrets": [{"name": "s"}, {"name": "none"}]}})).unwrap();
+            "spec": {"containers": [], "imagePullSecrets": [{"name": "s"}, {"name": "none"}]}}))
+        .unwrap();
         let users = |image: &str| -> Vec<String> {
             credentials(&pod, image, &lookup).into_iter().map(|auth| auth.username).collect()
         };

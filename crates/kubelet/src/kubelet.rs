@@ -143,7 +143,11 @@ impl Kubelet {
 type Workers = BTreeMap<String, Handle>;
 
 /// Starts and wakes workers, for ever.
-async fn dispatch(context: &Arc<NodeContext>, mut events: impl futures::Stream<Item = Event> + Unpin, changed: &Notify) {
+async fn dispatch(
+    context: &Arc<NodeContext>,
+    mut events: impl futures::Stream<Item = Event> + Unpin,
+    changed: &Notify,
+) {
     let keys = context.pods.subscribe();
     context.pods.wait_synced().await;
     context.services.wait_synced().await;
@@ -176,14 +180,25 @@ async fn dispatch(context: &Arc<NodeContext>, mut events: impl futures::Stream<I
     }
 }
 
-fn ensure(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, uid: &str, done: &mpsc::Sender<String>) {
+fn ensure(
+    context: &Arc<NodeContext>,
+    workers: &mut Workers,
+    key: &ObjectKey,
+    uid: &str,
+    done: &mpsc::Sender<String>,
+) {
     if !workers.contains_key(uid) {
         let worker = pod::spawn(context.clone(), key.clone(), uid.to_owned(), done.clone());
         workers.insert(uid.to_owned(), worker);
     }
 }
 
-fn pod_changed(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKey, done: &mpsc::Sender<String>) {
+fn pod_changed(
+    context: &Arc<NodeContext>,
+    workers: &mut Workers,
+    key: &ObjectKey,
+    done: &mpsc::Sender<String>,
+) {
     for worker in workers.values().filter(|worker| worker.context.key == *key) {
         worker.wake();
     }
@@ -194,7 +209,11 @@ fn pod_changed(context: &Arc<NodeContext>, workers: &mut Workers, key: &ObjectKe
 
 /// Takes over what runs already, after a restart: what the API knows goes on, what it does not know is taken down
 /// by its worker. Returns which pod each sandbox is of.
-async fn adopt(context: &Arc<NodeContext>, workers: &mut Workers, done: &mpsc::Sender<String>) -> HashMap<String, String> {
+async fn adopt(
+    context: &Arc<NodeContext>,
+    workers: &mut Workers,
+    done: &mpsc::Sender<String>,
+) -> HashMap<String, String> {
     let sandboxes = loop {
         match context.runtime.list_pod_sandbox(None).await {
             Ok(sandboxes) => break sandboxes,
@@ -220,7 +239,9 @@ async fn adopt(context: &Arc<NodeContext>, workers: &mut Workers, done: &mpsc::S
     }
     if let Some(network) = context.network.as_ref().filter(|_| !context.runtime.attaches_network()) {
         match network.gc(&uids).await {
-            Ok(freed) if !freed.is_empty() => tracing::info!(pods = freed.len(), "freed networks of pods that are gone"),
+            Ok(freed) if !freed.is_empty() => {
+                tracing::info!(pods = freed.len(), "freed networks of pods that are gone")
+            }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "networks of pods that are gone stay"),
         }

@@ -86,7 +86,13 @@ impl KubeletConfig {
         self.log_dir.join(format!("{namespace}_{name}_{uid}"))
     }
 
-    pub(crate) fn container_log_link(&self, namespace: &str, name: &str, container: &str, id: &str) -> Option<PathBuf> {
+    pub(crate) fn container_log_link(
+        &self,
+        namespace: &str,
+        name: &str,
+        container: &str,
+        id: &str,
+    ) -> Option<PathBuf> {
         let dir = self.log_link_dir.as_ref()?;
         Some(dir.join(format!("{name}_{namespace}_{container}-{id}.log")))
     }

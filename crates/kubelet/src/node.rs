@@ -6,7 +6,8 @@ use crate::config::KubeletConfig;
 use crate::context::NodeContext;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{
-    ContainerImage, DaemonEndpoint, Node, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus, NodeSystemInfo,
+    ContainerImage, DaemonEndpoint, Node, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+    NodeSystemInfo,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -77,25 +78,39 @@ impl Machine {
     /// What pods may use: `cpu` in thousandths, the others in bytes.
     pub fn allocatable(&self, config: &KubeletConfig) -> BTreeMap<&'static str, i64> {
         let kept = |resource: &str| -> i64 {
-            let Some(kept) = config.reserved.get(resource).and_then(|text| text.parse::<Quantity>().ok()) else { return 0 };
+            let Some(kept) = config.reserved.get(resource).and_then(|text| text.parse::<Quantity>().ok())
+            else {
+                return 0;
+            };
             if resource == "cpu" { kept.millis() } else { kept.units() }
         };
-        let all = [("cpu", self.cpus * 1000), ("memory", self.memory_bytes), ("ephemeral-storage", self.disk_bytes)];
+        let all = [
+            ("cpu", self.cpus * 1000),
+            ("memory", self.memory_bytes),
+            ("ephemeral-storage", self.disk_bytes),
+        ];
         all.into_iter().map(|(name, amount)| (name, (amount - kept(name)).max(0))).collect()
     }
 
     fn quantities(&self, config: &KubeletConfig, allocatable: bool) -> BTreeMap<String, ApiQuantity> {
         let amounts = match allocatable {
             true => self.allocatable(config),
-            false => [("cpu", self.cpus * 1000), ("memory", self.memory_bytes), ("ephemeral-storage", self.disk_bytes)].into(),
+            false => [
+                ("cpu", self.cpus * 1000),
+                ("memory", self.memory_bytes),
+                ("ephemeral-storage", self.disk_bytes),
+            ]
+            .into(),
         };
         let print = |name: &str, amount: i64| match name {
             "cpu" => Quantity::from_millis(amount).to_string(),
             _ if amount % 1024 == 0 => format!("{}Ki", amount / 1024),
             _ => amount.to_string(),
         };
-        let mut out: BTreeMap<String, ApiQuantity> =
-            amounts.into_iter().map(|(name, amount)| (name.to_owned(), ApiQuantity(print(name, amount)))).collect();
+        let mut out: BTreeMap<String, ApiQuantity> = amounts
+            .into_iter()
+            .map(|(name, amount)| (name.to_owned(), ApiQuantity(print(name, amount))))
+            .collect();
         out.insert("pods".to_owned(), ApiQuantity(config.pods_max.to_string()));
         for size in &self.huge_page_sizes {
             out.insert(format!("hugepages-{size}"), ApiQuantity("0".to_owned()));
@@ -141,7 +156,8 @@ fn disk(path: &Path) -> Option<(i64, i64)> {
 fn huge_pages() -> Vec<String> {
     let Ok(entries) = std::fs::read_dir("/sys/kernel/mm/hugepages") else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    let sizes = names.filter_map(|name| name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok());
+    let sizes =
+        names.filter_map(|name| name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok());
     let mut out: Vec<String> = sizes
         .map(|kib| match kib {
             kib if kib % (1 << 20) == 0 => format!("{}Gi", kib >> 20),
@@ -192,7 +208,11 @@ async fn try_register(context: &NodeContext) -> Result<Node, kube::Error> {
         ..Default::default()
     });
     let node = Node {
-        metadata: ObjectMeta { name: Some(config.node_name.clone()), labels: Some(labels), ..Default::default() },
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            labels: Some(labels),
+            ..Default::default()
+        },
         spec: Some(NodeSpec {
             pod_cidr: config.pod_cidrs.first().cloned(),
             pod_cidrs: (!config.pod_cidrs.is_empty()).then(|| config.pod_cidrs.clone()),
@@ -244,11 +264,19 @@ async fn post_status(context: &NodeContext, was_ready: &mut Option<bool>) -> Res
     let Some(node) = api.get_opt(name).await? else {
         // Somebody deleted the node; it comes back, as upstream's does.
         try_register(context).await?;
-        return Err(kube::Error::Api(Box::new(kube::core::Status::failure("node was registered anew", "NotFound"))));
+        return Err(kube::Error::Api(Box::new(kube::core::Status::failure(
+            "node was registered anew",
+            "NotFound",
+        ))));
     };
     let status = status(context, &node).await;
-    let ready = status.conditions.iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True");
-    let old = node.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
+    let ready = status
+        .conditions
+        .iter()
+        .flatten()
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    let old =
+        node.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
     let change = merge_diff(&old, &serde_json::to_value(&status).unwrap_or_default());
     if change != Value::Null {
         let mut change = change;
@@ -267,7 +295,12 @@ async fn post_status(context: &NodeContext, was_ready: &mut Option<bool>) -> Res
     }
     if *was_ready != Some(ready) {
         let reason = if ready { "NodeReady" } else { "NodeNotReady" };
-        context.recorder.event(&node, EventType::Normal, reason, format!("Node {name} status is now: {reason}"));
+        context.recorder.event(
+            &node,
+            EventType::Normal,
+            reason,
+            format!("Node {name} status is now: {reason}"),
+        );
         *was_ready = Some(ready);
     }
     Ok(())
@@ -299,7 +332,9 @@ async fn status(context: &NodeContext, node: &Node) -> NodeStatus {
         capacity: Some(machine.quantities(config, false)),
         allocatable: Some(machine.quantities(config, true)),
         conditions: Some(conditions(context, node).await),
-        daemon_endpoints: Some(NodeDaemonEndpoints { kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }) }),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
+        }),
         images: Some(told_images(images)),
         node_info: Some(machine.info.clone()),
         ..node.status.clone().unwrap_or_default()
@@ -319,8 +354,8 @@ fn told_images(mut images: Vec<knarr_runtime::cri::v1::Image>) -> Vec<ContainerI
 async fn conditions(context: &NodeContext, node: &Node) -> Vec<NodeCondition> {
     let old = node.status.as_ref().and_then(|status| status.conditions.clone()).unwrap_or_default();
     let short_memory = memory("MemAvailable:") < MEMORY_FREE_MIN;
-    let short_disk =
-        disk(&context.config.root_dir).is_some_and(|(total, free)| free * 100 < total * DISK_FREE_PERCENT_MIN);
+    let short_disk = disk(&context.config.root_dir)
+        .is_some_and(|(total, free)| free * 100 < total * DISK_FREE_PERCENT_MIN);
     let short_pids = pids().is_some_and(|(used, max)| (max - used) * 100 < max * PIDS_FREE_PERCENT_MIN);
     let pressure = |kind: &str, holds: bool, yes: (&str, &str), no: (&str, &str)| {
         let (reason, message) = if holds { yes } else { no };
@@ -347,7 +382,12 @@ async fn conditions(context: &NodeContext, node: &Node) -> Vec<NodeCondition> {
         ),
     ];
     all.push(match runtime_trouble(context).await {
-        None => ("Ready".to_owned(), true, "KubeletReady".to_owned(), "kubelet is posting ready status".to_owned()),
+        None => (
+            "Ready".to_owned(),
+            true,
+            "KubeletReady".to_owned(),
+            "kubelet is posting ready status".to_owned(),
+        ),
         Some(trouble) => ("Ready".to_owned(), false, "KubeletNotReady".to_owned(), trouble),
     });
     let now = context.clock.time();
@@ -380,7 +420,10 @@ async fn runtime_trouble(context: &NodeContext) -> Option<String> {
             "container runtime network not ready: NetworkReady=false reason:{} message:{}",
             bad.reason, bad.message
         ),
-        _ => format!("container runtime not ready: RuntimeReady=false reason:{} message:{}", bad.reason, bad.message),
+        _ => format!(
+            "container runtime not ready: RuntimeReady=false reason:{} message:{}",
+            bad.reason, bad.message
+        ),
     })
 }
 

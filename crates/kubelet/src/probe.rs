@@ -148,7 +148,9 @@ struct Run {
 }
 
 fn seconds(value: Option<i32>, default: u64) -> Duration {
-    Duration::from_secs(value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(default))
+    Duration::from_secs(
+        value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(default),
+    )
 }
 
 impl Run {
@@ -237,7 +239,8 @@ impl Streak {
             self.length = 0;
         }
         (self.success, self.length) = (success, self.length.saturating_add(1));
-        let threshold = if success { probe.success_threshold.unwrap_or(1) } else { probe.failure_threshold.unwrap_or(3) };
+        let threshold =
+            if success { probe.success_threshold.unwrap_or(1) } else { probe.failure_threshold.unwrap_or(3) };
         (self.length >= threshold.max(1)).then_some(success)
     }
 }

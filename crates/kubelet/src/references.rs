@@ -55,7 +55,13 @@ impl References {
         }
     }
 
-    fn all<K>(&self, table: &Table<K>, namespace: &str, names: BTreeSet<String>, wake: &Arc<Notify>) -> Held<K>
+    fn all<K>(
+        &self,
+        table: &Table<K>,
+        namespace: &str,
+        names: BTreeSet<String>,
+        wake: &Arc<Notify>,
+    ) -> Held<K>
     where
         K: Cached + Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {

@@ -97,7 +97,11 @@ pub fn cpu_quota(milli: i64) -> i64 {
 }
 
 /// The control group values of a container.
-pub fn container_resources(pod: &Pod, container: &Container, memory_capacity: i64) -> LinuxContainerResources {
+pub fn container_resources(
+    pod: &Pod,
+    container: &Container,
+    memory_capacity: i64,
+) -> LinuxContainerResources {
     let request = request_of(container, "cpu").unwrap_or(0);
     let mut out = LinuxContainerResources {
         cpu_period: QUOTA_PERIOD_US,
@@ -140,9 +144,8 @@ pub fn pod_request(spec: &PodSpec, resource: &str) -> i64 {
 /// A pod's limit of a resource; `None` when one of its containers has none.
 pub fn pod_limit(spec: &PodSpec, resource: &str) -> Option<i64> {
     let own = amount(of(spec.resources.as_ref(), true), resource);
-    let limit = own.or_else(|| {
-        combine(spec, |container| limit_of(container, resource).filter(|limit| *limit > 0))
-    })?;
+    let limit =
+        own.or_else(|| combine(spec, |container| limit_of(container, resource).filter(|limit| *limit > 0)))?;
     Some(limit + overhead(spec, resource))
 }
 
@@ -223,7 +226,8 @@ mod tests {
 
     #[test]
     fn class_follows_requests_and_limits() {
-        let equal = json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "1", "memory": "1Gi"}}}]});
+        let equal =
+            json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "1", "memory": "1Gi"}}}]});
         assert_eq!(Qos::of(&pod(equal)), Qos::Guaranteed);
         assert_eq!(Qos::of(&pod(json!({"containers": [{"name": "a"}]}))), Qos::BestEffort);
     }

@@ -228,6 +228,9 @@ struct Garbage {
     record: Revision,
 }
 
+/// Partition and key.
+type Spot = (Arc<str>, Arc<str>);
+
 /// A write that passed its check, ready for the log.
 struct Pending {
     record: Record,
@@ -276,7 +279,7 @@ impl Committer {
     /// Checks, logs and publishes; answers in the order of the writes.
     fn commit_writes(&mut self, writes: Vec<Write>) -> Vec<Result<Committed, WriteError>> {
         let mut next = self.shared.revision.load(Ordering::Acquire);
-        let mut overlay: HashMap<(Arc<str>, Arc<str>), Option<Arc<Entry>>> = HashMap::new();
+        let mut overlay: HashMap<Spot, Option<Arc<Entry>>> = HashMap::new();
         let mut pending: Vec<Pending> = Vec::new();
         let mut results: Vec<Result<Committed, WriteError>> = Vec::new();
         for write in writes {

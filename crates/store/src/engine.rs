@@ -74,7 +74,8 @@ pub struct Disk {
 impl Disk {
     pub fn open(path: &Path) -> Result<Self, EngineError> {
         let fail = |source| EngineError::Open { path: path.display().to_string(), source };
-        let database = fjall::Database::builder(path).cache_size(CACHE_BYTES).worker_threads(1).open().map_err(fail)?;
+        let database =
+            fjall::Database::builder(path).cache_size(CACHE_BYTES).worker_threads(1).open().map_err(fail)?;
         let options = || fjall::KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
         let log = database.keyspace("log", options).map_err(fail)?;
         let meta = database.keyspace("meta", fjall::KeyspaceCreateOptions::default).map_err(fail)?;

@@ -19,10 +19,15 @@ pub const DEPLOYMENT: Rules = Rules {
         for name in ["minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
             non_negative("spec", spec, name, errors);
         }
-        if let (Some(deadline), Some(ready)) = (spec.int_at("progressDeadlineSeconds"), Some(spec.int_at("minReadySeconds").unwrap_or(0)))
+        if let (Some(deadline), Some(ready)) =
+            (spec.int_at("progressDeadlineSeconds"), Some(spec.int_at("minReadySeconds").unwrap_or(0)))
             && deadline <= ready
         {
-            errors.push(field::Error::invalid("spec.progressDeadlineSeconds", deadline, "must be greater than minReadySeconds"));
+            errors.push(field::Error::invalid(
+                "spec.progressDeadlineSeconds",
+                deadline,
+                "must be greater than minReadySeconds",
+            ));
         }
         deployment_strategy(spec, errors);
     },
@@ -44,7 +49,11 @@ fn deployment_strategy(spec: &Value, errors: &mut Errors) {
             let rolling = strategy.at("rollingUpdate").unwrap_or(&Value::Null);
             surge_and_unavailable(at, rolling, true, errors);
         }
-        other => errors.push(field::Error::not_supported("spec.strategy.type", other, &["Recreate", "RollingUpdate"])),
+        other => errors.push(field::Error::not_supported(
+            "spec.strategy.type",
+            other,
+            &["Recreate", "RollingUpdate"],
+        )),
     }
 }
 
@@ -140,7 +149,11 @@ pub const DAEMON_SET: Rules = Rules {
                 let rolling = spec.at("updateStrategy.rollingUpdate").unwrap_or(&Value::Null);
                 surge_and_unavailable("spec.updateStrategy.rollingUpdate", rolling, true, errors);
             }
-            other => errors.push(field::Error::not_supported("spec.updateStrategy.type", other, &["OnDelete", "RollingUpdate"])),
+            other => errors.push(field::Error::not_supported(
+                "spec.updateStrategy.type",
+                other,
+                &["OnDelete", "RollingUpdate"],
+            )),
         }
     },
     validate_update: |new, old, errors| immutable("spec.selector", new, old, errors),
@@ -159,7 +172,15 @@ pub const STATEFUL_SET: Rules = Rules {
     validate_update: |new, old, errors| {
         let mut munged = new.at("spec").cloned().unwrap_or(Value::Null);
         let before = old.at("spec").unwrap_or(&Value::Null);
-        for name in ["replicas", "ordinals", "template", "updateStrategy", "revisionHistoryLimit", "persistentVolumeClaimRetentionPolicy", "minReadySeconds"] {
+        for name in [
+            "replicas",
+            "ordinals",
+            "template",
+            "updateStrategy",
+            "revisionHistoryLimit",
+            "persistentVolumeClaimRetentionPolicy",
+            "minReadySeconds",
+        ] {
             keep(&mut munged, before, name);
         }
         if munged != *before {

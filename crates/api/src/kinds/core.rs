@@ -147,7 +147,11 @@ pub const NODE: Rules = Rules {
                 errors.push(field::Error::invalid(field::child(&at, "key"), taint.str_at("key"), problem));
             }
             for problem in names::label_value(taint.str_at("value")) {
-                errors.push(field::Error::invalid(field::child(&at, "value"), taint.str_at("value"), problem));
+                errors.push(field::Error::invalid(
+                    field::child(&at, "value"),
+                    taint.str_at("value"),
+                    problem,
+                ));
             }
             match taint.str_at("effect") {
                 "" => errors.push(field::Error::required(field::child(&at, "effect"), "")),
@@ -198,7 +202,9 @@ pub const EVENT: Rules = Rules {
     selectable_value: Some(|object, path| match path {
         "source" => {
             let component = object.str_at("source.component");
-            Some(if component.is_empty() { object.str_at("reportingComponent") } else { component }.to_owned())
+            Some(
+                if component.is_empty() { object.str_at("reportingComponent") } else { component }.to_owned(),
+            )
         }
         _ => None,
     }),
@@ -215,7 +221,11 @@ pub const LEASE: Rules = Rules {
         for name in ["leaseDurationSeconds", "leaseTransitions"] {
             let minimum = i64::from(name == "leaseDurationSeconds");
             if let Some(number) = object.at("spec").and_then(|s| s.int_at(name)).filter(|n| *n < minimum) {
-                let detail = if minimum == 1 { "must be greater than 0" } else { "must be greater than or equal to 0" };
+                let detail = if minimum == 1 {
+                    "must be greater than 0"
+                } else {
+                    "must be greater than or equal to 0"
+                };
                 errors.push(field::Error::invalid(format!("spec.{name}"), number, detail));
             }
         }
@@ -235,7 +245,11 @@ pub const ENDPOINTS: Rules = Rules {
             }
             for list in ["addresses", "notReadyAddresses"] {
                 for (j, address) in subset.list_at(list).iter().enumerate() {
-                    ip(&field::child(&field::index(&field::child(&at, list), j), "ip"), address.str_at("ip"), errors);
+                    ip(
+                        &field::child(&field::index(&field::child(&at, list), j), "ip"),
+                        address.str_at("ip"),
+                        errors,
+                    );
                 }
             }
             for (j, port) in subset.list_at("ports").iter().enumerate() {
@@ -264,7 +278,9 @@ pub const ENDPOINT_SLICE: Rules = Rules {
                 errors.push(field::Error::required(at, "must contain at least 1 address"));
                 continue;
             }
-            for (j, address) in addresses.iter().enumerate().filter(|_| object.str_at("addressType") != "FQDN") {
+            for (j, address) in
+                addresses.iter().enumerate().filter(|_| object.str_at("addressType") != "FQDN")
+            {
                 ip(&field::index(&at, j), address.as_str().unwrap_or_default(), errors);
             }
         }
@@ -286,12 +302,27 @@ pub const LIMIT_RANGE: Rules = Rules {
     validate: |object, errors| {
         for (index, item) in object.list_at("spec.limits").iter().enumerate() {
             let at = field::index("spec.limits", index);
-            for (low, high) in [("min", "max"), ("min", "default"), ("default", "max"), ("min", "defaultRequest"), ("defaultRequest", "max"), ("defaultRequest", "default")] {
+            for (low, high) in [
+                ("min", "max"),
+                ("min", "default"),
+                ("default", "max"),
+                ("min", "defaultRequest"),
+                ("defaultRequest", "max"),
+                ("defaultRequest", "default"),
+            ] {
                 for (name, value) in item.map_at(low).into_iter().flatten() {
-                    let (Some(a), Some(b)) = (quantity(Some(value)), quantity(item.at(high).and_then(|h| h.get(name)))) else { continue };
+                    let (Some(a), Some(b)) =
+                        (quantity(Some(value)), quantity(item.at(high).and_then(|h| h.get(name))))
+                    else {
+                        continue;
+                    };
                     if a > b {
                         let detail = format!("{low} value {a} is greater than {high} value {b}");
-                        errors.push(field::Error::invalid(format!("{at}.{low}[{name}]"), value.clone(), detail));
+                        errors.push(field::Error::invalid(
+                            format!("{at}.{low}[{name}]"),
+                            value.clone(),
+                            detail,
+                        ));
                     }
                 }
             }

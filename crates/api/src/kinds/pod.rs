@@ -26,7 +26,7 @@ pub const POD: Rules = Rules {
     validate: |object, errors| {
         pod_spec("spec", object.at("spec").unwrap_or(&Value::Null), errors);
     },
-    validate_update: validate_update,
+    validate_update,
     selectable: &[
         "spec.nodeName",
         "spec.restartPolicy",
@@ -40,9 +40,9 @@ pub const POD: Rules = Rules {
     ],
     selectable_value: Some(|object, path| match path {
         "spec.hostNetwork" => Some(object.bool_at(path).to_string()),
-        "status.podIPs" => Some(
-            object.list_at(path).iter().map(|ip| ip.str_at("ip")).collect::<Vec<_>>().join(","),
-        ),
+        "status.podIPs" => {
+            Some(object.list_at(path).iter().map(|ip| ip.str_at("ip")).collect::<Vec<_>>().join(","))
+        }
         _ => None,
     }),
     returns_deleted: true,
@@ -119,12 +119,19 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
     one_of(path, spec, "restartPolicy", &["Always", "Never", "OnFailure"], errors);
     one_of(path, spec, "dnsPolicy", &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"], errors);
     non_negative(path, spec, "terminationGracePeriodSeconds", errors);
-    if let Some(seconds) = spec.int_at("activeDeadlineSeconds").filter(|s| !(1..=i64::from(i32::MAX)).contains(s)) {
+    if let Some(seconds) =
+        spec.int_at("activeDeadlineSeconds").filter(|s| !(1..=i64::from(i32::MAX)).contains(s))
+    {
         let detail = "must be between 1 and 2147483647, inclusive";
         errors.push(field::Error::invalid(child(path, "activeDeadlineSeconds"), seconds, detail));
     }
     labels(&child(path, "nodeSelector"), spec.at("nodeSelector"), errors);
-    for (name, rule) in [("serviceAccountName", names::dns_subdomain as fn(&str) -> Vec<String>), ("nodeName", names::dns_subdomain), ("hostname", names::dns_label), ("subdomain", names::dns_label)] {
+    for (name, rule) in [
+        ("serviceAccountName", names::dns_subdomain as fn(&str) -> Vec<String>),
+        ("nodeName", names::dns_subdomain),
+        ("hostname", names::dns_label),
+        ("subdomain", names::dns_label),
+    ] {
         let value = spec.str_at(name);
         for problem in if value.is_empty() { Vec::new() } else { rule(value) } {
             errors.push(field::Error::invalid(child(path, name), value, problem));
@@ -146,7 +153,8 @@ fn validate_toleration(at: &str, toleration: &Value, errors: &mut Errors) {
             errors.push(field::Error::invalid(child(at, "key"), key, problem));
         }
     } else if toleration.str_at("operator") != "Exists" {
-        let detail = "operator must be Exists when `key` is empty, which means \"match all values and all keys\"";
+        let detail =
+            "operator must be Exists when `key` is empty, which means \"match all values and all keys\"";
         errors.push(field::Error::invalid(child(at, "operator"), toleration.str_at("operator"), detail));
     }
     if toleration.at("tolerationSeconds").is_some() && toleration.str_at("effect") != "NoExecute" {
@@ -180,7 +188,8 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
         if !name.is_empty() && !seen.insert(name.to_owned()) {
             errors.push(field::Error::duplicate(child(&at, "name"), name));
         }
-        let sources: Vec<&String> = volume.as_object().into_iter().flat_map(|v| v.keys()).filter(|k| *k != "name").collect();
+        let sources: Vec<&String> =
+            volume.as_object().into_iter().flat_map(|v| v.keys()).filter(|k| *k != "name").collect();
         match sources[..] {
             [] => errors.push(field::Error::required(at.clone(), "must specify a volume type")),
             [_] => {}
@@ -212,7 +221,9 @@ fn volume_source(at: &str, volume: &Value, errors: &mut Errors) {
             errors.push(field::Error::invalid(format!("{at}.{source}.defaultMode"), mode, detail));
         }
     }
-    if let Some(path) = volume.get("hostPath").map(|h| h.str_at("path")).filter(|p| p.split('/').any(|s| s == "..")) {
+    if let Some(path) =
+        volume.get("hostPath").map(|h| h.str_at("path")).filter(|p| p.split('/').any(|s| s == ".."))
+    {
         errors.push(field::Error::invalid(format!("{at}.hostPath.path"), path, "must not contain '..'"));
     }
 }
@@ -253,7 +264,10 @@ fn validate_container(
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
         let Some(value) = container.at(probe) else { continue };
         if init && !sidecar {
-            errors.push(field::Error::forbidden(child(at, probe), "may not be set for init containers without restartPolicy=Always"));
+            errors.push(field::Error::forbidden(
+                child(at, probe),
+                "may not be set for init containers without restartPolicy=Always",
+            ));
             continue;
         }
         validate_probe(&child(at, probe), value, probe != "readinessProbe", errors);
@@ -264,7 +278,12 @@ fn validate_container(
     }
     for hook in ["postStart", "preStop"] {
         if let Some(handler) = container.at("lifecycle").and_then(|l| l.at(hook)) {
-            validate_handler(&format!("{at}.lifecycle.{hook}"), handler, &["exec", "httpGet", "tcpSocket", "sleep"], errors);
+            validate_handler(
+                &format!("{at}.lifecycle.{hook}"),
+                handler,
+                &["exec", "httpGet", "tcpSocket", "sleep"],
+                errors,
+            );
         }
     }
 }
@@ -315,9 +334,17 @@ fn validate_env(at: &str, container: &Value, errors: &mut Errors) {
             let detail = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef` or `fileKeyRef`";
             errors.push(field::Error::invalid(from.clone(), "", detail));
         } else if !env.str_at("value").is_empty() {
-            errors.push(field::Error::invalid(from.clone(), "", "may not be specified when `value` is not empty"));
+            errors.push(field::Error::invalid(
+                from.clone(),
+                "",
+                "may not be specified when `value` is not empty",
+            ));
         } else if count > 1 {
-            errors.push(field::Error::invalid(from.clone(), "", "may not have more than one field specified at a time"));
+            errors.push(field::Error::invalid(
+                from.clone(),
+                "",
+                "may not have more than one field specified at a time",
+            ));
         }
         for reference in ["configMapKeyRef", "secretKeyRef"] {
             let Some(value) = source.at(reference) else { continue };
@@ -368,7 +395,10 @@ fn validate_resources(at: &str, resources: Option<&Value>, errors: &mut Errors) 
             let path = field::key(&child(at, list), name);
             if quantity(Some(value)).is_some_and(|q| q.is_negative()) {
                 errors.push(field::Error::invalid(path, value.clone(), "must be greater than or equal to 0"));
-            } else if !name.contains('/') && !["cpu", "memory", "ephemeral-storage"].contains(&name.as_str()) && !name.starts_with("hugepages-") {
+            } else if !name.contains('/')
+                && !["cpu", "memory", "ephemeral-storage"].contains(&name.as_str())
+                && !name.starts_with("hugepages-")
+            {
                 let detail = "must be a standard resource type or fully qualified";
                 errors.push(field::Error::invalid(path, name.as_str(), detail));
             }
@@ -387,7 +417,9 @@ fn validate_resources(at: &str, resources: Option<&Value>, errors: &mut Errors) 
 
 fn validate_probe(at: &str, probe: &Value, once: bool, errors: &mut Errors) {
     validate_handler(at, probe, &["exec", "httpGet", "tcpSocket", "grpc"], errors);
-    for name in ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"] {
+    for name in
+        ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"]
+    {
         non_negative(at, probe, name, errors);
     }
     if once && probe.int_at("successThreshold").is_some_and(|n| n != 1) {
@@ -414,10 +446,14 @@ fn validate_handler(at: &str, handler: &Value, kinds: &[&str], errors: &mut Erro
         match action.get("port") {
             Some(Value::Number(n)) => {
                 let number = n.as_i64().unwrap_or(0);
-                names::port_number(number).into_iter().for_each(|p| errors.push(field::Error::invalid(path.clone(), number, p)));
+                names::port_number(number)
+                    .into_iter()
+                    .for_each(|p| errors.push(field::Error::invalid(path.clone(), number, p)));
             }
             Some(Value::String(name)) => {
-                names::port_name(name).into_iter().for_each(|p| errors.push(field::Error::invalid(path.clone(), name.as_str(), p)));
+                names::port_name(name)
+                    .into_iter()
+                    .for_each(|p| errors.push(field::Error::invalid(path.clone(), name.as_str(), p)));
             }
             _ => errors.push(field::Error::required(path, "")),
         }
@@ -430,7 +466,9 @@ fn validate_update(new: &Value, old: &Value, errors: &mut Errors) {
     let mut munged = new.at("spec").cloned().unwrap_or(Value::Null);
     let before = old.at("spec").cloned().unwrap_or(Value::Null);
     for list in ["containers", "initContainers"] {
-        let (Some(Value::Array(items)), olds) = (munged.get_mut(list), before.list_at(list)) else { continue };
+        let (Some(Value::Array(items)), olds) = (munged.get_mut(list), before.list_at(list)) else {
+            continue;
+        };
         if items.len() != olds.len() {
             let detail = "pod updates may not add or remove containers";
             errors.push(field::Error::forbidden(format!("spec.{list}"), detail));
@@ -445,7 +483,9 @@ fn validate_update(new: &Value, old: &Value, errors: &mut Errors) {
     }
     for name in ["activeDeadlineSeconds", "terminationGracePeriodSeconds"] {
         let allowed = match name {
-            "terminationGracePeriodSeconds" => before.int_at(name).is_some_and(|n| n < 0) && munged.int_at(name) == Some(1),
+            "terminationGracePeriodSeconds" => {
+                before.int_at(name).is_some_and(|n| n < 0) && munged.int_at(name) == Some(1)
+            }
             _ => true,
         };
         if allowed {
@@ -495,14 +535,21 @@ mod tests {
         let class = |resources: Value| qos_class(&json!({"spec":{"containers":[{"resources":resources}]}}));
         assert_eq!(class(json!({})), "BestEffort");
         assert_eq!(class(json!({"requests":{"cpu":"1"}})), "Burstable");
-        assert_eq!(class(json!({"limits":{"cpu":"1","memory":"1Gi"},"requests":{"cpu":"1","memory":"1Gi"}})), "Guaranteed");
+        assert_eq!(
+            class(json!({"limits":{"cpu":"1","memory":"1Gi"},"requests":{"cpu":"1","memory":"1Gi"}})),
+            "Guaranteed"
+        );
     }
 
     #[test]
     fn only_images_and_a_few_others_may_change() {
         let old = json!({"spec":{"containers":[{"name":"a","image":"x"}]}});
         let mut errors = Vec::new();
-        validate_update(&json!({"spec":{"containers":[{"name":"a","image":"y"}],"activeDeadlineSeconds":5}}), &old, &mut errors);
+        validate_update(
+            &json!({"spec":{"containers":[{"name":"a","image":"y"}],"activeDeadlineSeconds":5}}),
+            &old,
+            &mut errors,
+        );
         assert!(errors.is_empty(), "{errors:?}");
         validate_update(&json!({"spec":{"containers":[{"name":"b","image":"x"}]}}), &old, &mut errors);
         assert_eq!(errors.len(), 1);

@@ -22,7 +22,8 @@ pub const ROLE: Rules = Rules {
 
 fn policy_rule(at: &str, rule: &Value, cluster: bool, errors: &mut Errors) {
     if rule.list_at("verbs").is_empty() {
-        errors.push(field::Error::required(field::child(at, "verbs"), "verbs must contain at least one value"));
+        errors
+            .push(field::Error::required(field::child(at, "verbs"), "verbs must contain at least one value"));
     }
     if !rule.list_at("nonResourceURLs").is_empty() {
         if !cluster {
@@ -56,7 +57,8 @@ pub const BINDING: Rules = Rules {
         if group != GROUP {
             errors.push(field::Error::not_supported("roleRef.apiGroup", group, &[GROUP]));
         }
-        let kinds: &[&str] = if object.namespace().is_empty() { &["ClusterRole"] } else { &["Role", "ClusterRole"] };
+        let kinds: &[&str] =
+            if object.namespace().is_empty() { &["ClusterRole"] } else { &["Role", "ClusterRole"] };
         let kind = object.str_at("roleRef.kind");
         if !kinds.contains(&kind) {
             errors.push(field::Error::not_supported("roleRef.kind", kind, kinds));
@@ -65,7 +67,12 @@ pub const BINDING: Rules = Rules {
             errors.push(field::Error::required("roleRef.name", ""));
         }
         for (index, subject) in object.list_at("subjects").iter().enumerate() {
-            validate_subject(&field::index("subjects", index), subject, object.namespace().is_empty(), errors);
+            validate_subject(
+                &field::index("subjects", index),
+                subject,
+                object.namespace().is_empty(),
+                errors,
+            );
         }
     },
     validate_update: |new, old, errors| {

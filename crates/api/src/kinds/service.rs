@@ -46,7 +46,9 @@ fn keep_allocations(new: &mut Value, old: &Value) {
     if was != "ExternalName" {
         for name in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
             let path = format!("spec.{name}");
-            if new.at(&path).is_none_or(|v| v == "") && !(name == "clusterIPs" && new.at("spec.clusterIP") != old.at("spec.clusterIP")) {
+            if new.at(&path).is_none_or(|v| v == "")
+                && !(name == "clusterIPs" && new.at("spec.clusterIP") != old.at("spec.clusterIP"))
+            {
                 keep(new, old, &path);
             }
         }
@@ -56,7 +58,9 @@ fn keep_allocations(new: &mut Value, old: &Value) {
         let olds = old.list_at("spec.ports").to_vec();
         let Some(Value::Array(ports)) = new.get_mut("spec").and_then(|s| s.get_mut("ports")) else { return };
         for port in ports.iter_mut().filter(|p| p.int_at("nodePort").unwrap_or(0) == 0) {
-            let same = olds.iter().find(|o| o.get("port") == port.get("port") && o.str_at("protocol") == port.str_at("protocol"));
+            let same = olds.iter().find(|o| {
+                o.get("port") == port.get("port") && o.str_at("protocol") == port.str_at("protocol")
+            });
             if let Some(number) = same.and_then(|o| o.at("nodePort")) {
                 port["nodePort"] = number.clone();
             }

@@ -147,7 +147,8 @@ impl Out<'_> {
 }
 
 fn wanted(line: &Line<'_>, options: &Options) -> bool {
-    options.since.is_none_or(|since| line.time >= since) && options.only_stderr.is_none_or(|only| only == line.stderr)
+    options.since.is_none_or(|since| line.time >= since)
+        && options.only_stderr.is_none_or(|only| only == line.stderr)
 }
 
 /// Where the last `lines` wanted lines begin.
@@ -204,7 +205,10 @@ impl Watch {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let dir = path.parent().map(PathBuf::from).unwrap_or_default();
         // Writes to files of a directory are told to watches of the directory.
-        let flags = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE_SELF;
+        let flags = AddWatchFlags::IN_MODIFY
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_DELETE_SELF;
         inotify.add_watch(&dir, flags)?;
         // SAFETY: the descriptor is `Events`' own, always the same one, and open for as long as `Events` lives.
         let inotify = unsafe { AsyncFd::register(Events(inotify)) }?;
@@ -235,7 +239,11 @@ mod tests {
             let stream = if second % 2 == 0 { "stdout" } else { "stderr" };
             text += &format!("2026-01-02T03:04:0{second}.5Z {stream} F line {second}\n");
         }
-        std::fs::write(&path, text + "2026-01-02T03:04:06Z stdout P par\n2026-01-02T03:04:07Z stdout F tial\n").unwrap();
+        std::fs::write(
+            &path,
+            text + "2026-01-02T03:04:06Z stdout P par\n2026-01-02T03:04:07Z stdout F tial\n",
+        )
+        .unwrap();
         path
     }
 

@@ -84,7 +84,8 @@ mod tests {
             move_aside(&path, jiff::Timestamp::from_second(second).unwrap()).unwrap();
         }
         remove_oldest(&path).unwrap();
-        let mut left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut left: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left.len(), 4);
         assert_eq!(left[0], "0.log.19700101-000003");

@@ -76,7 +76,14 @@ impl PodContext {
         self.node.recorder.event(pod, event_type, reason, message);
     }
 
-    pub fn container_event(&self, pod: &Pod, name: &str, event_type: EventType, reason: &str, message: String) {
+    pub fn container_event(
+        &self,
+        pod: &Pod,
+        name: &str,
+        event_type: EventType,
+        reason: &str,
+        message: String,
+    ) {
         self.node.recorder.event_about(container_reference(pod, name), event_type, reason, message);
     }
 }

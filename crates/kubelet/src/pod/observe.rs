@@ -76,7 +76,8 @@ impl Observed {
     }
 
     fn sort(&mut self) {
-        let attempt = |sandbox: &v1::PodSandboxStatus| sandbox.metadata.as_ref().map_or(0, |meta| meta.attempt);
+        let attempt =
+            |sandbox: &v1::PodSandboxStatus| sandbox.metadata.as_ref().map_or(0, |meta| meta.attempt);
         self.sandboxes.sort_by_key(|sandbox| std::cmp::Reverse((attempt(sandbox), sandbox.created_at)));
         self.containers.sort_by_key(|seen| std::cmp::Reverse((seen.attempt(), seen.status.created_at)));
     }

@@ -149,11 +149,12 @@ fn without_sandbox(input: &Input<'_>, spec: &PodSpec) -> Plan {
     };
     // A pod whose containers have all ended for good needs no sandbox any more.
     let nothing_left = !observed.containers.is_empty() && !spec.containers.iter().any(never_failed);
-    let init_failed = spec.init_containers.iter().flatten().filter(|container| !is_sidecar(container)).any(|container| {
-        observed.latest(&container.name).is_some_and(|seen| {
-            seen.has_exited() && seen.status.exit_code != 0 && !input.restarted_by(container, seen)
-        })
-    });
+    let init_failed =
+        spec.init_containers.iter().flatten().filter(|container| !is_sidecar(container)).any(|container| {
+            observed.latest(&container.name).is_some_and(|seen| {
+                seen.has_exited() && seen.status.exit_code != 0 && !input.restarted_by(container, seen)
+            })
+        });
     if nothing_left || init_failed {
         return plan;
     }
@@ -172,7 +173,9 @@ fn without_sandbox(input: &Input<'_>, spec: &PodSpec) -> Plan {
 
 /// Whether all init containers have done their work in this sandbox: then they do not run again.
 fn is_initialized(input: &Input<'_>, spec: &PodSpec, sandbox_id: &str) -> bool {
-    let in_sandbox = |name: &str| input.observed.containers.iter().any(|seen| seen.name() == name && seen.sandbox_id == sandbox_id);
+    let in_sandbox = |name: &str| {
+        input.observed.containers.iter().any(|seen| seen.name() == name && seen.sandbox_id == sandbox_id)
+    };
     if spec.containers.iter().any(|container| in_sandbox(&container.name)) {
         return true;
     }
@@ -187,7 +190,10 @@ fn is_initialized(input: &Input<'_>, spec: &PodSpec, sandbox_id: &str) -> bool {
 fn main_is_done(input: &Input<'_>, spec: &PodSpec) -> bool {
     !spec.containers.is_empty()
         && spec.containers.iter().all(|container| {
-            input.observed.latest(&container.name).is_some_and(|seen| seen.has_exited() && !input.restarted_by(container, seen))
+            input
+                .observed
+                .latest(&container.name)
+                .is_some_and(|seen| seen.has_exited() && !input.restarted_by(container, seen))
         })
 }
 
@@ -264,7 +270,9 @@ fn unhealthy(input: &Input<'_>, container: &Container, seen: &Seen) -> Option<Ki
         id: seen.status.id.clone(),
         name: container.name.clone(),
         message,
-        grace_s: probe.and_then(|kind| kind.of(container)).and_then(|probe| probe.termination_grace_period_seconds),
+        grace_s: probe
+            .and_then(|kind| kind.of(container))
+            .and_then(|probe| probe.termination_grace_period_seconds),
     };
     let (what, name) = ("Container", &container.name);
     if seen.hash().is_some_and(|hash| hash != wanted) {
@@ -316,7 +324,8 @@ fn start(input: &Input<'_>, plan: &mut Plan, name: &str, ended: Option<&Seen>) {
 /// How often the API was told the container had restarted, if it ever ran: the runtime may have forgotten it.
 fn recorded_restarts(pod: &Pod, name: &str) -> Option<u32> {
     let status = pod.status.as_ref()?;
-    let lists = [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
+    let lists =
+        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
     let mut all = lists.into_iter().flat_map(|list| list.iter().flatten());
     let found = all.find(|status| status.name == name)?;
     let ran = found.container_id.as_deref().is_some_and(|id| !id.is_empty());

@@ -74,13 +74,19 @@ struct ReadyPod {
 
 type Failed = (&'static str, String);
 
-async fn prepare(context: &PodContext, pod: &Pod, observed: &Observed, plan: &Plan) -> Result<ReadyPod, Failed> {
+async fn prepare(
+    context: &PodContext,
+    pod: &Pod,
+    observed: &Observed,
+    plan: &Plan,
+) -> Result<ReadyPod, Failed> {
     let node = &context.node;
     make_dirs(context, pod).map_err(|error| ("FailedCreatePodContainer", error))?;
     let references = references(context, pod);
     references.wait().await;
     let host = node.host(observed.pod_ips());
-    let volumes = set_up_volumes(context, pod, &references, &host).await.map_err(|error| ("FailedMount", error))?;
+    let volumes =
+        set_up_volumes(context, pod, &references, &host).await.map_err(|error| ("FailedMount", error))?;
     let qos = Qos::of(pod);
     let parent = resources::cgroup_parent(&node.config.cgroup_root, qos, &context.uid, node.systemd_cgroups);
     let attempt = plan.sandbox.or_else(|| {
@@ -117,7 +123,8 @@ fn make_dirs(context: &PodContext, pod: &Pod) -> Result<(), String> {
     let config = &context.node.config;
     let logs = config.pod_log_dir(names::namespace(pod), names::name(pod), &context.uid);
     for dir in [config.pod_dir(&context.uid), logs] {
-        std::fs::create_dir_all(&dir).map_err(|error| format!("make directory {}: {error}", dir.display()))?;
+        std::fs::create_dir_all(&dir)
+            .map_err(|error| format!("make directory {}: {error}", dir.display()))?;
     }
     Ok(())
 }
@@ -164,7 +171,11 @@ fn limit_pod(context: &PodContext, pod: &Pod, parent: &str) -> Result<(), String
     cgroups.create(parent, &resources::pod_resources(spec)).map_err(|error| error.to_string())
 }
 
-async fn create_sandbox(context: &PodContext, pod: &Pod, config: v1::PodSandboxConfig) -> Result<String, String> {
+async fn create_sandbox(
+    context: &PodContext,
+    pod: &Pod,
+    config: v1::PodSandboxConfig,
+) -> Result<String, String> {
     let handler = match pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref()) {
         Some(class) if !class.is_empty() => runtime_handler(context, class).await?,
         _ => String::new(),
@@ -175,34 +186,47 @@ async fn create_sandbox(context: &PodContext, pod: &Pod, config: v1::PodSandboxC
 async fn runtime_handler(context: &PodContext, class: &str) -> Result<String, String> {
     use k8s_openapi::api::node::v1::RuntimeClass;
     let api = kube::Api::<RuntimeClass>::all(context.node.client.clone());
-    let found = api.get(class).await.map_err(|error| format!("failed to get RuntimeClass {class:?}: {error}"))?;
+    let found =
+        api.get(class).await.map_err(|error| format!("failed to get RuntimeClass {class:?}: {error}"))?;
     Ok(found.handler)
 }
 
 /// A new sandbox has a new network namespace: what led to an old one goes first.
 async fn forget_network(context: &PodContext) -> Result<(), String> {
     let node = &context.node;
-    let Some(network) = node.network.as_ref().filter(|_| !node.runtime.attaches_network()) else { return Ok(()) };
+    let Some(network) = node.network.as_ref().filter(|_| !node.runtime.attaches_network()) else {
+        return Ok(());
+    };
     context.state.lock().attached = None;
-    network.detach(&context.uid).await.map_err(|error| format!("detach the former sandbox's network: {error}"))
+    network
+        .detach(&context.uid)
+        .await
+        .map_err(|error| format!("detach the former sandbox's network: {error}"))
 }
 
 /// Gives the sandbox its network, once in a worker's life: after a restart it repairs what is missing.
 async fn attach(context: &PodContext, pod: &Pod, sandbox_id: &str) -> Result<(), String> {
     let node = &context.node;
-    let Some(network) = node.network.as_ref().filter(|_| !node.runtime.attaches_network() && !host_network(pod)) else {
+    let Some(network) =
+        node.network.as_ref().filter(|_| !node.runtime.attaches_network() && !host_network(pod))
+    else {
         return Ok(());
     };
     if context.state.lock().attached.as_deref() == Some(sandbox_id) {
         return Ok(());
     }
-    let status = node.runtime.pod_sandbox_status(sandbox_id, true).await.map_err(|error| error.to_string())?;
+    let status =
+        node.runtime.pod_sandbox_status(sandbox_id, true).await.map_err(|error| error.to_string())?;
     let netns = netns_path(&status).ok_or("the runtime told no network namespace of the sandbox")?;
     let ports = build::host_ports(&pod.spec.clone().unwrap_or_default())?;
     let who = PodRef::new(names::namespace(pod), names::name(pod), &context.uid);
     let addresses = network.attach(&who, &netns, &ports).await;
-    let addresses = addresses.map_err(|error| format!("failed to set up the network of the sandbox: {error}"))?;
-    node.runtime.set_sandbox_addresses(sandbox_id, &addresses.ips).await.map_err(|error| error.to_string())?;
+    let addresses =
+        addresses.map_err(|error| format!("failed to set up the network of the sandbox: {error}"))?;
+    node.runtime
+        .set_sandbox_addresses(sandbox_id, &addresses.ips)
+        .await
+        .map_err(|error| error.to_string())?;
     context.state.lock().attached = Some(sandbox_id.to_owned());
     Ok(())
 }
@@ -255,8 +279,16 @@ async fn start(
         make_message_file(file).map_err(|error| refuse(context, pod, name, "CreateContainerError", error))?;
     }
     let log_path = config.log_path.clone();
+    // Runtimes expect the directory of a container's log to be there.
+    if let Some(dir) = PathBuf::from(&ready.config.log_directory).join(&log_path).parent() {
+        let made = std::fs::create_dir_all(dir);
+        made.map_err(|error| {
+            refuse(context, pod, name, "CreateContainerError", format!("make {}: {error}", dir.display()))
+        })?;
+    }
     let created = runtime.create_container(&ready.sandbox.id, config, ready.config.clone()).await;
-    let id = created.map_err(|error| refuse(context, pod, name, "CreateContainerError", error.to_string()))?;
+    let id =
+        created.map_err(|error| refuse(context, pod, name, "CreateContainerError", error.to_string()))?;
     context.container_event(pod, name, EventType::Normal, "Created", format!("Container created: {name}"));
     let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.clone());
     if hook.is_some() {
@@ -277,7 +309,13 @@ async fn start(
     context.state.lock().in_hook.remove(&id);
     let Err(message) = outcome else { return Ok(()) };
     tracing::debug!(pod = %context.key, container = name, message, "postStart hook failed");
-    context.container_event(pod, name, EventType::Warning, "FailedPostStartHook", "PostStartHook failed".to_owned());
+    context.container_event(
+        pod,
+        name,
+        EventType::Warning,
+        "FailedPostStartHook",
+        "PostStartHook failed".to_owned(),
+    );
     let grace = pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30);
     let kill = super::plan::Kill {
         id,
@@ -337,7 +375,10 @@ async fn configure(
 ) -> Result<(v1::ContainerConfig, Option<PathBuf>), String> {
     let node = &context.node;
     if let Some(devices) = container.volume_devices.as_ref().filter(|devices| !devices.is_empty()) {
-        return Err(format!("block volume {:?} cannot be used: this node mounts file systems only", devices[0].name));
+        return Err(format!(
+            "block volume {:?} cannot be used: this node mounts file systems only",
+            devices[0].name
+        ));
     }
     let services = node.services.list();
     let env = env::environment(pod, container, &services, &*ready.references, &ready.host)?;
@@ -353,11 +394,13 @@ async fn configure(
     if let Some(file) = &message_file {
         mounts.push(bind(message_path, file));
     }
-    let target = build::find_ephemeral(pod, &container.name).and_then(|found| found.target_container_name.clone());
+    let target =
+        build::find_ephemeral(pod, &container.name).and_then(|found| found.target_container_name.clone());
     let target = match target.filter(|name| !name.is_empty()) {
         None => None,
         Some(name) => {
-            let observed = Observed::read(&*node.runtime, &context.uid).await.map_err(|error| error.to_string())?;
+            let observed =
+                Observed::read(&*node.runtime, &context.uid).await.map_err(|error| error.to_string())?;
             let found = observed.latest(&name).filter(|seen| seen.is_running());
             Some(found.ok_or(format!("unable to find target container {name}"))?.status.id.clone())
         }
@@ -388,7 +431,9 @@ fn bind(container_path: &str, host_path: &std::path::Path) -> v1::Mount {
 /// A flat name for the log, as collectors look for it.
 fn link_log(context: &PodContext, pod: &Pod, name: &str, id: &str, directory: &str, log_path: &str) {
     let config = &context.node.config;
-    let Some(link) = config.container_log_link(names::namespace(pod), names::name(pod), name, id) else { return };
+    let Some(link) = config.container_log_link(names::namespace(pod), names::name(pod), name, id) else {
+        return;
+    };
     let target = PathBuf::from(directory).join(log_path);
     let made = link.parent().map_or(Ok(()), std::fs::create_dir_all);
     if let Err(error) = made.and_then(|()| std::os::unix::fs::symlink(target, &link)) {

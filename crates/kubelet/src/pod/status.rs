@@ -39,7 +39,8 @@ pub fn status(input: &Input<'_>) -> PodStatus {
     let ephemeral: Vec<Container> = spec.ephemeral_containers.iter().flatten().map(names::ordinary).collect();
     let mut init = statuses(input, &inits, old.init_container_statuses.as_deref(), List::Init);
     let initialized = init_done(&inits, &init);
-    let mut main = statuses(input, &spec.containers, old.container_statuses.as_deref(), List::Main { initialized });
+    let mut main =
+        statuses(input, &spec.containers, old.container_statuses.as_deref(), List::Main { initialized });
     let others = statuses(input, &ephemeral, old.ephemeral_container_statuses.as_deref(), List::Ephemeral);
     let phase = phase(input, &inits, &init, &main);
     let over = matches!(phase, "Failed" | "Succeeded");
@@ -99,7 +100,12 @@ enum List {
     Ephemeral,
 }
 
-fn statuses(input: &Input<'_>, containers: &[Container], old: Option<&[ContainerStatus]>, list: List) -> Vec<ContainerStatus> {
+fn statuses(
+    input: &Input<'_>,
+    containers: &[Container],
+    old: Option<&[ContainerStatus]>,
+    list: List,
+) -> Vec<ContainerStatus> {
     let one = |container: &Container| {
         let old = old.and_then(|old| old.iter().find(|status| status.name == container.name));
         container_status(input, container, old, list)
@@ -107,8 +113,14 @@ fn statuses(input: &Input<'_>, containers: &[Container], old: Option<&[Container
     containers.iter().map(one).collect()
 }
 
-fn container_status(input: &Input<'_>, container: &Container, old: Option<&ContainerStatus>, list: List) -> ContainerStatus {
-    let seen: Vec<&Seen> = input.observed.containers.iter().filter(|seen| seen.name() == container.name).collect();
+fn container_status(
+    input: &Input<'_>,
+    container: &Container,
+    old: Option<&ContainerStatus>,
+    list: List,
+) -> ContainerStatus {
+    let seen: Vec<&Seen> =
+        input.observed.containers.iter().filter(|seen| seen.name() == container.name).collect();
     let mut status = ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
@@ -133,34 +145,46 @@ fn container_status(input: &Input<'_>, container: &Container, old: Option<&Conta
 }
 
 /// A container the runtime knows.
-fn of_seen(input: &Input<'_>, container: &Container, latest: &Seen, before: Option<&Seen>, out: &mut ContainerStatus) {
+fn of_seen(
+    input: &Input<'_>,
+    container: &Container,
+    latest: &Seen,
+    before: Option<&Seen>,
+    out: &mut ContainerStatus,
+) {
     let seen = &latest.status;
     out.container_id = Some(format!("{}://{}", input.runtime_name, seen.id));
     out.restart_count = i32::try_from(latest.attempt()).unwrap_or(i32::MAX);
-    let user_image = seen.image.as_ref().map(|image| &image.user_specified_image).filter(|image| !image.is_empty());
+    let user_image =
+        seen.image.as_ref().map(|image| &image.user_specified_image).filter(|image| !image.is_empty());
     out.image = user_image.cloned().unwrap_or_else(|| container.image.clone().unwrap_or_default());
     out.image_id = if seen.image_ref.is_empty() { seen.image_id.clone() } else { seen.image_ref.clone() };
-    out.last_state = before.filter(|before| before.has_exited()).map(|before| ContainerState {
-        terminated: Some(terminated(input, before)),
-        ..Default::default()
-    });
+    out.last_state = before
+        .filter(|before| before.has_exited())
+        .map(|before| ContainerState { terminated: Some(terminated(input, before)), ..Default::default() });
     match latest.state() {
         v1::ContainerState::ContainerRunning if input.state.in_hook.contains(&seen.id) => {
             out.state = Some(waiting("ContainerCreating", ""));
         }
         v1::ContainerState::ContainerRunning => {
             let started_at = Some(time(seen.started_at));
-            out.state = Some(ContainerState { running: Some(ContainerStateRunning { started_at }), ..Default::default() });
+            out.state = Some(ContainerState {
+                running: Some(ContainerStateRunning { started_at }),
+                ..Default::default()
+            });
             let probe = |kind| input.probes.get(&(seen.id.clone(), kind)).copied();
             let started = container.startup_probe.is_none() || probe(ProbeKind::Startup) == Some(true);
             out.started = Some(started);
-            out.ready = started && (container.readiness_probe.is_none() || probe(ProbeKind::Readiness) == Some(true));
+            out.ready =
+                started && (container.readiness_probe.is_none() || probe(ProbeKind::Readiness) == Some(true));
             out.resources = container.resources.clone();
-            out.allocated_resources = container.resources.as_ref().and_then(|resources| resources.requests.clone());
+            out.allocated_resources =
+                container.resources.as_ref().and_then(|resources| resources.requests.clone());
         }
         v1::ContainerState::ContainerCreated => out.state = Some(waiting("ContainerCreating", "")),
         _ => {
-            out.state = Some(ContainerState { terminated: Some(terminated(input, latest)), ..Default::default() });
+            out.state =
+                Some(ContainerState { terminated: Some(terminated(input, latest)), ..Default::default() });
         }
     }
     out.user = user(seen);
@@ -179,7 +203,8 @@ fn user(seen: &v1::ContainerStatus) -> Option<ContainerUser> {
 
 /// A container the runtime does not know: not made yet, or forgotten.
 fn unseen(input: &Input<'_>, old: Option<&ContainerStatus>, list: List, out: &mut ContainerStatus) {
-    let has_init = input.pod.spec.as_ref().is_some_and(|spec| spec.init_containers.iter().flatten().next().is_some());
+    let has_init =
+        input.pod.spec.as_ref().is_some_and(|spec| spec.init_containers.iter().flatten().next().is_some());
     let reason = match list {
         List::Init => "PodInitializing",
         List::Main { initialized: false } if has_init => "PodInitializing",
@@ -265,7 +290,12 @@ fn init_done(inits: &[Container], statuses: &[ContainerStatus]) -> bool {
     })
 }
 
-fn phase(input: &Input<'_>, inits: &[Container], init: &[ContainerStatus], main: &[ContainerStatus]) -> &'static str {
+fn phase(
+    input: &Input<'_>,
+    inits: &[Container],
+    init: &[ContainerStatus],
+    main: &[ContainerStatus],
+) -> &'static str {
     let old = input.pod.status.as_ref().and_then(|status| status.phase.as_deref());
     match old {
         // A pod that has ended stays ended.
@@ -282,7 +312,10 @@ fn phase(input: &Input<'_>, inits: &[Container], init: &[ContainerStatus], main:
     let mut pending_init = false;
     for (container, status) in inits.iter().zip(init) {
         let state = status.state.clone().unwrap_or_default();
-        let ended = state.terminated.as_ref().or(status.last_state.as_ref().and_then(|last| last.terminated.as_ref()));
+        let ended = state
+            .terminated
+            .as_ref()
+            .or(status.last_state.as_ref().and_then(|last| last.terminated.as_ref()));
         let failed = ended.is_some_and(|ended| ended.exit_code != 0) && state.running.is_none();
         if plan::is_sidecar(container) {
             pending_init |= status.started != Some(true) && !started_main;
@@ -367,7 +400,8 @@ fn condition(kind: &str, holds: bool, reason: Option<&str>, message: Option<Stri
 
 fn sandbox_condition(input: &Input<'_>) -> PodCondition {
     let host_network = input.pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false);
-    let ready = input.observed.live_sandbox().is_some() && (host_network || !input.observed.pod_ips().is_empty());
+    let ready =
+        input.observed.live_sandbox().is_some() && (host_network || !input.observed.pod_ips().is_empty());
     condition("PodReadyToStartContainers", ready, None, None)
 }
 
@@ -393,7 +427,12 @@ fn initialized_condition(status: &PodStatus, inits: &[Container]) -> PodConditio
     condition("Initialized", false, Some("ContainersNotInitialized"), Some(message))
 }
 
-fn containers_condition(kind: &str, input: &Input<'_>, status: &PodStatus, inits: &[Container]) -> PodCondition {
+fn containers_condition(
+    kind: &str,
+    input: &Input<'_>,
+    status: &PodStatus,
+    inits: &[Container],
+) -> PodCondition {
     match status.phase.as_deref() {
         Some("Succeeded") => return condition(kind, false, Some("PodCompleted"), None),
         Some("Failed") => return condition(kind, false, Some("PodFailed"), None),
@@ -402,8 +441,7 @@ fn containers_condition(kind: &str, input: &Input<'_>, status: &PodStatus, inits
     let sidecars = inits.iter().zip(status.init_container_statuses.iter().flatten());
     let sidecars = sidecars.filter(|(container, _)| plan::is_sidecar(container)).map(|(_, status)| status);
     let all = sidecars.chain(status.container_statuses.iter().flatten());
-    let unready: Vec<&str> =
-        all.filter(|status| !status.ready).map(|status| status.name.as_str()).collect();
+    let unready: Vec<&str> = all.filter(|status| !status.ready).map(|status| status.name.as_str()).collect();
     // A pod being stopped serves no more, though its containers may still answer.
     let _ = input;
     if unready.is_empty() {
@@ -420,12 +458,15 @@ fn ready_condition(input: &Input<'_>, status: &PodStatus) -> PodCondition {
     if containers.status != "True" {
         return containers;
     }
-    let conditions = input.pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let conditions =
+        input.pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     let mut unmet = Vec::new();
     for gate in spec.iter().flat_map(|spec| spec.readiness_gates.iter().flatten()) {
         let kind = &gate.condition_type;
         match conditions.iter().find(|condition| condition.type_ == *kind) {
-            None => unmet.push(format!("corresponding condition of pod readiness gate {kind:?} does not exist.")),
+            None => {
+                unmet.push(format!("corresponding condition of pod readiness gate {kind:?} does not exist."))
+            }
             Some(found) if found.status != "True" => unmet.push(format!(
                 "the status of pod readiness gate {kind:?} is not \"True\", but {}",
                 found.status

@@ -39,7 +39,9 @@ pub(super) async fn kill(context: &PodContext, pod: &Pod, kill: &Kill, grace_s: 
 
 async fn pre_stop(context: &PodContext, pod: &Pod, kill: &Kill, grace: Duration) {
     let Some(container) = build::find_container(pod, &kill.name) else { return };
-    let Some(hook) = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone()) else { return };
+    let Some(hook) = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone()) else {
+        return;
+    };
     let ips = pod.status.as_ref().and_then(|status| status.pod_ip.clone()).unwrap_or_default();
     let target = Target {
         runtime: &*context.node.runtime,
@@ -72,7 +74,8 @@ pub(super) async fn kill_all(context: Arc<PodContext>, pod: Arc<Pod>, observed: 
         message: String::new(),
         grace_s: None,
     };
-    let (side, main): (Vec<&Seen>, Vec<&Seen>) = observed.running().partition(|seen| sidecars.contains(&seen.name()));
+    let (side, main): (Vec<&Seen>, Vec<&Seen>) =
+        observed.running().partition(|seen| sidecars.contains(&seen.name()));
     let kills: Vec<Kill> = main.into_iter().map(as_kill).collect();
     futures::future::join_all(kills.iter().map(|one| kill(&context, &pod, one, grace_s))).await;
     for name in sidecars.iter().rev() {
@@ -104,10 +107,17 @@ pub(super) fn unmount(context: &PodContext) -> Result<(), String> {
 }
 
 /// Removes everything the pod left: containers, sandboxes, group, logs.
-pub(super) async fn remove(context: &PodContext, pod: Option<&Pod>, observed: &Observed) -> Result<(), String> {
+pub(super) async fn remove(
+    context: &PodContext,
+    pod: Option<&Pod>,
+    observed: &Observed,
+) -> Result<(), String> {
     let node = &context.node;
     for sandbox in &observed.sandboxes {
-        node.runtime.remove_pod_sandbox(&sandbox.id).await.map_err(|error| format!("remove sandbox: {error}"))?;
+        node.runtime
+            .remove_pod_sandbox(&sandbox.id)
+            .await
+            .map_err(|error| format!("remove sandbox: {error}"))?;
     }
     if let (Some(cgroups), false) = (&node.cgroups, node.systemd_cgroups) {
         let classes = match pod {

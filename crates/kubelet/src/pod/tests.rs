@@ -38,7 +38,8 @@ impl World {
         for name in ["default", "kube-node-lease"] {
             let namespace = json!({"metadata": {"name": name}});
             let namespaces = Api::<Namespace>::all(world.client.clone());
-            let _ = namespaces.create(&PostParams::default(), &serde_json::from_value(namespace).unwrap()).await;
+            let _ =
+                namespaces.create(&PostParams::default(), &serde_json::from_value(namespace).unwrap()).await;
         }
         world.start();
         world.api.wait_for::<Node>("the node to be ready", |nodes| nodes.iter().any(is_ready)).await;
@@ -52,8 +53,13 @@ impl World {
         config.root_dir = self.dir.path().join("kubelet");
         config.log_dir = self.dir.path().join("logs");
         config.log_link_dir = None;
-        let kubelet =
-            Kubelet::new(config, self.client.clone(), Informers::new(self.client.clone()), self.runtime.clone(), None);
+        let kubelet = Kubelet::new(
+            config,
+            self.client.clone(),
+            Informers::new(self.client.clone()),
+            self.runtime.clone(),
+            None,
+        );
         let kubelet = kubelet.simulated(self.clock.clone());
         let stop = self.stop.clone();
         tokio::spawn(async move { kubelet.run(stop).await.unwrap() });
@@ -79,7 +85,9 @@ impl World {
     }
 
     async fn until(&self, what: &str, holds: impl Fn(&PodStatus) -> bool) -> PodStatus {
-        let found = self.api.wait_for::<Pod>(what, |pods| pods.iter().any(|pod| pod.status.as_ref().is_some_and(&holds)));
+        let found = self
+            .api
+            .wait_for::<Pod>(what, |pods| pods.iter().any(|pod| pod.status.as_ref().is_some_and(&holds)));
         found.await[0].status.clone().unwrap()
     }
 
@@ -90,7 +98,10 @@ impl World {
     async fn events(&self, reason: &str) -> Vec<String> {
         self.api.settle(Duration::from_millis(100)).await;
         let all = self.api.objects::<Event>();
-        all.into_iter().filter(|event| event.reason.as_deref() == Some(reason)).filter_map(|event| event.message).collect()
+        all.into_iter()
+            .filter(|event| event.reason.as_deref() == Some(reason))
+            .filter_map(|event| event.message)
+            .collect()
     }
 }
 
@@ -142,7 +153,13 @@ async fn a_pod_runs_and_tells_everything_about_it() {
     assert!(main.container_id.unwrap().starts_with("fake://"));
     assert_eq!(world.events("Started").await.len(), 1);
     let hosts = std::fs::read_to_string(
-        std::fs::read_dir(world.dir.path().join("kubelet/pods")).unwrap().next().unwrap().unwrap().path().join("etc-hosts"),
+        std::fs::read_dir(world.dir.path().join("kubelet/pods"))
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path()
+            .join("etc-hosts"),
     );
     assert!(hosts.unwrap().contains("10.0.0.9\tp"));
 }
@@ -151,7 +168,9 @@ async fn a_pod_runs_and_tells_everything_about_it() {
 async fn the_node_registers_with_a_lease_and_loses_its_taint() {
     let world = World::new().await;
     let nodes = world.api.wait_for::<Node>("the taint to go", |nodes| {
-        nodes.iter().any(|node| node.spec.as_ref().is_none_or(|spec| spec.taints.as_ref().is_none_or(Vec::is_empty)))
+        nodes
+            .iter()
+            .any(|node| node.spec.as_ref().is_none_or(|spec| spec.taints.as_ref().is_none_or(Vec::is_empty)))
     });
     let node = &nodes.await[0];
     assert_eq!(node.metadata.labels.as_ref().unwrap()["kubernetes.io/hostname"], "node");
@@ -184,9 +203,10 @@ async fn init_containers_run_in_order_and_sidecars_stay() {
     let world = World::new().await;
     let mut side = container("side");
     side["restartPolicy"] = "Always".into();
-    world.pod(json!({"restartPolicy": "Never",
+    world
+        .pod(json!({"restartPolicy": "Never",
         "initContainers": [container("one"), side, container("two")], "containers": [container("c")]}))
-    .await;
+        .await;
     world.until("the first init container", |status| condition(status, "Initialized") == "False").await;
     for name in ["one", "two"] {
         world
@@ -222,7 +242,9 @@ async fn a_failed_init_container_fails_a_pod_that_never_restarts() {
 
 #[tokio::test(start_paused = true)]
 async fn pods_that_run_to_the_end_succeed_or_fail() {
-    for (code, policy, want) in [(0, "Never", "Succeeded"), (1, "Never", "Failed"), (0, "OnFailure", "Succeeded")] {
+    for (code, policy, want) in
+        [(0, "Never", "Succeeded"), (1, "Never", "Failed"), (0, "OnFailure", "Succeeded")]
+    {
         let world = World::new().await;
         world.pod(json!({"restartPolicy": policy, "containers": [container("c")]})).await;
         world.running().await;
@@ -302,12 +324,21 @@ async fn a_failing_liveness_probe_restarts_and_readiness_gates_traffic() {
     c["readinessProbe"] = json!({"exec": {"command": ["x"]}, "periodSeconds": 1});
     world.runtime.world.lock().exec_codes.insert("c".into(), 1);
     world.pod(json!({"containers": [c]})).await;
-    world.until("it to run unready", |status| main(status).started == Some(true) && !main(status).ready).await;
+    world
+        .until("it to run unready", |status| main(status).started == Some(true) && !main(status).ready)
+        .await;
     world.until("the restart", |status| main(status).restart_count >= 1).await;
-    assert!(world.events("Killing").await.contains(&"Container c failed liveness probe, will be restarted".to_owned()));
+    assert!(
+        world
+            .events("Killing")
+            .await
+            .contains(&"Container c failed liveness probe, will be restarted".to_owned())
+    );
     world.runtime.world.lock().exec_codes.clear();
     world.running().await;
-    assert!(world.events("Unhealthy").await.iter().any(|message| message.starts_with("Readiness probe failed: ")));
+    assert!(
+        world.events("Unhealthy").await.iter().any(|message| message.starts_with("Readiness probe failed: "))
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -328,14 +359,25 @@ async fn a_missing_config_map_is_told_and_waited_for() {
 async fn volumes_follow_their_config_maps() {
     let world = World::new().await;
     let maps = Api::<ConfigMap>::namespaced(world.client.clone(), "default");
-    let map = |value: &str| serde_json::from_value(json!({"metadata": {"name": "m", "namespace": "default"}, "data": {"k": value}})).unwrap();
+    let map = |value: &str| {
+        serde_json::from_value(
+            json!({"metadata": {"name": "m", "namespace": "default"}, "data": {"k": value}}),
+        )
+        .unwrap()
+    };
     maps.create(&PostParams::default(), &map("old")).await.unwrap();
     let mut c = container("c");
     c["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
     world.pod(json!({"containers": [c], "volumes": [{"name": "v", "configMap": {"name": "m"}}]})).await;
     world.running().await;
     let pods = world.dir.path().join("kubelet/pods");
-    let file = std::fs::read_dir(pods).unwrap().next().unwrap().unwrap().path().join("volumes/kubernetes.io~configmap/v/k");
+    let file = std::fs::read_dir(pods)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path()
+        .join("volumes/kubernetes.io~configmap/v/k");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "old");
     maps.replace("m", &PostParams::default(), &map("new")).await.unwrap();
     let changed = async {

@@ -163,7 +163,9 @@ impl Worker {
         let mut state = self.context.state.lock();
         state.retry_at = None;
         let State { waiting, not_before, .. } = &mut *state;
-        not_before.retain(|name, _| waiting.get(name).is_some_and(|why| why.reason != "CreateContainerConfigError"));
+        not_before.retain(|name, _| {
+            waiting.get(name).is_some_and(|why| why.reason != "CreateContainerConfigError")
+        });
     }
 
     async fn sync(&mut self) -> Step<Next> {
@@ -177,7 +179,8 @@ impl Worker {
         }
         let Some(pod) = pod else { return self.take_down(&observed).await };
         if let Some(last) = &self.last_pod {
-            let moved = last.metadata.labels != pod.metadata.labels || last.metadata.annotations != pod.metadata.annotations;
+            let moved = last.metadata.labels != pod.metadata.labels
+                || last.metadata.annotations != pod.metadata.annotations;
             self.volumes_stale |= moved;
         }
         self.last_pod = Some(pod.clone());
@@ -240,7 +243,13 @@ impl Worker {
         let node = &self.context.node;
         let others: Vec<Arc<Pod>> = node.pods.list();
         let labels = node.node.get("", &node.config.node_name);
-        let rejection = admission::check(pod, &others, labels.as_deref(), &node.machine.allocatable(&node.config), node.config.pods_max);
+        let rejection = admission::check(
+            pod,
+            &others,
+            labels.as_deref(),
+            &node.machine.allocatable(&node.config),
+            node.config.pods_max,
+        );
         let Some(rejection) = rejection else {
             self.admitted = true;
             return Ok(true);
@@ -266,7 +275,14 @@ impl Worker {
     fn make_plan(&self, pod: &Pod, observed: &Observed) -> plan::Plan {
         let probes = self.context.probes.lock().clone();
         let state = self.context.state.lock();
-        plan::plan(&plan::Input { pod, observed, state: &state, probes: &probes, now: Instant::now(), now_ns: self.now_ns() })
+        plan::plan(&plan::Input {
+            pod,
+            observed,
+            state: &state,
+            probes: &probes,
+            now: Instant::now(),
+            now_ns: self.now_ns(),
+        })
     }
 
     /// Sets a task to work on the plan; returns when to look again if it must wait.
@@ -284,7 +300,8 @@ impl Worker {
         if !plan.kill.is_empty() {
             let (context, pod, kills) = (self.context.clone(), pod.clone(), std::mem::take(&mut plan.kill));
             let work = async move {
-                futures::future::join_all(kills.iter().map(|kill| stop::kill(&context, &pod, kill, grace))).await;
+                futures::future::join_all(kills.iter().map(|kill| stop::kill(&context, &pod, kill, grace)))
+                    .await;
             };
             if self.kill.is_none() {
                 self.kill = Some(self.begin(OpKind::Kill, work));
@@ -305,9 +322,11 @@ impl Worker {
     /// Tells of containers that wait after a crash, once per crash.
     fn note_backoff(&self, pod: &Pod, plan: &plan::Plan) {
         for (name, waiting) in &plan.waiting {
-            let news = self.context.state.lock().waiting.insert(name.clone(), waiting.clone()).as_ref() != Some(waiting);
+            let news = self.context.state.lock().waiting.insert(name.clone(), waiting.clone()).as_ref()
+                != Some(waiting);
             if news {
-                let message = format!("Back-off restarting failed container {name} in pod {}", names::display(pod));
+                let message =
+                    format!("Back-off restarting failed container {name} in pod {}", names::display(pod));
                 self.context.container_event(pod, name, EventType::Warning, "BackOff", message);
             }
         }
@@ -347,11 +366,12 @@ impl Worker {
             .map(|container| (container.name.as_str(), container))
             .collect();
         let clock = self.now_ns();
-        let running = observed.running().filter(|seen| !in_hook.contains(&seen.status.id)).filter_map(|seen| {
-            let ago = u64::try_from(clock.saturating_sub(seen.status.started_at)).unwrap_or(0);
-            let started_at = now.checked_sub(Duration::from_nanos(ago)).unwrap_or(now);
-            Some(Probed { container: containers.get(seen.name())?, id: &seen.status.id, started_at })
-        });
+        let running =
+            observed.running().filter(|seen| !in_hook.contains(&seen.status.id)).filter_map(|seen| {
+                let ago = u64::try_from(clock.saturating_sub(seen.status.started_at)).unwrap_or(0);
+                let started_at = now.checked_sub(Duration::from_nanos(ago)).unwrap_or(now);
+                Some(Probed { container: containers.get(seen.name())?, id: &seen.status.id, started_at })
+            });
         let running: Vec<Probed<'_>> = running.collect();
         self.probers.update(pod, ips.first().map_or("", String::as_str), &running);
     }
@@ -443,7 +463,11 @@ impl Worker {
         }
         let api = Api::<Pod>::namespaced(self.context.node.client.clone(), &self.context.key.namespace);
         let preconditions = Preconditions { uid: Some(self.context.uid.clone()), resource_version: None };
-        let params = DeleteParams { grace_period_seconds: Some(0), preconditions: Some(preconditions), ..Default::default() };
+        let params = DeleteParams {
+            grace_period_seconds: Some(0),
+            preconditions: Some(preconditions),
+            ..Default::default()
+        };
         match api.delete(&self.context.key.name, &params).await {
             Ok(_) => {}
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
@@ -475,7 +499,8 @@ impl Worker {
     fn orphan(&self, observed: &Observed) -> Pod {
         let (namespace, name) = stop::identity(observed)
             .unwrap_or_else(|| (self.context.key.namespace.clone(), self.context.key.name.clone()));
-        let grace = observed.containers.first().and_then(|seen| seen.status.annotations.get(names::POD_GRACE));
+        let grace =
+            observed.containers.first().and_then(|seen| seen.status.annotations.get(names::POD_GRACE));
         let mut pod = Pod::default();
         pod.metadata.namespace = Some(namespace);
         pod.metadata.name = Some(name);
@@ -543,14 +568,16 @@ impl Worker {
 
     /// Writes a status if it differs from the pod's.
     async fn write(&mut self, pod: &Arc<Pod>, status: &PodStatus) -> Step<Written> {
-        let old = pod.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
+        let old =
+            pod.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
         let new = serde_json::to_value(status).unwrap_or_default();
         let change = merge_diff(&old, &new);
         if change == Value::Null {
             return Ok(Written::Done);
         }
         let version = &pod.metadata.resource_version;
-        let patch = json!({"metadata": {"uid": self.context.uid, "resourceVersion": version}, "status": change});
+        let patch =
+            json!({"metadata": {"uid": self.context.uid, "resourceVersion": version}, "status": change});
         let api = Api::<Pod>::namespaced(self.context.node.client.clone(), &self.context.key.namespace);
         let name = &self.context.key.name;
         match api.patch_status(name, &PatchParams::default(), &Patch::Merge(patch)).await {

@@ -32,9 +32,7 @@ pub async fn running_pods(context: &NodeContext) -> Answer {
         let image = container.image.map(|image| image.image).unwrap_or_default();
         pods.entry(key).or_default().push(json!({"name": label, "image": image}));
     }
-    let item = |((namespace, name, uid), containers): ((String, String, String), Vec<Value>)| {
-        json!({"metadata": {"namespace": namespace, "name": name, "uid": uid}, "spec": {"containers": containers}, "status": {}})
-    };
+    let item = |((namespace, name, uid), containers): ((String, String, String), Vec<Value>)| json!({"metadata": {"namespace": namespace, "name": name, "uid": uid}, "spec": {"containers": containers}, "status": {}});
     let items: Vec<Value> = pods.into_iter().map(item).collect();
     json(&json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}))
 }
@@ -119,8 +117,14 @@ struct Host {
 
 fn host() -> Host {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let fields: Vec<u64> =
-        stat.lines().next().unwrap_or_default().split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect();
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
     // user, nice, system, idle, iowait, irq, softirq, steal: in hundredths of a second.
     let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|index| fields.get(*index)).sum();
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -156,11 +160,21 @@ pub async fn resource_metrics(context: &NodeContext) -> Answer {
         let Some((namespace, pod, _)) = pod_of(&labels) else { continue };
         let name = labels.get(names::CONTAINER_NAME).cloned().unwrap_or_default();
         let labels = format!("{{container={name:?},namespace={namespace:?},pod={pod:?}}}");
-        if let Some((nanos, at)) = one.cpu.as_ref().and_then(|cpu| Some((value(&cpu.usage_core_nano_seconds)?, cpu.timestamp))) {
-            let _ = writeln!(cpus, "container_cpu_usage_seconds_total{labels} {} {}", nanos as f64 / 1e9, at / 1_000_000);
+        if let Some((nanos, at)) =
+            one.cpu.as_ref().and_then(|cpu| Some((value(&cpu.usage_core_nano_seconds)?, cpu.timestamp)))
+        {
+            let _ = writeln!(
+                cpus,
+                "container_cpu_usage_seconds_total{labels} {} {}",
+                nanos as f64 / 1e9,
+                at / 1_000_000
+            );
         }
-        if let Some((bytes, at)) = one.memory.as_ref().and_then(|memory| Some((value(&memory.working_set_bytes)?, memory.timestamp))) {
-            let _ = writeln!(memories, "container_memory_working_set_bytes{labels} {bytes} {}", at / 1_000_000);
+        if let Some((bytes, at)) =
+            one.memory.as_ref().and_then(|memory| Some((value(&memory.working_set_bytes)?, memory.timestamp)))
+        {
+            let _ =
+                writeln!(memories, "container_memory_working_set_bytes{labels} {bytes} {}", at / 1_000_000);
         }
     }
     let node = host();

@@ -28,7 +28,10 @@ pub async fn container_logs(
     let pod = find_pod(context, namespace, pod_name)?;
     let bad = |message: String| (StatusCode::BAD_REQUEST, message);
     if build::find_container(&pod, container).is_none() {
-        return Err((StatusCode::NOT_FOUND, format!("container {container:?} not found in pod {pod_name:?}")));
+        return Err((
+            StatusCode::NOT_FOUND,
+            format!("container {container:?} not found in pod {pod_name:?}"),
+        ));
     }
     // Before looking: an end in between must be heard.
     let events = context.runtime.events();
@@ -39,7 +42,10 @@ pub async fn container_logs(
     let Some(found) = found else {
         return Err(bad(match previous {
             true => format!("previous terminated container {container:?} in pod {pod_name:?} not found"),
-            false => format!("container {container:?} in pod {pod_name:?} is waiting to start: {}", waiting(&pod, container)),
+            false => format!(
+                "container {container:?} in pod {pod_name:?} is waiting to start: {}",
+                waiting(&pod, container)
+            ),
         }));
     };
     let ended = CancellationToken::new();
@@ -53,7 +59,8 @@ pub async fn container_logs(
             let mut events = events;
             while let Some(event) = events.next().await {
                 let over = match event {
-                    Event::ContainerExited { container_id, .. } | Event::ContainerRemoved { container_id, .. } => container_id == id,
+                    Event::ContainerExited { container_id, .. }
+                    | Event::ContainerRemoved { container_id, .. } => container_id == id,
                     _ => false,
                 };
                 if over {
@@ -76,14 +83,18 @@ pub async fn container_logs(
         Some((chunk.map(Frame::data), chunks))
     });
     let mut answer = Response::new(StreamBody::new(stream).boxed_unsync());
-    answer.headers_mut().insert(header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
     Ok(answer)
 }
 
 /// Why the container does not run yet, as the status tells it.
 fn waiting(pod: &k8s_openapi::api::core::v1::Pod, container: &str) -> String {
     let status = pod.status.as_ref();
-    let lists = status.map(|status| [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]);
+    let lists = status.map(|status| {
+        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+    });
     let mut all = lists.into_iter().flatten().flat_map(|list| list.iter().flatten());
     let reason = all
         .find(|status| status.name == container)
@@ -98,7 +109,9 @@ fn options(context: &NodeContext, query: &Query) -> Result<Options, String> {
         None => Ok(None),
     };
     let since = match (query.get("sinceTime"), number("sinceSeconds")?) {
-        (Some(_), Some(_)) => return Err("at most one of sinceTime or sinceSeconds may be specified".to_owned()),
+        (Some(_), Some(_)) => {
+            return Err("at most one of sinceTime or sinceSeconds may be specified".to_owned());
+        }
         (Some(time), None) => Some(time.parse().map_err(|error| format!("sinceTime: {error}"))?),
         (None, Some(seconds)) => {
             let ago = jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));

@@ -48,7 +48,9 @@ impl Listener {
     /// Takes the address. Fails when it is in use.
     pub async fn bind(address: SocketAddr, tls: Arc<rustls::ServerConfig>) -> anyhow::Result<Listener> {
         let tcp = TcpListener::bind(address).await;
-        let tcp = tcp.with_context(|| format!("listen on {address} for the API server; is another kubelet running?"))?;
+        let tcp = tcp.with_context(|| {
+            format!("listen on {address} for the API server; is another kubelet running?")
+        })?;
         Ok(Listener { tcp, tls: tls.into() })
     }
 
@@ -100,7 +102,10 @@ async fn connection(stream: TcpStream, tls: TlsAcceptor, context: Arc<NodeContex
 
 async fn respond(request: Request<Incoming>, context: Arc<NodeContext>, allowed: bool) -> Response<Body> {
     if !allowed {
-        return text(StatusCode::FORBIDDEN, "Forbidden: the client certificate is in no group that may use this node");
+        return text(
+            StatusCode::FORBIDDEN,
+            "Forbidden: the client certificate is in no group that may use this node",
+        );
     }
     match route(request, context).await {
         Ok(answer) => answer,
@@ -140,7 +145,8 @@ pub(crate) fn text(status: StatusCode, text: impl Into<String>) -> Response<Body
 }
 
 pub(crate) fn json(value: &impl serde::Serialize) -> Answer {
-    let bytes = serde_json::to_vec(value).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let bytes =
+        serde_json::to_vec(value).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
     Ok(with_type(StatusCode::OK, "application/json", bytes))
 }
 
@@ -184,7 +190,11 @@ impl Query {
     }
 
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
+        self.0
+            .iter()
+            .find(|(have, _)| have == name)
+            .map(|(_, value)| value.as_str())
+            .filter(|value| !value.is_empty())
     }
 
     fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
@@ -204,7 +214,8 @@ fn decode(text: &str) -> String {
         match byte {
             b'+' => out.push(b' '),
             b'%' => {
-                let digits = [bytes.next(), bytes.next()].map(|digit| digit.map(char::from).and_then(|c| c.to_digit(16)));
+                let digits = [bytes.next(), bytes.next()]
+                    .map(|digit| digit.map(char::from).and_then(|c| c.to_digit(16)));
                 if let [Some(high), Some(low)] = digits {
                     out.push((high * 16 + low) as u8);
                 }

@@ -21,12 +21,21 @@ const PROTOCOL_VERSION: &str = "x-stream-protocol-version";
 
 type Start = BoxFuture<'static, knarr_runtime::Result<ExecSession>>;
 
-pub async fn exec(request: Request<Incoming>, context: Arc<NodeContext>, namespace: &str, pod: &str, container: &str) -> Answer {
+pub async fn exec(
+    request: Request<Incoming>,
+    context: Arc<NodeContext>,
+    namespace: &str,
+    pod: &str,
+    container: &str,
+) -> Answer {
     let (query, id) = target(&request, &context, namespace, pod, container).await?;
     let wanted = wanted(&query)?;
     let command: Vec<String> = query.all("command").map(str::to_owned).collect();
     if command.is_empty() {
-        return Err((StatusCode::BAD_REQUEST, "you must specify at least 1 command for the container".to_owned()));
+        return Err((
+            StatusCode::BAD_REQUEST,
+            "you must specify at least 1 command for the container".to_owned(),
+        ));
     }
     let ask = v1::ExecRequest {
         container_id: id,
@@ -40,7 +49,13 @@ pub async fn exec(request: Request<Incoming>, context: Arc<NodeContext>, namespa
     remote_command(request, wanted, Box::pin(async move { runtime.exec(ask).await }))
 }
 
-pub async fn attach(request: Request<Incoming>, context: Arc<NodeContext>, namespace: &str, pod: &str, container: &str) -> Answer {
+pub async fn attach(
+    request: Request<Incoming>,
+    context: Arc<NodeContext>,
+    namespace: &str,
+    pod: &str,
+    container: &str,
+) -> Answer {
     let (query, id) = target(&request, &context, namespace, pod, container).await?;
     let wanted = wanted(&query)?;
     let ask = v1::AttachRequest {
@@ -102,11 +117,17 @@ fn remote_command(mut request: Request<Incoming>, wanted: Wanted, start: Start) 
     Ok(answer)
 }
 
-pub async fn port_forward(mut request: Request<Incoming>, context: Arc<NodeContext>, namespace: &str, pod: &str) -> Answer {
+pub async fn port_forward(
+    mut request: Request<Incoming>,
+    context: Arc<NodeContext>,
+    namespace: &str,
+    pod: &str,
+) -> Answer {
     let found = find_pod(&context, namespace, pod)?;
     let observed = observe(&context, &found).await?;
     let sandbox = observed.live_sandbox().map(|sandbox| sandbox.id.clone());
-    let sandbox = sandbox.ok_or_else(|| (StatusCode::NOT_FOUND, format!("pod {pod:?} has no running sandbox")))?;
+    let sandbox =
+        sandbox.ok_or_else(|| (StatusCode::NOT_FOUND, format!("pod {pod:?} has no running sandbox")))?;
     let runtime = context.runtime.clone();
     let connect: Connect = Arc::new(move |port| {
         let (runtime, sandbox) = (runtime.clone(), sandbox.clone());
@@ -151,7 +172,8 @@ fn choose(headers: &HeaderMap, ours: &[&str]) -> Result<String, (StatusCode, Str
 }
 
 fn accept(headers: &HeaderMap, protocol: &str) -> Answer {
-    let answer = websocket::accept::<()>(headers, protocol).map_err(|message| (StatusCode::BAD_REQUEST, message))?;
+    let answer =
+        websocket::accept::<()>(headers, protocol).map_err(|message| (StatusCode::BAD_REQUEST, message))?;
     Ok(answer.map(|()| full(Vec::new())))
 }
 
@@ -159,7 +181,8 @@ fn accept(headers: &HeaderMap, protocol: &str) -> Answer {
 fn spdy_version(headers: &HeaderMap, ours: &[&str]) -> Result<String, (StatusCode, String)> {
     let upgrade = headers.get(header::UPGRADE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if !upgrade.eq_ignore_ascii_case(spdy::PROTOCOL) {
-        let message = format!("unable to upgrade: missing upgrade headers in request, ask for {}", spdy::PROTOCOL);
+        let message =
+            format!("unable to upgrade: missing upgrade headers in request, ask for {}", spdy::PROTOCOL);
         return Err((StatusCode::BAD_REQUEST, message));
     }
     let offered: Vec<&str> = headers

@@ -198,7 +198,10 @@ mod tests {
         let task = tokio::spawn(over_spdy(Session::new(far, spdy::Role::Server), connect));
         let open = async |kind: &str, port: &str, id: &str| {
             let headers = [("streamtype", kind), ("port", port), ("requestid", id)];
-            client.open(headers.map(|(name, value)| (name.to_owned(), value.to_owned())).into()).await.unwrap()
+            client
+                .open(headers.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
+                .await
+                .unwrap()
         };
         let mut error = open("error", "80", "0").await;
         let mut data = open("data", "80", "0").await;

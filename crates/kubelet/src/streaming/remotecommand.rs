@@ -23,7 +23,8 @@ pub const WEBSOCKET_PROTOCOLS: [&str; 6] = [
     "channel.k8s.io",
     "",
 ];
-pub const SPDY_VERSIONS: [&str; 4] = ["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
+pub const SPDY_VERSIONS: [&str; 4] =
+    ["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
 
 /// How long a client has to open the streams it asked for.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -53,7 +54,8 @@ pub fn status(result: &Result<i32, String>) -> Value {
         Ok(0) => status["status"] = "Success".into(),
         Ok(code) => {
             status["status"] = "Failure".into();
-            status["message"] = format!("command terminated with non-zero exit code: exit status {code}").into();
+            status["message"] =
+                format!("command terminated with non-zero exit code: exit status {code}").into();
             status["reason"] = "NonZeroExitCode".into();
             status["details"] = json!({"causes": [{"reason": "ExitCode", "message": code.to_string()}]});
         }
@@ -244,7 +246,11 @@ pub async fn over_spdy(
     let _ = tokio::time::timeout(OPEN_TIMEOUT, async { while connection.accept().await.is_some() {} }).await;
 }
 
-async fn open_all(connection: &mut Session, version: &str, wanted: Wanted) -> Option<HashMap<String, Stream>> {
+async fn open_all(
+    connection: &mut Session,
+    version: &str,
+    wanted: Wanted,
+) -> Option<HashMap<String, Stream>> {
     let has_resize = wanted.tty && (version == "v3.channel.k8s.io" || version == "v4.channel.k8s.io");
     let expected = 1
         + usize::from(wanted.stdin)
@@ -396,7 +402,8 @@ mod tests {
         let client = Session::new(near, spdy::Role::Client);
         let server = Session::new(far, spdy::Role::Server);
         let task = tokio::spawn(over_spdy(server, SPDY_VERSIONS[0], BOTH, async { Ok(echo(0)) }));
-        let open = async |kind: &str| client.open(vec![("streamtype".to_owned(), kind.to_owned())]).await.unwrap();
+        let open =
+            async |kind: &str| client.open(vec![("streamtype".to_owned(), kind.to_owned())]).await.unwrap();
         let mut error = open("error").await;
         let mut stdin = open("stdin").await;
         let mut stdout = open("stdout").await;

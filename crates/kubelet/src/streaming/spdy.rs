@@ -47,13 +47,36 @@ pub fn header<'a>(headers: &'a Headers, name: &str) -> Option<&'a str> {
 /// One frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
-    SynStream { id: u32, fin: bool, headers: Headers },
-    SynReply { id: u32, fin: bool, headers: Headers },
-    Headers { id: u32, fin: bool, headers: Headers },
-    Reset { id: u32, status: u32 },
-    Ping { id: u32 },
-    GoAway { last_id: u32 },
-    Data { id: u32, fin: bool, data: Bytes },
+    SynStream {
+        id: u32,
+        fin: bool,
+        headers: Headers,
+    },
+    SynReply {
+        id: u32,
+        fin: bool,
+        headers: Headers,
+    },
+    Headers {
+        id: u32,
+        fin: bool,
+        headers: Headers,
+    },
+    Reset {
+        id: u32,
+        status: u32,
+    },
+    Ping {
+        id: u32,
+    },
+    GoAway {
+        last_id: u32,
+    },
+    Data {
+        id: u32,
+        fin: bool,
+        data: Bytes,
+    },
     /// Settings and the like: nothing follows from them.
     Other,
 }
@@ -97,7 +120,8 @@ impl Decoder {
 
     fn control(&mut self, kind: u16, fin: bool, body: &[u8]) -> io::Result<Frame> {
         let word = |at: usize| -> io::Result<u32> {
-            let bytes = body.get(at..at + 4).ok_or_else(|| bad(format!("control frame {kind} is too short")))?;
+            let bytes =
+                body.get(at..at + 4).ok_or_else(|| bad(format!("control frame {kind} is too short")))?;
             Ok(u32::from_be_bytes(bytes.try_into().expect("four bytes were taken")))
         };
         let id = |at: usize| word(at).map(|id| id & 0x7fff_ffff);
@@ -209,7 +233,9 @@ impl Encoder {
             }
             Frame::SynReply { id, fin, headers } => self.with_headers(SYN_REPLY, *id, *fin, headers),
             Frame::Headers { id, fin, headers } => self.with_headers(HEADERS, *id, *fin, headers),
-            Frame::Reset { id, status } => control(RST_STREAM, false, &[id.to_be_bytes(), status.to_be_bytes()].concat()),
+            Frame::Reset { id, status } => {
+                control(RST_STREAM, false, &[id.to_be_bytes(), status.to_be_bytes()].concat())
+            }
             Frame::Ping { id } => control(PING, false, &id.to_be_bytes()),
             Frame::GoAway { last_id } => control(GOAWAY, false, &[last_id.to_be_bytes(), [0; 4]].concat()),
             Frame::Data { id, fin, data } => {
@@ -406,7 +432,9 @@ impl Drop for Session {
 async fn write_frames(mut to: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Frame>) {
     let mut encoder = Encoder::default();
     while let Some(frame) = queue.recv().await {
-        if to.write_all(&encoder.encode(&frame)).await.is_err() || (queue.is_empty() && to.flush().await.is_err()) {
+        if to.write_all(&encoder.encode(&frame)).await.is_err()
+            || (queue.is_empty() && to.flush().await.is_err())
+        {
             return;
         }
     }
@@ -486,16 +514,67 @@ const DICTIONARY_LEN: usize = 1423;
 /// Words with a length of four bytes before them, then text without.
 const fn dictionary() -> [u8; DICTIONARY_LEN] {
     const WORDS: [&str; 49] = [
-        "options", "head", "post", "put", "delete", "trace", "accept", "accept-charset", "accept-encoding",
-        "accept-language", "accept-ranges", "age", "allow", "authorization", "cache-control", "connection",
-        "content-base", "content-encoding", "content-language", "content-length", "content-location", "content-md5",
-        "content-range", "content-type", "date", "etag", "expect", "expires", "from", "host", "if-match",
-        "if-modified-since", "if-none-match", "if-range", "if-unmodified-since", "last-modified", "location",
-        "max-forwards", "pragma", "proxy-authenticate", "proxy-authorization", "range", "referer", "retry-after",
-        "server", "te", "trailer", "transfer-encoding", "upgrade",
+        "options",
+        "head",
+        "post",
+        "put",
+        "delete",
+        "trace",
+        "accept",
+        "accept-charset",
+        "accept-encoding",
+        "accept-language",
+        "accept-ranges",
+        "age",
+        "allow",
+        "authorization",
+        "cache-control",
+        "connection",
+        "content-base",
+        "content-encoding",
+        "content-language",
+        "content-length",
+        "content-location",
+        "content-md5",
+        "content-range",
+        "content-type",
+        "date",
+        "etag",
+        "expect",
+        "expires",
+        "from",
+        "host",
+        "if-match",
+        "if-modified-since",
+        "if-none-match",
+        "if-range",
+        "if-unmodified-since",
+        "last-modified",
+        "location",
+        "max-forwards",
+        "pragma",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "range",
+        "referer",
+        "retry-after",
+        "server",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
     ];
     const MORE: [&str; 10] = [
-        "user-agent", "vary", "via", "warning", "www-authenticate", "method", "get", "status", "200 OK", "version",
+        "user-agent",
+        "vary",
+        "via",
+        "warning",
+        "www-authenticate",
+        "method",
+        "get",
+        "status",
+        "200 OK",
+        "version",
     ];
     const LAST: [&str; 6] = ["HTTP/1.1", "url", "public", "set-cookie", "keep-alive", "origin"];
     const TEXT: &str = "100101201202205206300302303304305306307402405406407408409410411412413414415416417502504505\
@@ -556,7 +635,11 @@ mod tests {
         let frames = [
             Frame::SynStream { id: 1, fin: false, headers: headers(&[("streamtype", "stdin"), ("a", "b")]) },
             Frame::SynReply { id: 1, fin: true, headers: headers(&[]) },
-            Frame::SynStream { id: 3, fin: true, headers: headers(&[("streamtype", "error"), ("port", "80")]) },
+            Frame::SynStream {
+                id: 3,
+                fin: true,
+                headers: headers(&[("streamtype", "error"), ("port", "80")]),
+            },
             Frame::Headers { id: 3, fin: false, headers: headers(&[("long", &"x".repeat(20_000))]) },
             Frame::Data { id: 3, fin: false, data: Bytes::from_static(b"hello") },
             Frame::Data { id: 3, fin: true, data: Bytes::new() },
@@ -583,7 +666,15 @@ mod tests {
                     state ^= state >> 7;
                     state ^= state << 17;
                     // Mostly control frames of small length.
-                    match index { 0 => 0x80, 1 => 3, 2 => 0, 3 => (state % 10) as u8, 5 | 6 => 0, 7 => 40, _ => state as u8 }
+                    match index {
+                        0 => 0x80,
+                        1 => 3,
+                        2 => 0,
+                        3 => (state % 10) as u8,
+                        5 | 6 => 0,
+                        7 => 40,
+                        _ => state as u8,
+                    }
                 })
                 .collect();
             let (mut decoder, mut from) = (Decoder::default(), bytes.as_slice());

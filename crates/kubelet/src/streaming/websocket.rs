@@ -32,7 +32,8 @@ pub fn is_upgrade(headers: &HeaderMap) -> bool {
 
 /// Every subprotocol a request offers, in its order.
 pub fn offered(headers: &HeaderMap) -> Vec<String> {
-    let values = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let values =
+        headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).map(|value| value.trim().to_owned()).collect()
 }
 
@@ -44,13 +45,18 @@ pub fn choose(headers: &HeaderMap, ours: &[&str]) -> Result<String, String> {
     }
     let found = offered.iter().find(|name| ours.contains(&name.as_str()));
     found.cloned().ok_or_else(|| {
-        format!("unable to upgrade: none of the subprotocols {} is supported; offer one of {}", offered.join(", "), ours.join(", "))
+        format!(
+            "unable to upgrade: none of the subprotocols {} is supported; offer one of {}",
+            offered.join(", "),
+            ours.join(", ")
+        )
     })
 }
 
 /// The answer that turns a connection into a WebSocket with this subprotocol.
 pub fn accept<B: Default>(headers: &HeaderMap, protocol: &str) -> Result<Response<B>, String> {
-    let key = headers.get(header::SEC_WEBSOCKET_KEY).ok_or("unable to upgrade: Sec-WebSocket-Key is missing")?;
+    let key =
+        headers.get(header::SEC_WEBSOCKET_KEY).ok_or("unable to upgrade: Sec-WebSocket-Key is missing")?;
     let mut answer = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::CONNECTION, "Upgrade")
@@ -171,7 +177,11 @@ impl<C> Tunnel<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<C> {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         while self.rest.is_empty() {
             match ready!(self.socket.poll_next_unpin(context)) {
                 Some(Ok(Message::Binary(data))) => self.rest = data,
@@ -187,7 +197,11 @@ impl<C: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<C> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
         ready!(self.socket.poll_ready_unpin(context)).map_err(into_io)?;
         self.socket.start_send_unpin(Message::binary(Bytes::copy_from_slice(data))).map_err(into_io)?;
         Poll::Ready(Ok(data.len()))

@@ -50,8 +50,15 @@ pub fn write(dir: &Path, payload: &Payload, group: Option<u32>) -> Result<bool, 
 }
 
 fn check_path(path: &str) -> Result<(), String> {
-    let bad = path.is_empty() || path.starts_with('/') || path.starts_with("..") || path.split('/').any(|part| part == "..");
-    if bad { Err(format!("invalid path {path:?}: must be relative and not contain or start with '..'")) } else { Ok(()) }
+    let bad = path.is_empty()
+        || path.starts_with('/')
+        || path.starts_with("..")
+        || path.split('/').any(|part| part == "..");
+    if bad {
+        Err(format!("invalid path {path:?}: must be relative and not contain or start with '..'"))
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether a directory holds exactly these files with these modes.
@@ -172,8 +179,10 @@ mod tests {
         assert!(write(&dir, &payload(&[("a", "3")]), None).unwrap());
         assert_eq!(fs::read_to_string(dir.join("a")).unwrap(), "3");
         assert!(!dir.join("sub").exists() && !dir.join(first).exists());
-        let names: BTreeSet<String> =
-            fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let names: BTreeSet<String> = fs::read_dir(&dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         assert_eq!(names.len(), 3, "the name, ..data and one directory: {names:?}");
     }
 

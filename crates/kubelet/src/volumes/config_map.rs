@@ -69,7 +69,9 @@ pub fn select(
     let mut out = Payload::new();
     for item in items {
         match entries.get_mut(&item.key) {
-            Some(content) => _ = out.insert(item.path.clone(), file(content.clone(), item.mode.unwrap_or(mode))),
+            Some(content) => {
+                _ = out.insert(item.path.clone(), file(content.clone(), item.mode.unwrap_or(mode)))
+            }
             None if optional => {}
             None => return Err(format!("{kind} references non-existent config key: {}", item.key)),
         }

@@ -82,7 +82,8 @@ const KINDS: [&dyn Kind; 6] = [
 pub async fn set_up(context: &Context<'_>) -> Result<BTreeMap<String, Ready>, String> {
     let mut out = BTreeMap::new();
     for volume in context.pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()) {
-        let failed = |cause: String| format!("MountVolume.SetUp failed for volume {:?} : {cause}", volume.name);
+        let failed =
+            |cause: String| format!("MountVolume.SetUp failed for volume {:?} : {cause}", volume.name);
         let kind = KINDS.iter().find(|kind| kind.is(volume)).ok_or_else(|| unsupported(volume))?;
         out.insert(volume.name.clone(), kind.set_up(volume, context).await.map_err(failed)?);
     }

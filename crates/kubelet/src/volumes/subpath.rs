@@ -147,7 +147,10 @@ mod tests {
         }
         assert!(bind_part(&volume, "a/b", false, root.path()).is_ok());
         assert!(volume.join("a/b").is_dir());
-        assert!(bind_part(&volume, "none", true, root.path()).is_err(), "nothing is made in what is read only");
+        assert!(
+            bind_part(&volume, "none", true, root.path()).is_err(),
+            "nothing is made in what is read only"
+        );
     }
 
     #[test]

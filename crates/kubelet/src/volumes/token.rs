@@ -95,7 +95,8 @@ impl Tokens for ApiTokens {
         let life = self.clock.until(expires.0);
         let jitter = Duration::from_secs(rand::random_range(0..=JITTER_S_MAX));
         let refresh_after = (life * USED_PERCENT / 100).min(AGE_MAX).saturating_sub(jitter);
-        let refresh_at = now.saturating_add(jiff::SignedDuration::try_from(refresh_after).unwrap_or_default());
+        let refresh_at =
+            now.saturating_add(jiff::SignedDuration::try_from(refresh_after).unwrap_or_default());
         let known = Known { value: value.clone(), refresh_at: refresh_at.unwrap_or(now) };
         self.known.lock().entry(uid.to_owned()).or_default().insert(key, known);
         Ok(Token { value, refresh_after })

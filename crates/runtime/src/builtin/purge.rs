@@ -41,6 +41,13 @@ pub fn purge(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// Kills every container and the keeper; images, records and writable layers stay, so that the next start finds
+/// the containers as exited. Blocking.
+pub fn stop_all(config: &Config) -> Result<()> {
+    kill_all(&Cgroups::detect()?, &config.cgroup_root)?;
+    client::dismiss(&config.keeper_socket(), KILL_TIMEOUT)
+}
+
 /// Looks for anything of ours: processes, mounts, control groups, directories. Blocking.
 pub fn verify_clean(config: &Config) -> Result<Vec<Check>> {
     let cgroups = Cgroups::detect()?;

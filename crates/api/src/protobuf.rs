@@ -1,0 +1,402 @@
+//! Kubernetes' protobuf bodies (`application/vnd.kubernetes.protobuf`), read by the schema's field numbers.
+//!
+//! The form is an envelope, `k8s\0` and a `runtime.Unknown`, around a proto2 message. Go writes every field
+//! that is no pointer, zero or not, so zeros are dropped here unless the field is known to be a pointer:
+//! then zero means zero. Unknown field numbers are skipped, as protobuf asks.
+
+use base64::Engine;
+use serde_json::{Map, Value, json};
+
+use crate::decode::DecodeError;
+use crate::schema::{Field, Schema, Shape, TypeId};
+use crate::time;
+
+/// What every body starts with.
+pub const MAGIC: &[u8] = b"k8s\0";
+/// Messages nest no deeper; the schema itself is finite but for JSON schemas of custom resources.
+const DEPTH_MAX: usize = 64;
+
+/// Reads a body: `apiVersion`, `kind` and the object's own bytes.
+pub fn envelope(bytes: &[u8]) -> Result<(String, String, &[u8]), DecodeError> {
+    let body = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("the body does not start with k8s\\0"))?;
+    let (mut api_version, mut kind, mut raw) = (String::new(), String::new(), &body[..0]);
+    for field in Fields(body) {
+        match field? {
+            (1, Wire::Bytes(meta)) => {
+                for part in Fields(meta) {
+                    match part? {
+                        (1, Wire::Bytes(text)) => api_version = utf8(text)?,
+                        (2, Wire::Bytes(text)) => kind = utf8(text)?,
+                        _ => {}
+                    }
+                }
+            }
+            (2, Wire::Bytes(bytes)) => raw = bytes,
+            _ => {}
+        }
+    }
+    Ok((api_version, kind, raw))
+}
+
+/// Decodes a body as an object of the type, with `apiVersion` and `kind` from its envelope.
+pub fn decode(schema: &Schema, type_id: TypeId, bytes: &[u8]) -> Result<Value, DecodeError> {
+    let (api_version, kind, raw) = envelope(bytes)?;
+    let mut map = Map::new();
+    Reader { schema }.message(type_id, None, raw, 0, &mut map)?;
+    for (name, text) in [("apiVersion", api_version), ("kind", kind)] {
+        if !text.is_empty() {
+            map.insert(name.into(), text.into());
+        }
+    }
+    Ok(Value::Object(map))
+}
+
+fn bad(why: &str) -> DecodeError {
+    DecodeError(format!("protobuf: {why}"))
+}
+
+fn utf8(bytes: &[u8]) -> Result<String, DecodeError> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| bad("a string is no UTF-8"))
+}
+
+/// A field's value on the wire.
+enum Wire<'b> {
+    Varint(u64),
+    Fixed64(u64),
+    Fixed32(u32),
+    Bytes(&'b [u8]),
+}
+
+/// Iterates over the fields of a message.
+struct Fields<'b>(&'b [u8]);
+
+impl<'b> Fields<'b> {
+    fn varint(&mut self) -> Result<u64, DecodeError> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let (byte, rest) = self.0.split_first().ok_or_else(|| bad("a number is cut off"))?;
+            self.0 = rest;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(bad("a number is too long"))
+    }
+
+    fn take(&mut self, len: usize) -> Result<&'b [u8], DecodeError> {
+        let (head, rest) = self.0.split_at_checked(len).ok_or_else(|| bad("a field is cut off"))?;
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn field(&mut self) -> Result<(u32, Wire<'b>), DecodeError> {
+        let tag = self.varint()?;
+        let number = u32::try_from(tag >> 3).map_err(|_| bad("a field number is too large"))?;
+        let fixed = "a fixed number has its size";
+        let wire = match tag & 7 {
+            0 => Wire::Varint(self.varint()?),
+            1 => Wire::Fixed64(u64::from_le_bytes(self.take(8)?.try_into().expect(fixed))),
+            2 => {
+                let len = usize::try_from(self.varint()?).map_err(|_| bad("a field is too long"))?;
+                Wire::Bytes(self.take(len)?)
+            }
+            5 => Wire::Fixed32(u32::from_le_bytes(self.take(4)?.try_into().expect(fixed))),
+            other => return Err(bad(&format!("wire type {other} is not in use"))),
+        };
+        Ok((number, wire))
+    }
+}
+
+impl<'b> Iterator for Fields<'b> {
+    type Item = Result<(u32, Wire<'b>), DecodeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.field();
+        if field.is_err() {
+            self.0 = &[];
+        }
+        Some(field)
+    }
+}
+
+struct Reader<'s> {
+    schema: &'s Schema,
+}
+
+impl Reader<'_> {
+    /// Reads a message into `out`; within an embedded structure of Go, `inside` is that structure's number.
+    fn message(
+        &self,
+        id: TypeId,
+        inside: Option<u32>,
+        bytes: &[u8],
+        depth: usize,
+        out: &mut Map<String, Value>,
+    ) -> Result<(), DecodeError> {
+        if depth > DEPTH_MAX {
+            return Err(bad("messages nest too deeply"));
+        }
+        let structure = self.schema.type_of(id);
+        for item in Fields(bytes) {
+            let (number, wire) = item?;
+            let tags: &[u32] = match inside {
+                Some(outer) => &[outer, number],
+                None => &[number],
+            };
+            if let Some(field) = structure.fields.iter().find(|f| f.tags == tags) {
+                self.field(field, wire, depth, out)?;
+            } else if inside.is_none()
+                && structure.fields.iter().any(|f| f.tags.len() == 2 && f.tags[0] == number)
+                && let Wire::Bytes(inner) = wire
+            {
+                self.message(id, Some(number), inner, depth + 1, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn field(
+        &self,
+        field: &Field,
+        wire: Wire,
+        depth: usize,
+        out: &mut Map<String, Value>,
+    ) -> Result<(), DecodeError> {
+        match &field.shape {
+            Shape::List(inner) => {
+                let list = out.entry(&field.name).or_insert_with(|| json!([]));
+                let Value::Array(items) = list else { return Ok(()) };
+                if let (Wire::Bytes(packed), Shape::Int32 | Shape::Int64 | Shape::Bool) =
+                    (&wire, inner.as_ref())
+                {
+                    let mut numbers = Fields(packed);
+                    while !numbers.0.is_empty() {
+                        let number = numbers.varint()?;
+                        items.extend(self.value(inner, Wire::Varint(number), depth)?);
+                    }
+                    return Ok(());
+                }
+                items.push(self.value(inner, wire, depth)?.unwrap_or(Value::Null));
+            }
+            Shape::Map(inner) => {
+                let Wire::Bytes(entry) = wire else { return Err(bad("a map entry is no message")) };
+                let (mut key, mut value) = (String::new(), None);
+                for part in Fields(entry) {
+                    match part? {
+                        (1, Wire::Bytes(text)) => key = utf8(text)?,
+                        (2, wire) => value = self.map_value(inner, wire, depth)?,
+                        _ => {}
+                    }
+                }
+                let map = out.entry(&field.name).or_insert_with(|| json!({}));
+                map[key] = value.unwrap_or_else(|| json!(""));
+            }
+            shape => {
+                let value = self.value(shape, wire, depth)?;
+                if let Some(value) = value.filter(|v| !is_dropped(field, v)) {
+                    out.insert(field.name.clone(), value);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists as map values are messages with the items as field 1 (`map[string][]string`).
+    fn map_value(&self, shape: &Shape, wire: Wire, depth: usize) -> Result<Option<Value>, DecodeError> {
+        let (Shape::List(inner), Wire::Bytes(bytes)) = (shape, &wire) else {
+            return self.value(shape, wire, depth);
+        };
+        let mut items = Vec::new();
+        for part in Fields(bytes) {
+            if let (1, wire) = part? {
+                items.extend(self.value(inner, wire, depth + 1)?);
+            }
+        }
+        Ok(Some(Value::Array(items)))
+    }
+
+    fn value(&self, shape: &Shape, wire: Wire, depth: usize) -> Result<Option<Value>, DecodeError> {
+        Ok(Some(match (shape, wire) {
+            (Shape::Bool, Wire::Varint(n)) => (n != 0).into(),
+            (Shape::Int32 | Shape::Int64, Wire::Varint(n)) => (n as i64).into(),
+            (Shape::Double, Wire::Fixed64(bits)) => f64::from_bits(bits).into(),
+            (Shape::Double, Wire::Fixed32(bits)) => f64::from(f32::from_bits(bits)).into(),
+            (Shape::String, Wire::Bytes(text)) => utf8(text)?.into(),
+            (Shape::Bytes, Wire::Bytes(bytes)) => {
+                base64::engine::general_purpose::STANDARD.encode(bytes).into()
+            }
+            (Shape::Object(id), Wire::Bytes(bytes)) => {
+                let mut map = Map::new();
+                self.message(*id, None, bytes, depth + 1, &mut map)?;
+                Value::Object(map)
+            }
+            (Shape::Time, Wire::Bytes(bytes)) => return timestamp(bytes, 0),
+            (Shape::MicroTime, Wire::Bytes(bytes)) => return timestamp(bytes, 6),
+            (Shape::Quantity, Wire::Bytes(bytes)) => match first_bytes(bytes)? {
+                Some(text) => utf8(text)?.into(),
+                None => "0".into(),
+            },
+            (Shape::IntOrString, Wire::Bytes(bytes)) => int_or_string(bytes)?,
+            (Shape::Any, Wire::Bytes(bytes)) => match first_bytes(bytes)? {
+                Some(raw) => serde_json::from_slice(raw).map_err(|e| bad(&format!("embedded JSON: {e}")))?,
+                None => return Ok(None),
+            },
+            (shape, _) => return Err(bad(&format!("a field is no {shape:?}"))),
+        }))
+    }
+}
+
+fn first_bytes(message: &[u8]) -> Result<Option<&[u8]>, DecodeError> {
+    for field in Fields(message) {
+        if let (1, Wire::Bytes(bytes)) = field? {
+            return Ok(Some(bytes));
+        }
+    }
+    Ok(None)
+}
+
+/// `None` for Go's zero time, which is an empty message.
+fn timestamp(message: &[u8], digits: u8) -> Result<Option<Value>, DecodeError> {
+    let (mut seconds, mut nanos) = (0i64, 0i32);
+    for field in Fields(message) {
+        match field? {
+            (1, Wire::Varint(n)) => seconds = n as i64,
+            (2, Wire::Varint(n)) => nanos = n as i32,
+            _ => {}
+        }
+    }
+    if message.is_empty() {
+        return Ok(None);
+    }
+    let time = jiff::Timestamp::new(seconds, nanos).map_err(|_| bad("a time is out of range"))?;
+    Ok(Some(time::print(time, digits).into()))
+}
+
+fn int_or_string(message: &[u8]) -> Result<Value, DecodeError> {
+    let (mut is_string, mut number, mut text) = (false, 0i64, String::new());
+    for field in Fields(message) {
+        match field? {
+            (1, Wire::Varint(kind)) => is_string = kind == 1,
+            (2, Wire::Varint(n)) => number = n as i64,
+            (3, Wire::Bytes(bytes)) => text = utf8(bytes)?,
+            _ => {}
+        }
+    }
+    Ok(if is_string { text.into() } else { number.into() })
+}
+
+/// Zeros that Go writes only because the field is no pointer.
+fn is_dropped(field: &Field, value: &Value) -> bool {
+    let zero = match value {
+        Value::Bool(false) => true,
+        Value::Number(n) => n.as_f64() == Some(0.0),
+        Value::String(s) => s.is_empty(),
+        _ => false,
+    };
+    zero && !field.required && !POINTERS.contains(&field.name.as_str())
+}
+
+/// Fields that are pointers upstream, where false, zero and empty mean what they say.
+const POINTERS: &[&str] = &[
+    "activeDeadlineSeconds",
+    "allocateLoadBalancerNodePorts",
+    "allowPrivilegeEscalation",
+    "allowVolumeExpansion",
+    "attachRequired",
+    "automountServiceAccountToken",
+    "averageUtilization",
+    "backoffLimit",
+    "backoffLimitPerIndex",
+    "blockOwnerDeletion",
+    "collisionCount",
+    "completions",
+    "controller",
+    "defaultMode",
+    "deletionGracePeriodSeconds",
+    "enableServiceLinks",
+    "expirationSeconds",
+    "failedJobsHistoryLimit",
+    "fsGroup",
+    "gracePeriodSeconds",
+    "hostProcess",
+    "hostUsers",
+    "immutable",
+    "leaseDurationSeconds",
+    "leaseTransitions",
+    "manualSelector",
+    "maxFailedIndexes",
+    "minDomains",
+    "minReplicas",
+    "mode",
+    "optional",
+    "orphanDependents",
+    "parallelism",
+    "partition",
+    "podInfoOnMount",
+    "priority",
+    "privileged",
+    "progressDeadlineSeconds",
+    "readOnlyRootFilesystem",
+    "ready",
+    "replicas",
+    "requiresRepublish",
+    "revisionHistoryLimit",
+    "runAsGroup",
+    "runAsNonRoot",
+    "runAsUser",
+    "seLinuxMount",
+    "serving",
+    "setHostnameAsFQDN",
+    "shareProcessNamespace",
+    "stabilizationWindowSeconds",
+    "started",
+    "startingDeadlineSeconds",
+    "storageCapacity",
+    "storageClassName",
+    "successfulJobsHistoryLimit",
+    "suspend",
+    "terminating",
+    "terminationGracePeriodSeconds",
+    "tolerationSeconds",
+    "ttlSecondsAfterFinished",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A config map as Go writes it: `metadata.name: a`, `data: {k: v}`, and fields that are only zero.
+    fn config_map() -> Vec<u8> {
+        let meta = [&[0x0a, 1, b'a'][..], &[0x12, 0, 0x1a, 0], &[0x42, 0], &[0x38, 0]].concat();
+        let entry = [0x0a, 1, b'k', 0x12, 1, b'v'];
+        let object = [&[0x0a, meta.len() as u8][..], &meta, &[0x12, entry.len() as u8], &entry].concat();
+        let kind = [&[0x0a, 2][..], b"v1", &[0x12, 9], b"ConfigMap"].concat();
+        [MAGIC, &[0x0a, kind.len() as u8], &kind, &[0x12, object.len() as u8], &object].concat()
+    }
+
+    #[test]
+    fn an_object_is_read_without_gos_zeros() {
+        let schema = Schema::builtin();
+        let id = schema.resource("", "v1", "configmaps").expect("served").type_id;
+        let value = decode(schema, id, &config_map()).expect("decodes");
+        assert_eq!(
+            value,
+            json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"},"data":{"k":"v"}})
+        );
+    }
+
+    #[test]
+    fn every_prefix_of_a_body_is_refused_or_read_but_never_panics() {
+        let schema = Schema::builtin();
+        let id = schema.resource("", "v1", "configmaps").expect("served").type_id;
+        let body = config_map();
+        for len in 0..body.len() {
+            drop(decode(schema, id, &body[..len]));
+        }
+        assert!(decode(schema, id, b"{}").is_err());
+    }
+}
