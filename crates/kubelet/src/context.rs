@@ -6,7 +6,7 @@ use crate::images::Images;
 use crate::references::References;
 use crate::volumes::token::ApiTokens;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use knarr_client::{Clock, Informer, Recorder};
+use knarr_client::{Clock, Informer, Informers, Recorder};
 use knarr_network::pod::PodNetwork;
 use knarr_runtime::Runtime;
 use knarr_runtime::cgroup::Cgroups;
@@ -18,6 +18,8 @@ use std::sync::Arc;
 pub struct NodeContext {
     pub config: KubeletConfig,
     pub client: Client,
+    /// Held so that the watches go on.
+    pub informers: Informers,
     pub runtime: Arc<dyn Runtime>,
     /// `builtin`, `containerd`: the scheme of container ids.
     pub runtime_name: String,

@@ -131,6 +131,7 @@ impl Kubelet {
             network: self.network,
             cgroups: self.cgroups,
             client: self.client,
+            informers: self.informers,
             clock: self.clock,
             recorder,
             config,

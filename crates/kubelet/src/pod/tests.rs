@@ -23,6 +23,7 @@ struct World {
 
 impl World {
     async fn new() -> World {
+        let _ = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_test_writer().try_init();
         let api = FakeApi::new();
         let client = api.client();
         let clock = Clock::starting_at("2026-01-02T03:04:05Z".parse().unwrap());

@@ -209,10 +209,11 @@ mod tests {
         assert_eq!(data.reader.next().await.unwrap(), "hello");
         assert_eq!(data.reader.next().await, None);
         assert_eq!(error.reader.next().await, None);
+        drop((error, data));
         let mut error = open("error", "81", "1").await;
-        let _data = open("data", "81", "1").await;
+        let data = open("data", "81", "1").await;
         assert_eq!(error.reader.next().await.unwrap(), "error forwarding port 81 to pod: connection refused");
-        drop((client, error, data, _data));
+        drop((client, error, data));
         task.await.unwrap();
     }
 }
