@@ -45,13 +45,15 @@ pub struct Type {
     pub atomic: bool,
     /// Sorted by name.
     pub fields: Vec<Field>,
+    /// Indices of the fields that have protobuf numbers, sorted by them.
+    pub wire: Vec<usize>,
 }
 
 /// One field of a type.
 #[derive(Debug)]
 pub struct Field {
     pub name: String,
-    /// Protobuf field number; two where the field is inside a structure that Go embeds; none if it has none.
+    /// Protobuf field number; after those of the structures that Go embeds it in; none if it has none.
     pub tags: Vec<u32>,
     pub shape: Shape,
     pub required: bool,
@@ -143,6 +145,12 @@ impl Kind {
 }
 
 impl Type {
+    fn sort(&mut self) {
+        self.fields.sort_by(|a, b| a.name.cmp(&b.name));
+        self.wire = (0..self.fields.len()).filter(|i| !self.fields[*i].tags.is_empty()).collect();
+        self.wire.sort_by(|a, b| self.fields[*a].tags.cmp(&self.fields[*b].tags));
+    }
+
     /// The field of this name.
     pub fn field(&self, name: &str) -> Option<&Field> {
         self.fields.binary_search_by(|f| f.name.as_str().cmp(name)).ok().map(|i| &self.fields[i])
@@ -197,7 +205,7 @@ impl Schema {
                 text: line.to_owned(),
             })?;
         }
-        schema.types.iter_mut().for_each(|t| t.fields.sort_by(|a, b| a.name.cmp(&b.name)));
+        schema.types.iter_mut().for_each(Type::sort);
         Ok(schema)
     }
 
@@ -243,7 +251,7 @@ impl Schema {
                     let full = format!("{scope}.{name}");
                     self.by_name.insert(full.clone(), self.types.len() as TypeId);
                     let atomic = words.any(|w| w == "atomic");
-                    self.types.push(Type { name, full, atomic, fields: Vec::new() });
+                    self.types.push(Type { name, full, atomic, fields: Vec::new(), wire: Vec::new() });
                 }
                 _ => {}
             }

@@ -46,6 +46,38 @@ fn filled_objects_read_the_same_from_both_encodings() {
     assert!(different.is_empty(), "{} of {compared} differ:\n{}", different.len(), different.join("\n"));
 }
 
+#[test]
+fn filled_objects_are_written_byte_for_byte_as_upstream_writes_them() {
+    let Some(dir) = wire() else {
+        eprintln!("SKIPPED: the filled objects are not here; nothing was compared");
+        return;
+    };
+    let schema = Schema::builtin();
+    let (mut compared, mut different) = (0, Vec::new());
+    for kind in schema.kinds() {
+        let group = if kind.group.is_empty() { "core" } else { &kind.group };
+        let file = dir.join(format!("{group}.{}.{}.pb", kind.version, kind.kind));
+        let Ok(bytes) = std::fs::read(file) else { continue };
+        compared += 1;
+        let tree = protobuf::decode(schema, kind.type_id, &bytes).expect("decodes");
+        let written = protobuf::encode(schema, kind.type_id, &tree);
+        if written != bytes {
+            let at = written.iter().zip(&bytes).take_while(|(a, b)| a == b).count();
+            let around = |b: &[u8]| {
+                String::from_utf8_lossy(&b[at.saturating_sub(40)..(at + 40).min(b.len())]).into_owned()
+            };
+            different.push(format!(
+                "{} at byte {at}: {:?}\n   instead of {:?}",
+                kind.kind,
+                around(&written),
+                around(&bytes)
+            ));
+        }
+    }
+    assert!(compared > 30, "only {compared} kinds were compared");
+    assert!(different.is_empty(), "{} of {compared} differ:\n{}", different.len(), different.join("\n"));
+}
+
 /// Zeros of pointers and of plain fields cannot be told apart on the wire.
 fn is_zero(value: &Value) -> bool {
     match value {
