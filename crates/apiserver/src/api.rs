@@ -21,8 +21,8 @@ use crate::proxy::Dialer;
 use crate::rbac::{Action, Rbac};
 use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry, Selection};
 use crate::request::{Query, RequestInfo, Target};
-use crate::respond::{self, Answer, Body, Encoding, Form, Shape};
-use crate::{discovery, openapi, reviews, subresources, watch};
+use crate::respond::{self, Answer, Body, Form, Shape};
+use crate::{discovery, openapi, reviews, subresources, watch, wire};
 
 /// Larger bodies are refused with 413; upstream's limit.
 pub const BODY_BYTES_MAX: usize = 3 << 20;
@@ -75,7 +75,7 @@ impl Api {
     /// Answers a request; never fails, an error is an answer too.
     pub async fn handle(&self, request: Request<Body>, peer: &Peer) -> Answer {
         let info = RequestInfo::parse(request.method(), request.uri());
-        let form = Form::negotiate(request.headers(), &info.query);
+        let form = Form::negotiate(request.headers(), &info.query, info.verb == "watch");
         let fallback = form.clone().unwrap_or(Form::JSON);
         let fallback = Form { shape: Shape::Whole, ..fallback };
         let result = self.admit(request, &info, form, peer).await;
@@ -258,7 +258,7 @@ impl Api {
             _ => return Err(Status::no_such_resource()),
         };
         let form = Form { shape: Shape::Whole, ..form.unwrap_or(Form::JSON) };
-        Ok(respond::json(200, &value, &form))
+        Ok(respond::value(200, &value, &form))
     }
 
     /// Health in upstream's words: plain `ok`, or a list with `?verbose`.
@@ -420,7 +420,7 @@ impl Api {
     /// A made-up object: never the stored form.
     fn show(&self, call: &Call, code: u16, value: &Value) -> Result<Answer> {
         let form = Form { shape: Shape::Whole, ..call.form.clone() };
-        Ok(respond::json(code, value, &form))
+        Ok(respond::value(code, value, &form))
     }
 
     fn outcome(&self, call: &Call, code: u16, outcome: &Outcome) -> Answer {
@@ -511,9 +511,6 @@ impl Api {
     }
 
     fn watch(&self, call: &Call) -> Result<Answer> {
-        if call.form.encoding == Encoding::Yaml {
-            return Err(Status::not_acceptable("application/json;stream=watch"));
-        }
         let request = watch::Request {
             namespace: call.namespace().to_owned(),
             selection: self.selection(call)?,
@@ -696,13 +693,13 @@ impl Api {
                 let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
-            PROTOBUF => {
+            wire::MEDIA_TYPE => {
                 let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
                     .map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
     }
 
@@ -710,10 +707,9 @@ impl Api {
     fn tree(&self, headers: &HeaderMap, body: &Bytes) -> Result<Value> {
         match media_type(headers) {
             "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
-            PROTOBUF => {
+            wire::MEDIA_TYPE => {
                 let (version, kind, _) = protobuf::envelope(body).map_err(|e| Status::bad_request(e.0))?;
-                let id = self.registry.schema.type_named(&qualified_type(&version, &kind));
-                let id = id.ok_or_else(|| {
+                let id = wire::type_of(&version, &kind).ok_or_else(|| {
                     Status::bad_request(format!("no kind {kind:?} is registered for version {version:?}"))
                 })?;
                 protobuf::decode(self.registry.schema, id, body).map_err(|e| Status::bad_request(e.0))
@@ -721,21 +717,8 @@ impl Api {
             "application/json" | "" => serde_json::from_slice(body).map_err(|e| {
                 Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
             }),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
-    }
-}
-
-const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
-
-/// The schema's name of a type: `policy.v1.Eviction`. Options are of the meta group whatever they claim.
-fn qualified_type(api_version: &str, kind: &str) -> String {
-    if kind.ends_with("Options") {
-        return format!("meta.v1.{kind}");
-    }
-    match api_version.split_once('/') {
-        Some((group, version)) => format!("{}.{version}.{kind}", group.split('.').next().unwrap_or_default()),
-        None => format!("core.{api_version}.{kind}"),
     }
 }
 

@@ -26,6 +26,7 @@ pub mod openapi;
 pub mod proxy;
 pub mod respond;
 pub mod watch;
+pub mod wire;
 
 pub mod bootstrap;
 

@@ -15,7 +15,7 @@ use crate::decode::DecodeError;
 use crate::schema::{Field, Schema, Shape, Type, TypeId};
 use read::{Fields, Reader, Wire};
 
-pub use write::{Writer, frame, wrap};
+pub use write::{Writer, frame, list_pieces, wrap};
 
 /// What every body starts with.
 pub const MAGIC: &[u8] = b"k8s\0";

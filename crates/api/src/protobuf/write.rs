@@ -35,6 +35,36 @@ pub fn wrap(api_version: &str, kind: &str, message: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A list's body in pieces, each item its own: `head` is the list message without items.
+pub fn list_pieces(
+    api_version: &str,
+    kind: &str,
+    head: &[u8],
+    items: impl IntoIterator<Item = Vec<u8>>,
+) -> Vec<Vec<u8>> {
+    let mut pieces = vec![Vec::new()];
+    pieces.extend(items.into_iter().map(|item| {
+        let mut piece = Vec::with_capacity(item.len() + 6);
+        bytes(&mut piece, 2, &item);
+        piece
+    }));
+    let len = head.len() + pieces.iter().map(Vec::len).sum::<usize>();
+    let mut meta = Vec::new();
+    bytes(&mut meta, 1, api_version.as_bytes());
+    bytes(&mut meta, 2, kind.as_bytes());
+    let first = &mut pieces[0];
+    first.extend(MAGIC);
+    bytes(first, 1, &meta);
+    tag(first, 2, BYTES);
+    varint(first, len as u64);
+    first.extend(head);
+    let mut last = Vec::new();
+    bytes(&mut last, 3, b"");
+    bytes(&mut last, 4, b"");
+    pieces.push(last);
+    pieces
+}
+
 /// One event of a watch stream: its length in four bytes, big end first, and the `meta.v1.WatchEvent` whose
 /// object is a whole body of its own.
 pub fn frame(event_type: &str, body: &[u8]) -> Vec<u8> {
