@@ -1,0 +1,101 @@
+//! An API server in memory, and requests to it as a client would send them.
+#![allow(dead_code, reason = "not every test file uses everything here")]
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request};
+use http_body_util::BodyExt;
+use knarr_api::schema::Schema;
+use knarr_apiserver::api::{Api, Peer};
+use knarr_apiserver::authn::Tokens;
+use knarr_apiserver::bootstrap;
+use knarr_apiserver::identity::User;
+use knarr_apiserver::proxy::Dialer;
+use knarr_apiserver::rbac::Rbac;
+use knarr_apiserver::registry::{Context, Registry};
+use knarr_apiserver::respond::full;
+use knarr_apiserver::services::Allocator;
+use knarr_store::engine::Memory;
+use knarr_store::{Embedded, Options, Store};
+use serde_json::{Value, json};
+
+pub struct Reply {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Reply {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("no json: {:?}", self.body))
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+    }
+
+    pub fn warnings(&self) -> Vec<String> {
+        self.headers.get_all("warning").iter().map(|v| v.to_str().expect("text").to_owned()).collect()
+    }
+}
+
+pub async fn server() -> Api {
+    let store: Arc<dyn Store> =
+        Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
+    let registry = Arc::new(Registry {
+        store: store.clone(),
+        schema: Schema::builtin(),
+        services: Allocator::load(store.as_ref(), "10.96.0.0/16".parse().expect("a range"), 30_000..=32_767),
+        clock: Arc::new(jiff::Timestamp::now),
+    });
+    bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let tokens =
+        Tokens::new("https://issuer", key.serialize_pem().as_bytes(), key.public_key_raw()).expect("tokens");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
+    let context = Context::new(User::new("admin", &["system:masters"]), "test");
+    let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
+    registry.create(kind, "default", account, &context).await.expect("creates");
+    Api {
+        rbac: Rbac::new(store),
+        registry,
+        tokens: Arc::new(tokens),
+        dialer: Dialer::new(Arc::new(client)),
+        address: "192.0.2.2:6443".into(),
+    }
+}
+
+/// Sends a request as an administrator; the headers are `name: value` pairs.
+pub async fn send(
+    api: &Api,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Bytes>,
+) -> Reply {
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(full(body.into())).expect("a request");
+    let peer = Peer::InProcess(User::new("admin", &["system:masters"]));
+    let answer = api.handle(request, &peer).await;
+    let (parts, body) = answer.into_parts();
+    let body = body.collect().await.expect("a body").to_bytes();
+    Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+}
+
+pub async fn get(api: &Api, path: &str) -> Reply {
+    send(api, "GET", path, &[], "").await
+}
+
+pub async fn post(api: &Api, path: &str, object: &Value) -> Reply {
+    send(api, "POST", path, &[("content-type", "application/json")], object.to_string()).await
+}
