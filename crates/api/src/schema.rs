@@ -60,6 +60,8 @@ pub struct Field {
     pub list: ListType,
     /// Strategic merge patch: lists merge instead of being replaced; by this key when they hold objects.
     pub merge: Option<Merge>,
+    /// A merge key without the merge strategy: nothing merges by it, clients are told of it.
+    pub sort_key: Option<String>,
     /// Strategic merge patch: keys not named in the patch's `$retainKeys` are cleared.
     pub retain_keys: bool,
     /// The map or object is owned as a whole.
@@ -346,6 +348,7 @@ impl Schema {
             required: false,
             list: ListType::Atomic,
             merge: None,
+            sort_key: None,
             retain_keys: false,
             atomic: false,
             default,
@@ -358,8 +361,7 @@ impl Schema {
                 ("atomic", _) => field.atomic = true,
                 ("merge", "") => field.merge = Some(Merge { key: None }),
                 ("merge", key) => field.merge = Some(Merge { key: Some(key.to_owned()) }),
-                // A merge key without the merge strategy only matters to sorting; nothing reads it.
-                ("merge-key", _) => {}
+                ("merge-key", key) => field.sort_key = Some(key.to_owned()),
                 ("retain-keys", _) => field.retain_keys = true,
                 _ => return Err("unknown option of a field"),
             }

@@ -225,8 +225,12 @@ impl Api {
             }
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
-            (["api"], Some(version)) => return Ok(aggregated_answer(schema, true, version)),
-            (["apis"], Some(version)) => return Ok(aggregated_answer(schema, false, version)),
+            (["api"], Some(version)) => {
+                return Ok(aggregated_answer(schema, true, version, request.headers()));
+            }
+            (["apis"], Some(version)) => {
+                return Ok(aggregated_answer(schema, false, version, request.headers()));
+            }
             (["api"], None) => discovery::core_versions(&self.address),
             (["apis"], None) => discovery::group_list(schema),
             (["apis", group], _) => discovery::group(schema, group).ok_or_else(Status::no_such_resource)?,
@@ -236,13 +240,10 @@ impl Api {
             (["apis", group, version], _) => {
                 discovery::resource_list(schema, group, version).ok_or_else(Status::no_such_resource)?
             }
-            (["openapi", "v2"], _) => openapi::v2_document(schema),
-            (["openapi", "v3"], _) => openapi::v3_index(schema, crate::VERSION),
-            (["openapi", "v3", "api", version], _) => {
-                openapi::v3_document(schema, "", version).ok_or_else(Status::no_such_resource)?
-            }
-            (["openapi", "v3", "apis", group, version], _) => {
-                openapi::v3_document(schema, group, version).ok_or_else(Status::no_such_resource)?
+            (["openapi", "v2"], _) => return Ok(openapi::serve::v2(schema, request.headers())),
+            (["openapi", "v3"], _) => openapi::v3_index(schema),
+            (["openapi", "v3", rest @ ..], _) => {
+                return openapi::serve::v3(schema, &rest.join("/"), request.headers(), &info.query);
             }
             ([".well-known", "openid-configuration"], _) => json!({
                 "issuer": self.tokens.issuer(),
@@ -757,15 +758,19 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-fn aggregated_answer(schema: &knarr_api::schema::Schema, core: bool, version: &'static str) -> Answer {
-    let value = discovery::aggregated(schema, core, version);
+fn aggregated_answer(
+    schema: &knarr_api::schema::Schema,
+    core: bool,
+    version: &'static str,
+    headers: &HeaderMap,
+) -> Answer {
+    let document = discovery::aggregated(schema, core, version).to_string();
     let content_type = match version {
         "v2beta1" => "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList",
         _ => "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
     };
-    let mut answer = respond::answer(200, content_type, respond::full(value.to_string()));
-    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
-    answer
+    let etag = openapi::digest(document.as_bytes());
+    openapi::serve::with_etag(headers, &etag, content_type, || document.into())
 }
 
 fn version() -> Value {
