@@ -3,11 +3,14 @@
 //! JSON of whole objects is what is stored, so it is passed on as it is. Tables, partial metadata, YAML and
 //! protobuf are made per request.
 
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use bytes::Bytes;
-use futures::stream;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use http_body::Frame;
-use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use http_body::{Frame, SizeHint};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use knarr_api::columns::{Clock, Columns};
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
@@ -174,10 +177,38 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A body of pieces that already exist: nothing is copied together.
+/// A body of pieces that already exist: nothing is copied together, and its length is known.
 pub fn pieces(chunks: Vec<Bytes>) -> Body {
-    let frames = chunks.into_iter().map(|chunk| Ok(Frame::data(chunk)));
-    StreamBody::new(stream::iter(frames)).boxed_unsync()
+    let left = chunks.iter().map(|c| c.len() as u64).sum();
+    Pieces { chunks: chunks.into(), left }.boxed_unsync()
+}
+
+struct Pieces {
+    chunks: VecDeque<Bytes>,
+    /// Bytes to come.
+    left: u64,
+}
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<std::result::Result<Frame<Bytes>, std::io::Error>>> {
+        let chunk = self.chunks.pop_front();
+        self.left -= chunk.as_ref().map_or(0, |c| c.len() as u64);
+        Poll::Ready(chunk.map(|c| Ok(Frame::data(c))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
 }
 
 pub fn answer(code: u16, content_type: &'static str, body: Body) -> Answer {

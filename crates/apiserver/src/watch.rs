@@ -4,6 +4,7 @@
 //! bookmarks tell idle clients how far they are; a client that falls behind the history is told `410`.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use rand::Rng;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::metrics::metrics;
 use crate::registry::{Registry, Selection, partition, prefix};
 use crate::request::Query;
 use crate::respond::{Answer, Encoding, Form, Shape, answer, shaped};
@@ -207,6 +209,7 @@ impl Stream {
                     Wake::Events(Ok(events)) => {
                         let mut out = Vec::new();
                         events.iter().for_each(|event| self.event(&mut out, event));
+                        metrics().watch_events.fetch_add(events.len() as u64, Relaxed);
                         if !out.is_empty() {
                             return Some(out.into());
                         }

@@ -82,3 +82,56 @@ async fn forms_the_server_has_not_are_refused_in_upstreams_words() {
         post(&api, "/api/v1/namespaces/default/configmaps", &json!({ "metadata": { "name": "c" } })).await;
     assert_eq!(ok.status, 201);
 }
+
+#[tokio::test]
+async fn large_answers_are_packed_for_clients_that_take_it() {
+    let api = common::server().await;
+    for n in 0..20 {
+        let object = json!({ "metadata": { "name": format!("c{n}") }, "data": { "k": "v".repeat(10_000) } });
+        assert_eq!(post(&api, "/api/v1/namespaces/default/configmaps", &object).await.status, 201);
+    }
+    let path = "/api/v1/namespaces/default/configmaps";
+    let plain = get(&api, path).await;
+    let packed = send(&api, "GET", path, &[("accept-encoding", "gzip, br")], "").await;
+    assert_eq!(packed.header("content-encoding"), "gzip");
+    assert!(packed.body.len() * 10 < plain.body.len());
+    let mut unpacked = Vec::new();
+    std::io::copy(&mut flate2::read::GzDecoder::new(&packed.body[..]), &mut unpacked).expect("gzip");
+    assert_eq!(unpacked, plain.body);
+    let small = send(&api, "GET", &format!("{path}/c1"), &[("accept-encoding", "gzip")], "").await;
+    assert_eq!(small.header("content-encoding"), "");
+}
+
+#[tokio::test]
+async fn requests_are_counted_under_upstreams_names() {
+    let api = common::server().await;
+    get(&api, "/api/v1/namespaces/default/configmaps/none").await;
+    get(&api, "/api/v1/nonsense").await;
+    let text = String::from_utf8(get(&api, "/metrics").await.body.to_vec()).expect("text");
+    let labels = r#"component="apiserver",dry_run="",group="",resource="configmaps",scope="resource",subresource="",verb="GET",version="v1""#;
+    assert!(text.contains(&format!("apiserver_request_total{{code=\"404\",{labels}}} ")), "{text}");
+    assert!(text.contains(&format!("apiserver_request_duration_seconds_count{{{labels}}} ")), "{text}");
+    assert!(text.contains("apiserver_current_inflight_requests{request_kind=\"readOnly\"} "), "{text}");
+    assert!(!text.contains("nonsense"));
+}
+
+#[tokio::test]
+async fn health_is_told_check_by_check() {
+    let api = common::server().await;
+    let text = |path: &'static str| {
+        let api = &api;
+        async move { String::from_utf8(get(api, path).await.body.to_vec()).expect("text") }
+    };
+    assert_eq!(text("/readyz").await, "ok");
+    assert_eq!(text("/livez/etcd").await, "ok");
+    assert_eq!(text("/livez/nothing").await, "404 page not found\n");
+    assert_eq!(
+        text("/livez?verbose&exclude=etcd&exclude=x").await,
+        "[+]ping ok\n[+]log ok\n[+]etcd excluded: ok\nwarn: some health checks cannot be excluded: no matches for \"x\"\nlivez check passed\n"
+    );
+    assert!(text("/readyz?verbose").await.contains("[+]informer-sync ok\n"));
+    let keys = get(&api, "/openid/v1/jwks").await;
+    assert_eq!(keys.header("content-type"), "application/jwk-set+json");
+    let about = get(&api, "/.well-known/openid-configuration").await.json();
+    assert_eq!(about["jwks_uri"], "https://192.0.2.2:6443/openid/v1/jwks");
+}

@@ -55,7 +55,11 @@ async fn kubectl(server: SocketAddr, args: &[&str]) -> Option<(bool, String)> {
     let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
     let output = tokio::task::spawn_blocking(move || {
         let mut command = Command::new(KUBECTL);
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home.path()).env("KUBECONFIG", "/dev/null");
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("HOME", home.path())
+            .env("KUBECONFIG", "/dev/null");
         command.arg(format!("--server=http://{server}")).args(args).output()
     });
     let output = output.await.expect("no panic").expect("kubectl starts");
