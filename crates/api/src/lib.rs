@@ -14,6 +14,7 @@ pub mod patch;
 pub mod protobuf;
 pub mod rules;
 pub mod selector;
+pub mod versions;
 
 pub mod field;
 pub mod names;

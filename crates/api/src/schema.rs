@@ -16,12 +16,19 @@
 //!   1 replicas int32 = 1                                  static default, filled in when absent
 //!   2 protocol string ~ "TCP"                             the same, also when empty or zero
 //!   1.2 httpGet HTTPGetAction                             inside a structure that Go embeds as field 1
+//! type Deployment = apps.v1.Deployment                    a copy, with the fields that follow added or changed
+//!   - rollbackTo                                          and this one left out
 //! ```
+//!
+//! A kind may be another version of a stored one (`hub=apps/v1`): lines after it say how the two differ, see
+//! [`crate::versions`]. With `gone=1.16` it is a version that upstream has removed.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
 use serde_json::Value;
+
+use crate::versions::Version;
 
 /// Index of a type in its [`Schema`].
 pub type TypeId = u32;
@@ -31,6 +38,8 @@ pub type TypeId = u32;
 pub struct Schema {
     types: Vec<Type>,
     kinds: Vec<Kind>,
+    /// Versions that upstream has removed.
+    old_kinds: Vec<Kind>,
     by_name: HashMap<String, TypeId>,
 }
 
@@ -50,7 +59,7 @@ pub struct Type {
 }
 
 /// One field of a type.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Field {
     pub name: String,
     /// Protobuf field number; after those of the structures that Go embeds it in; none if it has none.
@@ -127,6 +136,8 @@ pub struct Kind {
     /// Nothing is stored: the request is answered and forgotten (reviews, `bindings`).
     pub create_only: bool,
     pub type_id: TypeId,
+    /// Set if objects are stored in another version than this one.
+    pub conversion: Option<Box<Version>>,
 }
 
 impl Kind {
@@ -138,6 +149,11 @@ impl Kind {
     /// `deployments.apps`, or `pods` for the core group: how messages name the resource.
     pub fn resource(&self) -> String {
         if self.group.is_empty() { self.plural.clone() } else { format!("{}.{}", self.plural, self.group) }
+    }
+
+    /// Has upstream removed this version?
+    pub fn is_old(&self) -> bool {
+        self.conversion.as_ref().is_some_and(|v| v.lifecycle.is_some())
     }
 
     /// Does the kind have this subresource?
@@ -228,6 +244,31 @@ impl Schema {
         &self.kinds
     }
 
+    /// Kinds in versions that upstream has removed, in the order of discovery.
+    pub fn old_kinds(&self) -> &[Kind] {
+        &self.old_kinds
+    }
+
+    /// The kind at group, version and plural, removed upstream or not.
+    pub fn any_resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
+        self.resource(group, version, plural).or_else(|| {
+            self.old_kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
+        })
+    }
+
+    /// The kind of this group, version and kind name, removed upstream or not.
+    pub fn any_kind(&self, group: &str, version: &str, kind: &str) -> Option<&Kind> {
+        self.kind(group, version, kind).or_else(|| {
+            self.old_kinds.iter().find(|k| k.group == group && k.version == version && k.kind == kind)
+        })
+    }
+
+    /// The version of the kind that objects are stored in: itself for most.
+    pub fn hub<'s>(&'s self, kind: &'s Kind) -> &'s Kind {
+        let Some(version) = &kind.conversion else { return kind };
+        self.resource(&version.hub_group, &version.hub_version, &kind.plural).unwrap_or(kind)
+    }
+
     /// The kind served at group, version and plural.
     pub fn resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
         self.kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
@@ -266,9 +307,15 @@ impl Schema {
             return Ok(());
         }
         if line.starts_with("  ") {
-            let field = self.read_field(trimmed, scope)?;
             let current = scope.current.ok_or("a field outside a type")?;
-            self.types[current as usize].fields.push(field);
+            if let Some(name) = trimmed.strip_prefix("- ") {
+                self.types[current as usize].fields.retain(|f| f.name != name);
+                return Ok(());
+            }
+            let field = self.read_field(trimmed, scope)?;
+            let fields = &mut self.types[current as usize].fields;
+            fields.retain(|f| f.name != field.name);
+            fields.push(field);
             return Ok(());
         }
         let words: Vec<&str> = trimmed.split_whitespace().collect();
@@ -278,17 +325,46 @@ impl Schema {
                 *scope = Scope::new(short, group, version);
                 Ok(())
             }
-            ["type", name, ..] => {
+            ["type", name, ref rest @ ..] => {
                 scope.current = self.type_named(&format!("{}.{name}", scope.name));
-                scope.current.map(|_| ()).ok_or("a type outside a group")
+                let current = scope.current.ok_or("a type outside a group")?;
+                if let ["=", original] = rest {
+                    self.copy_type(original, current)?;
+                }
+                Ok(())
             }
             ["kind", kind, plural, reach, ref options @ ..] => {
                 let kind = self.read_kind(kind, plural, reach, options, scope)?;
-                self.kinds.push(kind);
+                if kind.is_old() {
+                    self.old_kinds.push(kind)
+                } else {
+                    self.kinds.push(kind)
+                }
                 Ok(())
+            }
+            ["move" | "move-number" | "move-text" | "default" | "derive", kind, ref rest @ ..] => {
+                let of_scope =
+                    |k: &&mut Kind| k.kind == kind && k.group == scope.group && k.version == scope.version;
+                let found = self.kinds.iter_mut().chain(&mut self.old_kinds).find(of_scope);
+                let version =
+                    found.and_then(|k| k.conversion.as_mut()).ok_or("a kind that is no other's version")?;
+                version.read_line(words[0], rest)
             }
             _ => Err("unknown line"),
         }
+    }
+
+    /// Types are copied as they stand, so the original comes first.
+    fn copy_type(&mut self, original: &str, to: TypeId) -> Result<(), &'static str> {
+        let from = self.type_named(original).ok_or("unknown type")?;
+        let (fields, atomic) = {
+            let original = &self.types[from as usize];
+            (original.fields.clone(), original.atomic)
+        };
+        let copy = &mut self.types[to as usize];
+        copy.fields = fields;
+        copy.atomic = atomic;
+        Ok(())
     }
 
     fn read_kind(
@@ -319,6 +395,7 @@ impl Schema {
             subresources: list("sub"),
             create_only: options.contains(&"verbs=create"),
             type_id: self.type_named(&format!("{}.{kind}", scope.name)).ok_or("a kind without its type")?,
+            conversion: Version::read(options)?.map(Box::new),
         })
     }
 
@@ -446,6 +523,8 @@ const TABLES: &[&str] = &[
     include_str!("../tables/resource_v1.txt"),
     include_str!("../tables/scheduling_v1.txt"),
     include_str!("../tables/storage_v1.txt"),
+    // Last: it copies types of the others.
+    include_str!("../tables/old_versions.txt"),
 ];
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ proptest! {
     fn every_kind_comes_back_from_protobuf_as_it_went(seed: [u8; 32]) {
         let schema = Schema::builtin();
         let mut maker = Maker { schema, random: TestRng::from_seed(RngAlgorithm::ChaCha, &seed) };
-        for kind in schema.kinds() {
+        for kind in schema.kinds().iter().chain(schema.old_kinds()) {
             let mut object = maker.object(kind.type_id, 0);
             object["apiVersion"] = json!(kind.api_version());
             object["kind"] = json!(kind.kind);
