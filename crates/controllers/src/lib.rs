@@ -17,6 +17,7 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod cronjob;
 mod daemonset;
 mod deployment;
 mod endpoints;

@@ -16,6 +16,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
+    ("cronjob", crate::cronjob::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),
