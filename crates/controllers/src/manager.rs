@@ -17,6 +17,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
     ("cronjob", crate::cronjob::start),
+    ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),
