@@ -6,6 +6,7 @@ pub mod schema;
 
 pub mod apply;
 pub mod columns;
+pub mod cron;
 pub mod decode;
 pub mod defaults;
 pub mod fieldset;

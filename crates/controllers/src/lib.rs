@@ -8,13 +8,19 @@
 mod context;
 mod manager;
 
+/// An owner and its pods: claims, expectations, batches.
+mod family;
+/// Templates kept as ControllerRevisions.
+mod history;
 /// What loops share about pods: readiness, creation, deletion, ranking.
 mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod cronjob;
 mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 mod endpointslice;
 mod garbage_collector;
@@ -26,6 +32,7 @@ mod replicaset;
 mod root_ca;
 mod service;
 mod service_account;
+mod statefulset;
 
 #[cfg(test)]
 mod harness;

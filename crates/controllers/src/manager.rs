@@ -11,9 +11,13 @@ type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
 const LOOPS: &[(&str, Start)] = &[
     ("deployment", crate::deployment::start),
     ("replicaset", crate::replicaset::start),
+    ("replication", crate::replicaset::start_replication_controllers),
     ("daemonset", crate::daemonset::start),
+    ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
+    ("cronjob", crate::cronjob::start),
+    ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),
