@@ -442,15 +442,13 @@ impl Api {
         let rules = knarr_api::rules::Rules::of(call.kind);
         for term in &fields.terms {
             if !rules.is_selectable(&term.field) {
-                let mut known = vec!["metadata.name"];
-                if call.kind.namespaced {
-                    known.push("metadata.namespace");
-                }
-                let known: Vec<String> = known.iter().map(|k| format!("{k:?}")).collect();
-                let text = if rules.selectable.is_empty() {
-                    format!("{:?} is not a known field selector: only {}", term.field, known.join(", "))
-                } else {
-                    format!("field label not supported: {}", term.field)
+                let field = &term.field;
+                let text = match call.kind.plural.as_str() {
+                    _ if rules.selectable.is_empty() => format!(
+                        "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                    ),
+                    "jobs" => format!("field label {field:?} not supported for Job"),
+                    _ => format!("field label not supported: {field}"),
                 };
                 return Err(Status::bad_request(text));
             }
