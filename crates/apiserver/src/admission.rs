@@ -33,6 +33,7 @@ const MUTATING: &[(&str, Mutate)] = &[
     ("ServiceAccount", service_account),
     ("Priority", priority),
     ("DefaultTolerationSeconds", default_toleration_seconds),
+    ("TaintNodesByCondition", taint_new_nodes),
     ("StorageObjectInUseProtection", protect_storage),
     ("CertificateSigningRequestIdentity", request_identity),
 ];
@@ -92,6 +93,20 @@ fn protect_namespaces(a: &Attributes) -> Result<()> {
     let needed = ["default", "kube-system", "kube-public"].contains(&name);
     if a.operation == Operation::Delete && a.place.kind.resource() == "namespaces" && needed {
         return Err(Status::forbidden(a.place.kind, name, "this namespace may not be deleted"));
+    }
+    Ok(())
+}
+
+/// A new node takes no pods before the node lifecycle controller has seen it ready.
+fn taint_new_nodes(a: &Attributes, object: &mut Value) -> Result<()> {
+    const NOT_READY: &str = "node.kubernetes.io/not-ready";
+    if a.operation != Operation::Create || a.place.kind.resource() != "nodes" {
+        return Ok(());
+    }
+    let mut taints = object.list_at("spec.taints").to_vec();
+    if !taints.iter().any(|t| t.str_at("key") == NOT_READY && t.str_at("effect") == "NoSchedule") {
+        taints.push(json!({ "key": NOT_READY, "effect": "NoSchedule" }));
+        object.set_at("spec.taints", taints);
     }
     Ok(())
 }

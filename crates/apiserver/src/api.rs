@@ -588,25 +588,29 @@ impl Api {
                 }
                 let tree = decode::yaml(body)
                     .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-                let config = self.registry.decode(call.kind, tree, &call.context)?;
-                if config.at("metadata.managedFields").is_some() {
+                let refuse = |object: &Value, why: &str| {
+                    let text = format!(
+                        "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
+                        object.namespace(),
+                        object.name(),
+                        call.kind.group,
+                        call.kind.version,
+                        call.kind.kind,
+                    );
+                    // Upstream gives this error no reason.
+                    Status::new(500, "", text)
+                };
+                if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
+                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                if let Some(field) = unknown.first() {
+                    return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
+                }
+                let config = self.registry.decode(call.kind, tree, &call.context)?;
                 let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
                 if !broken.is_empty() {
-                    let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
-                    return Err(Status::new(
-                        500,
-                        "InternalError",
-                        format!(
-                            "failed to create typed patch object ({}/{}; {}, Kind={}): {}",
-                            call.namespace(),
-                            call.target.name,
-                            call.kind.api_version(),
-                            call.kind.kind,
-                            texts.join("\n")
-                        ),
-                    ));
+                    return Err(refuse(&config, &broken.join("\n")));
                 }
                 Ok(Edit::Apply { config, force: call.query().flag("force") })
             }

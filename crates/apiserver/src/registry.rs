@@ -535,6 +535,15 @@ impl Registry {
         self.finish_decode(kind, decoded, context)
     }
 
+    /// Paths of fields the kind does not have.
+    pub fn unknown_fields(&self, kind: &Kind, tree: &Value) -> Vec<String> {
+        let decoded = decode::value(self.schema, kind.type_id, tree.clone());
+        let issues = decoded.map(|d| d.issues).unwrap_or_default().into_iter();
+        issues
+            .filter_map(|i| Some(i.strip_prefix("unknown field \"")?.trim_end_matches('"').to_owned()))
+            .collect()
+    }
+
     /// Decodes JSON bytes as the kind.
     pub fn decode_json(&self, kind: &Kind, bytes: &[u8], context: &Context) -> Result<Value> {
         let decoded = decode::json(self.schema, kind.type_id, bytes);

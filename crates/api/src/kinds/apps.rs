@@ -125,7 +125,9 @@ pub const REPLICATION_CONTROLLER: Rules = Rules {
             None => errors.push(field::Error::required("spec.selector", "")),
             Some(selector) => {
                 let chosen = LabelSelector::from_labels(Some(selector));
-                template_matches(spec, &chosen, errors);
+                if spec.at("template").is_some() {
+                    template_matches(spec, &chosen, errors);
+                }
             }
         }
         if spec.at("template").is_none() {
@@ -300,9 +302,7 @@ fn workload(spec: &Value, kind: &str, errors: &mut Errors) {
         None => {
             errors.push(field::Error::required("spec.selector", ""));
             // No selector selects nothing, so no template matches it; upstream says both.
-            if kind != "statefulset" {
-                template_mismatch(spec, errors);
-            }
+            template_mismatch(spec, errors);
         }
         Some(selector) => {
             let before = errors.len();

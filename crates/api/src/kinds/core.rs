@@ -167,6 +167,13 @@ pub const NODE: Rules = Rules {
     generation: false,
     create_on_update: false,
     validate: |object, errors| {
+        for (index, cidr) in object.list_at("spec.podCIDRs").iter().enumerate() {
+            let text = cidr.as_str().unwrap_or_default();
+            if crate::kinds::networking::Cidr::parse(text).is_none() {
+                let at = field::index("spec.podCIDRs", index);
+                errors.push(field::Error::invalid(at, json!([text]), crate::kinds::networking::BAD_CIDR));
+            }
+        }
         for (index, taint) in object.list_at("spec.taints").iter().enumerate() {
             // Upstream names the metadata here.
             let at = field::index("metadata.taints", index);
@@ -186,7 +193,6 @@ pub const NODE: Rules = Rules {
             }
         }
     },
-    create: |object| object.set_at("spec", object.at("spec").cloned().unwrap_or_else(|| json!({}))),
     validate_update: |new, old, errors| {
         let cidr = old.str_at("spec.podCIDR");
         if !cidr.is_empty() && new.str_at("spec.podCIDR") != cidr {
@@ -202,6 +208,7 @@ pub const NODE: Rules = Rules {
 };
 
 pub const EVENT: Rules = Rules {
+    lenient_finalizers: true,
     generation: false,
     create_on_update: true,
     time_to_live_seconds: Some(3600),
@@ -239,8 +246,16 @@ pub const EVENT: Rules = Rules {
     ..Rules::DEFAULT
 };
 
-pub const EVENTS_EVENT: Rules =
-    Rules { generation: false, create_on_update: true, time_to_live_seconds: Some(3600), ..Rules::DEFAULT };
+/// Upstream reports errors of both groups' events as the core group's.
+pub const EVENTS_EVENT: Rules = Rules {
+    generation: false,
+    create_on_update: true,
+    time_to_live_seconds: Some(3600),
+    reported_group: Some(""),
+    selectable: EVENT.selectable,
+    selectable_value: EVENT.selectable_value,
+    ..Rules::DEFAULT
+};
 
 pub const LEASE: Rules = Rules {
     generation: false,
@@ -378,8 +393,12 @@ pub const LIMIT_RANGE: Rules = Rules {
 fn limit_range_item(at: &str, item: &Value, errors: &mut Errors) {
     let kind = item.str_at("type");
     let type_at = field::child(at, "type");
+    let before = errors.len();
     named(&type_at, kind, names::qualified_name, errors);
-    if !kind.contains('/') && !["Container", "Pod", "PersistentVolumeClaim"].contains(&kind) {
+    if errors.len() == before
+        && !kind.contains('/')
+        && !["Container", "Pod", "PersistentVolumeClaim"].contains(&kind)
+    {
         let detail = "must be a standard limit type or fully qualified";
         errors.push(field::Error::invalid(type_at, kind, detail));
     }

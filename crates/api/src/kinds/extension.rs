@@ -14,6 +14,7 @@ use crate::object::Object;
 use crate::rules::{Errors, Rules, immutable, label_selector, labels, named, required};
 
 pub const WEBHOOKS: Rules = Rules {
+    lenient_finalizers: true,
     validate: |object, errors| {
         let mut seen = HashSet::new();
         for (i, hook) in object.list_at("webhooks").iter().enumerate() {
@@ -114,21 +115,21 @@ fn webhook_url(path: &str, url: &str, errors: &mut Errors) {
     let host_end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let host = if url.contains("://") { &rest[..host_end] } else { "" };
     let mut refuse =
-        |detail: String| errors.push(field::Error::invalid(path, url, format!("{detail}{FORM}")));
+        |part: &str, detail: &str| errors.push(field::Error::invalid(path, part, format!("{detail}{FORM}")));
     if scheme != "https" {
-        refuse("'https' is the only allowed URL scheme".into());
+        refuse(scheme, "'https' is the only allowed URL scheme");
     }
     if host.is_empty() {
-        refuse("host must be provided".into());
+        refuse(host, "host must be provided");
     }
     if host.contains('@') {
-        refuse("user information is not permitted in the URL".into());
+        refuse(host, "user information is not permitted in the URL");
     }
     if rest.contains('#') {
-        refuse("fragments are not permitted".into());
+        refuse(rest, "fragments are not permitted");
     }
     if rest.contains('?') {
-        refuse("query parameters are not permitted".into());
+        refuse(rest, "query parameters are not permitted");
     }
 }
 
@@ -224,7 +225,7 @@ pub const API_SERVICE: Rules = Rules {
     validate: |object, errors| {
         let (group, version) = (object.str_at("spec.group"), object.str_at("spec.version"));
         let wanted = format!("{version}.{group}");
-        if object.name() != wanted {
+        if object.name() != wanted && !object.name().is_empty() {
             let detail = format!("must be `spec.version+\".\"+spec.group`: {wanted:?}");
             errors.push(field::Error::invalid("metadata.name", object.name(), detail));
         }
@@ -306,7 +307,6 @@ const USAGES: [&str; 23] = [
 /// The identity fields are the server's; admission fills them in.
 pub const CERTIFICATE_SIGNING_REQUEST: Rules = Rules {
     name: names::path_segment,
-    lenient_finalizers: true,
     generation: false,
     create: |object| object.set_at("status", json!({})),
     update: |new, old| keep(new, old, "spec"),

@@ -3,6 +3,7 @@
 pub mod apps;
 pub mod batch;
 pub mod core;
+pub mod custom;
 pub mod extension;
 pub mod networking;
 pub mod pod;
@@ -32,6 +33,7 @@ pub const RULES: &[(&str, &str, Rules)] = &[
     ("", "services", service::SERVICE),
     ("admissionregistration.k8s.io", "mutatingwebhookconfigurations", extension::WEBHOOKS),
     ("admissionregistration.k8s.io", "validatingwebhookconfigurations", extension::WEBHOOKS),
+    ("apiextensions.k8s.io", "customresourcedefinitions", custom::DEFINITION),
     ("apiregistration.k8s.io", "apiservices", extension::API_SERVICE),
     ("apps", "controllerrevisions", apps::CONTROLLER_REVISION),
     ("apps", "daemonsets", apps::DAEMON_SET),

@@ -233,7 +233,8 @@ fn policy_port(at: &str, port: &Value, errors: &mut Errors) {
                 }
                 (Some(start), Some(end)) => {
                     if end < start {
-                        errors.push(invalid(end, "must be greater than or equal to `port`"));
+                        // Upstream shows the port, not its end.
+                        errors.push(invalid(start, "must be greater than or equal to `port`"));
                     }
                     port_or_name(&child(at, "endPort"), &json!(end), errors);
                 }

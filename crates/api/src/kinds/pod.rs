@@ -157,6 +157,7 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
         }
     }
     topology_spread(path, spec, errors);
+    security_ids(&child(path, "securityContext"), spec.at("securityContext"), errors);
     host_ports(path, spec, errors);
     validate_ephemeral(path, spec, &volumes, &mut names, errors);
 }
@@ -230,10 +231,7 @@ fn topology_spread(path: &str, spec: &Value, errors: &mut Errors) {
         if skew <= 0 {
             errors.push(field::Error::invalid(child(&at, "maxSkew"), skew, "must be greater than zero"));
         }
-        if required(&at, constraint, "topologyKey", "can not be empty", errors) {
-            let key = constraint.str_at("topologyKey");
-            named(&child(&at, "topologyKey"), key, names::qualified_name, errors);
-        }
+        required(&at, constraint, "topologyKey", "can not be empty", errors);
         let when = constraint.str_at("whenUnsatisfiable");
         if !["DoNotSchedule", "ScheduleAnyway"].contains(&when) {
             let supported = ["DoNotSchedule", "ScheduleAnyway"];
@@ -396,6 +394,7 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
     let mut seen = HashSet::new();
     for (i, volume) in spec.list_at("volumes").iter().enumerate() {
         let (at, name) = (index(path, i), volume.str_at("name"));
+        let before = errors.len();
         if name.is_empty() {
             errors.push(field::Error::required(child(&at, "name"), ""));
         } else {
@@ -403,7 +402,7 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
                 errors.push(field::Error::invalid(child(&at, "name"), name, problem));
             }
         }
-        if !name.is_empty() && !seen.insert(name.to_owned()) {
+        if seen.contains(name) {
             errors.push(field::Error::duplicate(child(&at, "name"), name));
         }
         let sources: Vec<&String> =
@@ -417,6 +416,10 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
             }),
         }
         volume_source(&at, volume, errors);
+        // A broken volume cannot be mounted; upstream says that too.
+        if errors.len() == before && !name.is_empty() {
+            seen.insert(name.to_owned());
+        }
     }
     seen
 }
@@ -503,6 +506,7 @@ fn validate_container(
     validate_env(at, container, errors);
     validate_mounts(at, container, volumes, errors);
     validate_resources(&child(at, "resources"), container.at("resources"), errors);
+    security_ids(&child(at, "securityContext"), container.at("securityContext"), errors);
     let sidecar = init && container.str_at("restartPolicy") == "Always";
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
         let Some(value) = container.at(probe) else { continue };
@@ -527,6 +531,16 @@ fn validate_container(
                 &["exec", "httpGet", "tcpSocket", "sleep"],
                 errors,
             );
+        }
+    }
+}
+
+fn security_ids(at: &str, context: Option<&Value>, errors: &mut Errors) {
+    for name in ["runAsUser", "runAsGroup", "fsGroup"] {
+        let Some(id) = context.and_then(|c| c.int_at(name)) else { continue };
+        if !(0..=i64::from(i32::MAX)).contains(&id) {
+            let detail = "must be between 0 and 2147483647, inclusive";
+            errors.push(field::Error::invalid(child(at, name), id, detail));
         }
     }
 }

@@ -144,7 +144,8 @@ fn source_ranges(spec: &Value, errors: &mut Errors) {
     for (i, range) in ranges.iter().enumerate() {
         let text = range.as_str().unwrap_or_default().trim();
         if crate::kinds::networking::Cidr::parse(text).is_none() {
-            errors.push(field::Error::invalid(index(at, i), text, crate::kinds::networking::BAD_CIDR));
+            let path = index(at, i);
+            errors.push(field::Error::invalid(path, text, crate::kinds::networking::BAD_CIDR));
         }
     }
 }
@@ -184,7 +185,17 @@ fn validate_ports(ports: &[Value], errors: &mut Errors) {
                     errors.push(field::Error::invalid(child(&at, "targetPort"), name.as_str(), problem));
                 }
             }
+            // Go's zero, where neither port is given.
+            _ if port.at("port").is_none() => {
+                for problem in names::port_number(0) {
+                    errors.push(field::Error::invalid(child(&at, "targetPort"), 0, problem));
+                }
+            }
             _ => {}
+        }
+        let protocol = port.str_at("appProtocol");
+        if !protocol.is_empty() {
+            crate::rules::named(&child(&at, "appProtocol"), protocol, names::qualified_name, errors);
         }
         if !pairs.insert((number, port.str_at("protocol").to_owned())) {
             let value = json!({ "port": number, "protocol": port.str_at("protocol") });

@@ -288,7 +288,8 @@ fn topology_term(at: &str, term: &Value, seen: &mut Vec<Value>, errors: &mut Err
         term.list_at("matchLabelExpressions").iter().map(Value::to_string).collect();
     canonical.sort();
     let canonical = json!(canonical);
-    if seen.contains(&canonical) {
+    // Upstream finds a term without expressions equal to no term at all.
+    if seen.contains(&canonical) || term.list_at("matchLabelExpressions").is_empty() {
         errors.push(field::Error::duplicate(expressions, ""));
     }
     seen.push(canonical);
@@ -305,13 +306,14 @@ pub const VOLUME_ATTACHMENT: Rules = Rules {
         match (source.at("inlineVolumeSpec"), source.at("persistentVolumeName")) {
             (None, None) => errors.push(field::Error::required("spec.source", detail)),
             (Some(_), Some(_)) => errors.push(field::Error::forbidden("spec.source", detail)),
-            (None, Some(name)) => match name.as_str().unwrap_or_default() {
-                "" => errors.push(field::Error::required(
-                    "spec.source.persistentVolumeName",
-                    "must specify non empty persistentVolumeName",
-                )),
-                name => named("spec.source.persistentVolumeName", name, names::dns_subdomain, errors),
-            },
+            (None, Some(name)) => {
+                let (at, name) = ("spec.source.persistentVolumeName", name.as_str().unwrap_or_default());
+                if name.is_empty() {
+                    let detail = "must specify non empty persistentVolumeName";
+                    errors.push(field::Error::required(at, detail));
+                }
+                named(at, name, names::dns_subdomain, errors);
+            }
             (Some(_), None) => {}
         }
         named("spec.nodeName", object.str_at("spec.nodeName"), names::dns_subdomain, errors);
@@ -324,7 +326,8 @@ pub const CSI_DRIVER: Rules = Rules {
     returns_deleted: true,
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        if object.name().len() > DRIVER_BYTES_MAX {
+        let valid = names::dns_subdomain(object.name()).is_empty();
+        if valid && object.name().len() > DRIVER_BYTES_MAX {
             errors.push(field::Error::too_long("metadata.name", DRIVER_BYTES_MAX));
         }
         for (i, request) in spec.list_at("tokenRequests").iter().enumerate() {
