@@ -33,6 +33,9 @@ const MUTATING: &[(&str, Mutate)] = &[
     ("ServiceAccount", service_account),
     ("Priority", priority),
     ("DefaultTolerationSeconds", default_toleration_seconds),
+    ("TaintNodesByCondition", taint_new_nodes),
+    ("StorageObjectInUseProtection", protect_storage),
+    ("CertificateSigningRequestIdentity", request_identity),
 ];
 
 const VALIDATING: &[(&str, Validate)] = &[("NamespaceLifecycle", |a, _| protect_namespaces(a))];
@@ -90,6 +93,62 @@ fn protect_namespaces(a: &Attributes) -> Result<()> {
     let needed = ["default", "kube-system", "kube-public"].contains(&name);
     if a.operation == Operation::Delete && a.place.kind.resource() == "namespaces" && needed {
         return Err(Status::forbidden(a.place.kind, name, "this namespace may not be deleted"));
+    }
+    Ok(())
+}
+
+/// A new node takes no pods before the node lifecycle controller has seen it ready.
+fn taint_new_nodes(a: &Attributes, object: &mut Value) -> Result<()> {
+    const NOT_READY: &str = "node.kubernetes.io/not-ready";
+    if a.operation != Operation::Create || a.place.kind.resource() != "nodes" {
+        return Ok(());
+    }
+    let mut taints = object.list_at("spec.taints").to_vec();
+    if !taints.iter().any(|t| t.str_at("key") == NOT_READY && t.str_at("effect") == "NoSchedule") {
+        taints.push(json!({ "key": NOT_READY, "effect": "NoSchedule" }));
+        object.set_at("spec.taints", taints);
+    }
+    Ok(())
+}
+
+/// Claims and volumes in use outlive their deletion; the protection controllers take the finalizer away.
+fn protect_storage(a: &Attributes, object: &mut Value) -> Result<()> {
+    let finalizer = match a.place.kind.resource().as_str() {
+        "persistentvolumeclaims" => "kubernetes.io/pvc-protection",
+        "persistentvolumes" => "kubernetes.io/pv-protection",
+        _ => return Ok(()),
+    };
+    if a.operation == Operation::Create
+        && !object.list_at("metadata.finalizers").iter().any(|f| f == finalizer)
+    {
+        let mut finalizers = object.list_at("metadata.finalizers").to_vec();
+        finalizers.push(json!(finalizer));
+        object.set_at("metadata.finalizers", finalizers);
+    }
+    Ok(())
+}
+
+/// A signing request says who made it, whatever the client wrote there.
+fn request_identity(a: &Attributes, object: &mut Value) -> Result<()> {
+    let is_request = a.place.kind.resource() == "certificatesigningrequests.certificates.k8s.io";
+    if a.operation != Operation::Create || !is_request {
+        return Ok(());
+    }
+    let user = &a.context.user;
+    for name in ["username", "uid", "groups", "extra"] {
+        object.remove_at(&format!("spec.{name}"));
+    }
+    object.set_at("spec.username", user.name.clone());
+    if !user.uid.is_empty() {
+        object.set_at("spec.uid", user.uid.clone());
+    }
+    if !user.groups.is_empty() {
+        object.set_at("spec.groups", user.groups.clone());
+    }
+    if !user.extra.is_empty() {
+        let extra: serde_json::Map<String, Value> =
+            user.extra.iter().map(|(name, values)| (name.clone(), json!(values))).collect();
+        object.set_at("spec.extra", extra);
     }
     Ok(())
 }

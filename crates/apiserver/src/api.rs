@@ -439,15 +439,13 @@ impl Api {
         let rules = knarr_api::rules::Rules::of(call.kind);
         for term in &fields.terms {
             if !rules.is_selectable(&term.field) {
-                let mut known = vec!["metadata.name"];
-                if call.kind.namespaced {
-                    known.push("metadata.namespace");
-                }
-                let known: Vec<String> = known.iter().map(|k| format!("{k:?}")).collect();
-                let text = if rules.selectable.is_empty() {
-                    format!("{:?} is not a known field selector: only {}", term.field, known.join(", "))
-                } else {
-                    format!("field label not supported: {}", term.field)
+                let field = &term.field;
+                let text = match call.kind.plural.as_str() {
+                    _ if rules.selectable.is_empty() => format!(
+                        "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                    ),
+                    "jobs" => format!("field label {field:?} not supported for Job"),
+                    _ => format!("field label not supported: {field}"),
                 };
                 return Err(Status::bad_request(text));
             }
@@ -584,25 +582,29 @@ impl Api {
                 }
                 let tree = decode::yaml(body)
                     .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-                let config = self.registry.decode(call.kind, tree, &call.context)?;
-                if config.at("metadata.managedFields").is_some() {
+                let refuse = |object: &Value, why: &str| {
+                    let text = format!(
+                        "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
+                        object.namespace(),
+                        object.name(),
+                        call.kind.group,
+                        call.kind.version,
+                        call.kind.kind,
+                    );
+                    // Upstream gives this error no reason.
+                    Status::new(500, "", text)
+                };
+                if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
+                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                if let Some(field) = unknown.first() {
+                    return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
+                }
+                let config = self.registry.decode(call.kind, tree, &call.context)?;
                 let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
                 if !broken.is_empty() {
-                    let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
-                    return Err(Status::new(
-                        500,
-                        "InternalError",
-                        format!(
-                            "failed to create typed patch object ({}/{}; {}, Kind={}): {}",
-                            call.namespace(),
-                            call.target.name,
-                            call.kind.api_version(),
-                            call.kind.kind,
-                            texts.join("\n")
-                        ),
-                    ));
+                    return Err(refuse(&config, &broken.join("\n")));
                 }
                 Ok(Edit::Apply { config, force: call.query().flag("force") })
             }

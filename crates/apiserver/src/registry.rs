@@ -453,7 +453,8 @@ impl Registry {
             }
             Edit::With(make) => make(&old)?,
         };
-        let unconditional = self.check_identity(place, &new, &old, rules)?;
+        let replaced = matches!(edit, Edit::Replace(_));
+        let unconditional = self.check_identity(place, &new, &old, rules, replaced)?;
         carry_system_metadata(&mut new, &old);
         match endpoint {
             Endpoint::Main => {
@@ -534,6 +535,15 @@ impl Registry {
         self.finish_decode(kind, decoded, context)
     }
 
+    /// Paths of fields the kind does not have.
+    pub fn unknown_fields(&self, kind: &Kind, tree: &Value) -> Vec<String> {
+        let decoded = decode::value(self.schema, kind.type_id, tree.clone());
+        let issues = decoded.map(|d| d.issues).unwrap_or_default().into_iter();
+        issues
+            .filter_map(|i| Some(i.strip_prefix("unknown field \"")?.trim_end_matches('"').to_owned()))
+            .collect()
+    }
+
     /// Decodes JSON bytes as the kind.
     pub fn decode_json(&self, kind: &Kind, bytes: &[u8], context: &Context) -> Result<Value> {
         let decoded = decode::json(self.schema, kind.type_id, bytes);
@@ -575,9 +585,17 @@ impl Registry {
     }
 
     /// Names, uid and resourceVersion must be those of the stored object; true if no revision was named.
-    fn check_identity(&self, place: Place, new: &Value, old: &Value, rules: &Rules) -> Result<bool> {
+    fn check_identity(
+        &self,
+        place: Place,
+        new: &Value,
+        old: &Value,
+        rules: &Rules,
+        replaced: bool,
+    ) -> Result<bool> {
         check_name(place, new)?;
-        if !new.uid().is_empty() && new.uid() != old.uid() {
+        // A replacement's uid is a precondition; a patched uid is a field that may not change.
+        if replaced && !new.uid().is_empty() && new.uid() != old.uid() {
             let why = format!(
                 "Precondition failed: UID in precondition: {}, UID in object meta: {}",
                 new.uid(),
@@ -915,7 +933,6 @@ fn carry_system_metadata(new: &mut Value, old: &Value) {
     }
     for name in [
         "namespace",
-        "uid",
         "creationTimestamp",
         "deletionTimestamp",
         "deletionGracePeriodSeconds",
@@ -924,6 +941,9 @@ fn carry_system_metadata(new: &mut Value, old: &Value) {
         "selfLink",
     ] {
         knarr_api::kinds::core::keep(new, old, &format!("metadata.{name}"));
+    }
+    if new.uid().is_empty() {
+        knarr_api::kinds::core::keep(new, old, "metadata.uid");
     }
     // `managedFields: [{}]` asks for a reset and is understood later; anything else is the server's.
     let reset = matches!(new.list_at("metadata.managedFields"), [one] if one.as_object().is_some_and(|m| m.is_empty()));
@@ -985,16 +1005,26 @@ fn is_finished(object: &Value) -> bool {
 }
 
 fn check_preconditions(place: Place, object: &Value, options: &DeleteOptions) -> Result<()> {
-    for (name, wanted, path) in [
-        ("UID", &options.uid, "metadata.uid"),
-        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion"),
+    for (name, wanted, path, fate) in [
+        ("UID", &options.uid, "metadata.uid", "deleted and then recreated"),
+        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion", "modified"),
     ] {
         let have = object.str_at(path);
         if let Some(wanted) = wanted.as_deref().filter(|w| *w != have) {
             let why = format!(
-                "Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {have}"
+                "the {name} in the precondition ({wanted}) does not match the {name} in record ({have}). The object might have been {fate}"
             );
-            return Err(Status::conflict(place.kind, place.name, why));
+            // Upstream names the kind here, not the resource.
+            let kind = place.kind;
+            let named = if kind.group.is_empty() {
+                kind.kind.clone()
+            } else {
+                format!("{}.{}", kind.kind, kind.group)
+            };
+            let mut status = Status::conflict(kind, place.name, "");
+            status.message = format!("Operation cannot be fulfilled on {named} {:?}: {why}", place.name);
+            status.details.get_or_insert_default()["kind"] = json!(kind.kind);
+            return Err(status);
         }
     }
     Ok(())
