@@ -121,11 +121,14 @@ fn execute(command: Command) -> Result<()> {
     }
 }
 
+/// What is logged unless `KNARR_LOG` says otherwise: the storage engine tells each of its steps as information.
+const LOG_FILTER: &str = "info,fjall=warn,lsm_tree=warn";
+
 /// Threads that run tasks: the work is mostly waiting, and each thread costs memory.
 const WORKERS_MAX: usize = 4;
 
 fn run(data_dir: &Path) -> Result<()> {
-    let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let settings = Settings::load(data_dir)?
         .with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
@@ -138,12 +141,17 @@ fn run(data_dir: &Path) -> Result<()> {
 async fn serve(settings: &Settings) -> Result<()> {
     let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
     let mut terminate = signal(SignalKind::terminate())?;
+    let host = (!settings.server_only).then(|| {
+        let settings = settings.clone();
+        tokio::spawn(async move { node::Host::start(&settings).await })
+    });
     let server = server::Server::start(settings, &tasks, &shutdown).await?;
     tracing::info!(port = settings.port, "the API server answers");
-    server.start_loops(&tasks, &shutdown);
-    if !settings.server_only {
-        node::start(settings, &server, &tasks, &shutdown).await.context("start the node")?;
+    if let Some(host) = host {
+        let host = host.await.context("start the node")?.context("start the node")?;
+        node::start(settings, &server, host, &tasks, &shutdown).await.context("start the node")?;
     }
+    server.start_loops(&tasks, &shutdown);
     tokio::select! {
         _ = terminate.recv() => {}
         result = tokio::signal::ctrl_c() => result?,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use knarr_client::{Client, Informers};
+use k8s_openapi::api::core::v1::ObjectReference;
+use knarr_client::{Client, Clock, EventType, Informers, Recorder};
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
 use knarr_kubelet::{Kubelet, KubeletConfig};
 use knarr_network::nft::NftProgram;
@@ -45,16 +46,38 @@ fn network_config(settings: &Settings) -> Result<RoutedConfig> {
     })
 }
 
-/// Starts everything a node is made of.
+/// What of a node needs no API server: it comes up beside it.
+pub struct Host {
+    runtime: Arc<dyn Runtime>,
+    /// The same, if it is ours.
+    builtin: Option<BuiltinRuntime>,
+    network: Arc<RoutedNetwork>,
+}
+
+impl Host {
+    /// Brings up the container runtime and the pod network.
+    pub async fn start(settings: &Settings) -> Result<Host> {
+        let ((runtime, builtin), network) =
+            tokio::try_join!(start_runtime(settings), start_network(settings))?;
+        tracing::debug!("container runtime and pod network are up");
+        Ok(Host { runtime, builtin, network })
+    }
+}
+
+/// Starts everything else a node is made of.
 pub async fn start(
     settings: &Settings,
     server: &Server,
+    host: Host,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> Result<()> {
     let client = server.client(&format!("system:node:{}", settings.node_name), &["system:nodes"]);
     let informers = Informers::new(client.clone());
-    let (runtime, network) = tokio::try_join!(start_runtime(settings), start_network(settings))?;
+    let Host { runtime, builtin, network } = host;
+    if let Some(builtin) = builtin {
+        start_imports(settings, builtin, &client, tasks, shutdown)?;
+    }
     let gateways = network.gateways();
     let (kept, stop) = (network.clone(), shutdown.clone());
     tasks.spawn(async move {
@@ -62,38 +85,66 @@ pub async fn start(
             tracing::warn!(%error, "nobody watches the pod network's firewall table any more");
         }
     });
-    start_proxy(settings, &informers, tasks, shutdown)?;
-    start_dns(
-        settings,
-        &server.client("system:apiserver", &["system:masters"]),
-        &informers,
-        &gateways,
-        tasks,
-        shutdown,
-    )
-    .await?;
-    let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
+    let kubelet = kubelet(settings, &server.authority, client, informers.clone(), runtime, network)?;
     let stop = shutdown.clone();
     tasks.spawn(async move {
         if let Err(error) = kubelet.run(stop).await {
             tracing::error!(error = %format!("{error:#}"), "the kubelet ended");
         }
     });
-    Ok(())
+    start_proxy(settings, &informers, tasks, shutdown)?;
+    let cluster = server.client("system:apiserver", &["system:masters"]);
+    start_dns(settings, &cluster, &informers, &gateways, tasks, shutdown).await
 }
 
-async fn start_runtime(settings: &Settings) -> Result<Arc<dyn Runtime>> {
+async fn start_runtime(settings: &Settings) -> Result<(Arc<dyn Runtime>, Option<BuiltinRuntime>)> {
     if let Some(endpoint) = &settings.container_runtime_endpoint {
         let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
-        return Ok(Arc::new(remote.with_context(|| format!("container runtime at {endpoint}"))?));
+        let remote = remote.with_context(|| format!("container runtime at {endpoint}"))?;
+        return Ok((Arc::new(remote), None));
     }
     let runtime =
         BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
-    for path in archives(settings)? {
-        let imported = runtime.import_image(&path, None, true).await;
-        imported.with_context(|| format!("import the image archive {}", path.display()))?;
+    Ok((Arc::new(runtime.clone()), Some(runtime)))
+}
+
+/// Imports the archives of the settings beside everything else; pods that need one of their images wait for it.
+fn start_imports(
+    settings: &Settings,
+    runtime: BuiltinRuntime,
+    client: &Client,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    let archives = archives(settings)?;
+    if archives.is_empty() {
+        return Ok(());
     }
-    Ok(Arc::new(runtime))
+    let recorder = Recorder::new(client.clone(), Clock::System, "kubelet", &settings.node_name);
+    let about = ObjectReference {
+        kind: Some("Node".to_owned()),
+        name: Some(settings.node_name.clone()),
+        // As upstream's kubelet refers to its node.
+        uid: Some(settings.node_name.clone()),
+        ..Default::default()
+    };
+    let importing = runtime.announce_imports();
+    let work = async move {
+        let _importing = importing;
+        for path in archives {
+            match runtime.import_image(&path, None, true).await {
+                Ok(images) => tracing::debug!(path = %path.display(), images = images.len(), "imported"),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "image archive not imported");
+                    let message = format!("Image archive {} was not imported: {error}", path.display());
+                    recorder.event_about(about.clone(), EventType::Warning, "InvalidImageArchive", message);
+                }
+            }
+        }
+    };
+    let stop = shutdown.clone();
+    tasks.spawn(async move { stop.run_until_cancelled(work).await });
+    Ok(())
 }
 
 /// Image archives named in the settings: files, and those in directories.

@@ -19,6 +19,10 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often a step looks again. Starting is a matter of tens of milliseconds.
 const STEP_INTERVAL: Duration = Duration::from_millis(10);
 
+/// How long an answer of the cluster DNS may take before the question is sent again: what is sent before the
+/// service's address is programmed is lost.
+const DNS_TIMEOUT: Duration = Duration::from_millis(25);
+
 /// Options of `up`; those not given stay as they were at the first `up`.
 #[derive(Args, Debug, Default)]
 pub struct UpArgs {
@@ -230,7 +234,7 @@ fn is_ready(node: &Node) -> bool {
 fn dns_answers(settings: &Settings) -> bool {
     let ask = || -> Result<bool> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+        socket.set_read_timeout(Some(DNS_TIMEOUT))?;
         let name = format!("kubernetes.default.svc.{}", settings.domain);
         // A query by hand: one question, type A, recursion desired.
         let mut query = vec![0x4b, 0x6e, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
