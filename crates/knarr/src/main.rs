@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod daemon;
+mod foreign;
 mod kubeconfig;
 mod node;
 mod pki;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use knarr_network::cni::{self, Call};
 use settings::Settings;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -67,6 +69,9 @@ fn main() -> ExitCode {
     if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
         return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
     }
+    if let Some(call) = cni_call() {
+        return network_plugin(&call);
+    }
     if let Some(args) = kubectl_args() {
         end_quietly_on_closed_pipes();
         rustls::crypto::ring::default_provider().install_default().ok();
@@ -80,6 +85,25 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("knarr: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The call, if a container runtime runs this program as its network plug-in: without arguments.
+fn cni_call() -> Option<Call> {
+    Call::from_environment().filter(|_| std::env::args().len() == 1)
+}
+
+fn network_plugin(call: &Call) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => {
+            let code = runtime.block_on(cni::run(call, std::io::stdin(), std::io::stdout()));
+            ExitCode::from(u8::try_from(code).unwrap_or(1))
+        }
+        Err(error) => {
+            eprintln!("knarr: start the network plug-in: {error}");
             ExitCode::FAILURE
         }
     }

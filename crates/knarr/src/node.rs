@@ -11,10 +11,12 @@ use knarr_dns::{DnsConfig, DnsServer, Upstreams};
 use knarr_kubelet::{Kubelet, KubeletConfig};
 use knarr_network::nft::NftProgram;
 use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
+use knarr_runtime::imports::Importing;
 use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::foreign::{self, Foreign};
 use crate::pki::{Authority, Clients, Subject};
 use crate::server::Server;
 use crate::settings::Settings;
@@ -48,19 +50,54 @@ fn network_config(settings: &Settings) -> Result<RoutedConfig> {
 
 /// What of a node needs no API server: it comes up beside it.
 pub struct Host {
-    runtime: Arc<dyn Runtime>,
-    /// The same, if it is ours.
-    builtin: Option<BuiltinRuntime>,
+    runtime: Containers,
     network: Arc<RoutedNetwork>,
+}
+
+/// The container runtime in use.
+#[derive(Clone)]
+enum Containers {
+    Builtin(BuiltinRuntime),
+    Foreign(Arc<Foreign>),
+}
+
+impl Containers {
+    fn runtime(&self) -> Arc<dyn Runtime> {
+        match self {
+            Containers::Builtin(runtime) => Arc::new(runtime.clone()),
+            Containers::Foreign(foreign) => Arc::new(foreign.runtime.clone()),
+        }
+    }
+
+    fn announce_imports(&self) -> Importing {
+        match self {
+            Containers::Builtin(runtime) => runtime.announce_imports(),
+            Containers::Foreign(foreign) => foreign.runtime.imports().announce(),
+        }
+    }
+
+    async fn import(&self, path: &Path) -> Result<usize> {
+        Ok(match self {
+            Containers::Builtin(runtime) => runtime.import_image(path, None, true).await?.len(),
+            Containers::Foreign(foreign) => foreign.import(path).await?.len(),
+        })
+    }
 }
 
 impl Host {
     /// Brings up the container runtime and the pod network.
     pub async fn start(settings: &Settings) -> Result<Host> {
-        let ((runtime, builtin), network) =
-            tokio::try_join!(start_runtime(settings), start_network(settings))?;
+        let (runtime, network) = match &settings.container_runtime_endpoint {
+            None => tokio::try_join!(start_builtin(settings), start_network(settings))?,
+            Some(endpoint) => {
+                let network = start_network(settings).await?;
+                let foreign = Foreign::start(settings, endpoint, network.config()).await?;
+                foreign.ensure_pause(settings).await?;
+                (Containers::Foreign(Arc::new(foreign)), network)
+            }
+        };
         tracing::debug!("container runtime and pod network are up");
-        Ok(Host { runtime, builtin, network })
+        Ok(Host { runtime, network })
     }
 }
 
@@ -74,10 +111,8 @@ pub async fn start(
 ) -> Result<()> {
     let client = server.client(&format!("system:node:{}", settings.node_name), &["system:nodes"]);
     let informers = Informers::new(client.clone());
-    let Host { runtime, builtin, network } = host;
-    if let Some(builtin) = builtin {
-        start_imports(settings, builtin, &client, tasks, shutdown)?;
-    }
+    let Host { runtime, network } = host;
+    start_imports(settings, &runtime, &client, tasks, shutdown)?;
     let gateways = network.gateways();
     let (kept, stop) = (network.clone(), shutdown.clone());
     tasks.spawn(async move {
@@ -85,7 +120,8 @@ pub async fn start(
             tracing::warn!(%error, "nobody watches the pod network's firewall table any more");
         }
     });
-    let kubelet = kubelet(settings, &server.authority, client, informers.clone(), runtime, network)?;
+    let kubelet =
+        kubelet(settings, &server.authority, client, informers.clone(), runtime.runtime(), network)?;
     let stop = shutdown.clone();
     tasks.spawn(async move {
         if let Err(error) = kubelet.run(stop).await {
@@ -97,21 +133,15 @@ pub async fn start(
     start_dns(settings, &cluster, &informers, &gateways, tasks, shutdown).await
 }
 
-async fn start_runtime(settings: &Settings) -> Result<(Arc<dyn Runtime>, Option<BuiltinRuntime>)> {
-    if let Some(endpoint) = &settings.container_runtime_endpoint {
-        let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
-        let remote = remote.with_context(|| format!("container runtime at {endpoint}"))?;
-        return Ok((Arc::new(remote), None));
-    }
-    let runtime =
-        BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
-    Ok((Arc::new(runtime.clone()), Some(runtime)))
+async fn start_builtin(settings: &Settings) -> Result<Containers> {
+    let runtime = BuiltinRuntime::start(runtime_config(settings)).await;
+    Ok(Containers::Builtin(runtime.context("built-in container runtime")?))
 }
 
 /// Imports the archives of the settings beside everything else; pods that need one of their images wait for it.
 fn start_imports(
     settings: &Settings,
-    runtime: BuiltinRuntime,
+    runtime: &Containers,
     client: &Client,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
@@ -128,14 +158,15 @@ fn start_imports(
         uid: Some(settings.node_name.clone()),
         ..Default::default()
     };
-    let importing = runtime.announce_imports();
+    let (importing, runtime) = (runtime.announce_imports(), runtime.clone());
     let work = async move {
         let _importing = importing;
         for path in archives {
-            match runtime.import_image(&path, None, true).await {
-                Ok(images) => tracing::debug!(path = %path.display(), images = images.len(), "imported"),
+            match runtime.import(&path).await {
+                Ok(images) => tracing::debug!(path = %path.display(), images, "imported"),
                 Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "image archive not imported");
+                    let error = format!("{error:#}");
+                    tracing::error!(path = %path.display(), error, "image archive not imported");
                     let message = format!("Image archive {} was not imported: {error}", path.display());
                     recorder.event_about(about.clone(), EventType::Warning, "InvalidImageArchive", message);
                 }
@@ -282,14 +313,19 @@ fn kubelet(
 
 /// Ends all containers; their pods start anew with the next `up`.
 pub fn stop_containers(settings: &Settings) -> Result<()> {
-    if settings.container_runtime_endpoint.is_some() {
-        return Ok(());
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        return block_on(foreign::stop_pods(endpoint));
     }
     builtin::purge::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
 }
 
 /// Removes everything of ours from the machine.
 pub fn purge(settings: &Settings) -> Result<()> {
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        // First, while the network plug-in is there to detach them.
+        block_on(foreign::remove_pods(endpoint))?;
+        foreign::uninstall(settings)?;
+    }
     builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
@@ -350,6 +386,9 @@ pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
     let checks = builtin::purge::verify_clean(&runtime_config(settings))
         .map_err(|e| anyhow!("look for containers: {e}"))?;
     let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        found.push((format!("pods in the runtime at {endpoint}"), block_on(foreign::left_pods(endpoint))?));
+    }
     let report = block_on(async {
         let report =
             knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;

@@ -91,11 +91,6 @@ impl UpArgs {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
         }
-        if settings.container_runtime_endpoint.is_some() && !settings.images.is_empty() {
-            bail!(
-                "--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint"
-            );
-        }
         settings.server_only |= self.server_only;
         settings.service_range()?;
         if settings.node_ip.is_loopback() && !settings.server_only {

@@ -31,7 +31,8 @@ use crate::image::Limits;
 use crate::image::archive::{self, Imported};
 use crate::image::pull::{self, RegistryConfig};
 use crate::image::reference::Reference;
-use crate::image::store::{Image, ImageStore};
+use crate::image::store::ImageStore;
+use crate::imports::{Importing, Imports};
 use crate::keeper::client::{Client, Holdings, Notice};
 use crate::keeper::protocol::{AdoptContainer, Event as KeeperEvent, Op, Running, StartContainer, Stdin};
 use crate::stream::{Duplex, ExecSession};
@@ -119,8 +120,7 @@ struct Inner {
     keeper: OnceLock<Client>,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
-    /// Imports announced and not ended; changed after each image, too.
-    imports: watch::Sender<usize>,
+    imports: Imports,
     /// Dropped with us, which ends the task that listens to the keeper.
     _alive: watch::Sender<()>,
 }
@@ -175,7 +175,7 @@ impl BuiltinRuntime {
             keeper: OnceLock::new(),
             state: Mutex::new(state),
             events: broadcast::Sender::new(EVENTS_MAX),
-            imports: watch::Sender::new(0),
+            imports: Imports::new(),
         });
         let holdings = Arc::new(Adoption { inner: Arc::downgrade(&inner) });
         let (client, notices) = Client::start(keeper_socket, keeper_command, holdings).await?;
@@ -194,15 +194,14 @@ impl BuiltinRuntime {
     pub async fn import_image(&self, path: &Path, name: Option<&str>, pinned: bool) -> Result<Vec<Imported>> {
         let (images, path, name) = (self.inner.images.clone(), path.to_owned(), name.map(str::to_owned));
         let imported = blocking(move || archive::import(&images, &path, name.as_deref(), pinned)).await;
-        self.inner.imports.send_modify(|_| {});
+        self.inner.imports.arrived();
         imported
     }
 
     /// Announces imports to come: until the returned value is dropped, whoever asks for an image that is not here
     /// waits, because it may be among them.
     pub fn announce_imports(&self) -> Importing {
-        self.inner.imports.send_modify(|count| *count += 1);
-        Importing { inner: self.inner.clone() }
+        self.inner.imports.announce()
     }
 
     /// Removes layers that no image and no container needs. Returns the bytes freed.
@@ -217,30 +216,7 @@ impl BuiltinRuntime {
     }
 }
 
-/// Imports are under way; see [`BuiltinRuntime::announce_imports`].
-pub struct Importing {
-    inner: Arc<Inner>,
-}
-
-impl Drop for Importing {
-    fn drop(&mut self) {
-        self.inner.imports.send_modify(|count| *count -= 1);
-    }
-}
-
 impl Inner {
-    /// The image a name leads to. What is not here, but may be in an archive under way, is waited for.
-    async fn find_image(&self, name: &str) -> Option<Image> {
-        let mut imports = self.imports.subscribe();
-        loop {
-            let under_way = *imports.borrow_and_update() > 0;
-            let found = self.images.find(name);
-            if found.is_some() || !under_way || imports.changed().await.is_err() {
-                return found;
-            }
-        }
-    }
-
     fn keeper(&self) -> Result<&Client> {
         self.keeper.get().ok_or_else(|| Error::new(Kind::Unavailable, "the keeper is not connected yet"))
     }
@@ -769,7 +745,13 @@ impl Runtime for BuiltinRuntime {
     }
 
     async fn image_status(&self, image: v1::ImageSpec, verbose: bool) -> Result<v1::ImageStatusResponse> {
-        let found = self.inner.find_image(&image.image).await;
+        let mut arrivals = self.inner.imports.arrivals();
+        let found = loop {
+            let found = self.inner.images.find(&image.image);
+            if found.is_some() || !arrivals.next().await {
+                break found;
+            }
+        };
         let mut info = HashMap::new();
         if let (true, Some(image)) = (verbose, &found) {
             let config = self.inner.images.blob(&image.id)?;
