@@ -34,8 +34,8 @@ down: ## Stop the cluster; its data stays
 
 test: packages test-packages images ## Run everything that tests
 	cargo fmt --all --check
-	# The kubelet's unit tests are not green yet (docs/gaps.md); the walk through a real cluster covers it.
-	cargo test --workspace --exclude knarr-kubelet --no-fail-fast
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo test --workspace --no-fail-fast
 
 lint: ## Formatting, clippy, licences
 	cargo fmt --all --check

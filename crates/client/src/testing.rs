@@ -38,6 +38,8 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", true),
     ("", "v1", "persistentvolumes", "PersistentVolume", false),
     ("", "v1", "pods", "Pod", true),
+    ("", "v1", "replicationcontrollers", "ReplicationController", true),
+    ("", "v1", "resourcequotas", "ResourceQuota", true),
     ("", "v1", "secrets", "Secret", true),
     ("", "v1", "serviceaccounts", "ServiceAccount", true),
     ("", "v1", "services", "Service", true),
@@ -50,6 +52,8 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("batch", "v1", "jobs", "Job", true),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", true),
+    ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
+    ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", false),
 ];
 

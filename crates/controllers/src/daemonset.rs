@@ -1,26 +1,23 @@
 //! DaemonSet: one pod on every node that suits, kept through rolling updates; templates are kept as
 //! ControllerRevisions. Upstream's `pkg/controller/daemon`.
 
-mod history;
 mod placement;
 mod update;
 
 use crate::Context;
+use crate::family::{Family, PodOwner};
+use crate::history::{self, History, REVISION_LABEL, Revisioned, Revisions};
 use crate::pods::{self, PodControl};
-use futures::future::{BoxFuture, join_all};
-use history::{HASH_LABEL, History};
+use futures::future::BoxFuture;
 use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, DaemonSetStatus};
-use k8s_openapi::api::core::v1::{Node, Pod};
-use knarr_client::expectations::Expectations;
-use knarr_client::owner::{self, Claim};
+use k8s_openapi::api::core::v1::{Node, Pod, PodTemplateSpec};
+use knarr_client::owner;
 use knarr_client::patch::{self, Guard};
 use knarr_client::selector::Selector;
-use knarr_client::{
-    Change, Controller, During, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
-};
+use knarr_client::{Controller, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
 use kube::api::Api;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -34,43 +31,67 @@ const FAILED_MAX: Duration = Duration::from_secs(15 * 60);
 
 pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
     let sets = context.informers.get::<DaemonSet>();
-    let all_pods = context.informers.get::<Pod>();
     let nodes = context.informers.get::<Node>();
-    let revisions = context.informers.get::<ControllerRevision>();
-    pods::index_by_controller(&all_pods);
-    pods::index_by_controller(&revisions);
     let recorder = context.recorder.for_component("daemonset-controller");
     let this = Arc::new(DaemonSets {
-        control: PodControl::new(context.client.clone(), recorder.clone()),
+        family: Family::new(
+            context.clone(),
+            sets.clone(),
+            PodControl::new(context.client.clone(), recorder.clone()),
+        ),
         recorder,
-        sets: sets.clone(),
-        pods: all_pods.clone(),
         nodes: nodes.clone(),
-        revisions: revisions.clone(),
-        expectations: Expectations::new(),
+        revisions: Revisions::new(&context),
         failed: Mutex::default(),
         context,
     });
     let (observer, all_sets) = (this.clone(), sets.clone());
     let controller = Controller::new("daemonset")
         .watch(&sets)
-        .watch_changes(&all_pods, move |change| observer.pod_changed(change))
+        .watch_changes(&this.family.pods, move |change| observer.family.pod_changed(change))
         .watch_changes(&nodes, move |change| placement::sets_concerned(&all_sets, change))
-        .watch_map(&revisions, |revision| {
+        .watch_map(&this.revisions.informer, |revision| {
             owner::controller_key::<DaemonSet>(&revision.metadata).into_iter().collect()
         });
     Box::pin(controller.run(this, shutdown))
 }
 
+impl PodOwner for DaemonSet {
+    fn selector(&self) -> Result<Selector> {
+        match &self.spec {
+            Some(spec) => Selector::new(&spec.selector),
+            None => Err(Error::terminal("read daemon set", "spec is missing")),
+        }
+    }
+}
+
+impl Revisioned for DaemonSet {
+    const HASH_LABEL: &'static str = REVISION_LABEL;
+
+    fn template(&self) -> Option<&PodTemplateSpec> {
+        self.spec.as_ref().map(|spec| &spec.template)
+    }
+
+    fn history_limit(&self) -> Option<i32> {
+        self.spec.as_ref()?.revision_history_limit
+    }
+
+    fn collision_count(&self) -> Option<i32> {
+        self.status.as_ref()?.collision_count
+    }
+}
+
+/// Whether the pod is of the present template.
+fn is_current(history: &History, pod: &Pod) -> bool {
+    history::revision_of(pod) == Some(history::hash_of::<DaemonSet>(&history.current))
+}
+
 struct DaemonSets {
     context: Context,
     recorder: Recorder,
-    control: PodControl,
-    sets: Informer<DaemonSet>,
-    pods: Informer<Pod>,
+    family: Family<DaemonSet>,
     nodes: Informer<Node>,
-    revisions: Informer<ControllerRevision>,
-    expectations: Expectations,
+    revisions: Revisions,
     /// How often in a row a pod failed, and when last, by daemon set uid and node.
     failed: Mutex<HashMap<(String, String), (u32, Instant)>>,
 }
@@ -80,8 +101,8 @@ type PodsByNode = BTreeMap<String, Vec<Arc<Pod>>>;
 
 impl Reconcile for DaemonSets {
     async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
-        let Some(set) = self.sets.get_key(&key) else {
-            self.expectations.forget(&key);
+        let Some(set) = self.family.owners.get_key(&key) else {
+            self.family.expectations.forget(&key);
             return Ok(Requeue::Done);
         };
         let Some(spec) = &set.spec else { return Ok(Requeue::Done) };
@@ -93,18 +114,21 @@ impl Reconcile for DaemonSets {
         if set.metadata.deletion_timestamp.is_some() {
             return Ok(Requeue::Done);
         }
-        let history = self.history(&set).await?;
-        if let Some(wait) = self.expectations.pending(&key) {
-            self.write_status(&set, &self.by_node(&set, self.claim(&set).await?), &history).await?;
+        let history = self.revisions.history(&*set).await?;
+        if let Some(wait) = self.family.expectations.pending(&key) {
+            self.write_status(&set, &self.by_node(&set, self.family.claim(&set).await?), &history).await?;
             return Ok(Requeue::After(wait));
         }
-        let claimed = self.claim(&set).await?;
+        let claimed = self.family.claim(&set).await?;
         let by_node = self.by_node(&set, claimed.clone());
-        let mut requeue = self.manage(&key, &set, &by_node, &history).await?;
-        if self.expectations.pending(&key).is_none() {
-            requeue = requeue.sooner(self.update(&key, &set, &by_node, &history).await?);
+        let mut requeue = self.manage(&set, &by_node, &history).await?;
+        if self.family.expectations.pending(&key).is_none() {
+            requeue = requeue.sooner(self.update(&set, &by_node, &history).await?);
         }
-        self.clean_up_history(&set, &claimed, &history).await?;
+        let hashes: HashSet<&str> = claimed.iter().filter_map(|pod| history::revision_of(pod)).collect();
+        let in_use = |old: &&Arc<ControllerRevision>| hashes.contains(history::hash_of::<DaemonSet>(old));
+        let live = history.old.iter().filter(in_use).map(|old| history::name_of(old)).collect();
+        self.revisions.clean_up(&*set, &history, &live).await?;
         self.write_status(&set, &by_node, &history).await?;
         let now = self.context.clock.now();
         let next = pods::next_available(&claimed, min_ready_seconds(&set), now);
@@ -113,60 +137,6 @@ impl Reconcile for DaemonSets {
 }
 
 impl DaemonSets {
-    fn pod_changed(&self, change: &Change<Pod>) -> Vec<ObjectKey> {
-        let pod = change.object();
-        let versions = [Some(pod), change.old()].into_iter().flatten();
-        let mut keys: Vec<_> =
-            versions.filter_map(|pod| owner::controller_key::<DaemonSet>(&pod.metadata)).collect();
-        if let Some(key) = keys.first() {
-            let uid = pods::uid(&pod.metadata);
-            self.expectations.creation_seen(key, uid);
-            if change.is_deleted() || pods::is_terminating(pod) {
-                self.expectations.deletion_seen(key, uid);
-            }
-        }
-        if keys.is_empty() && !change.is_deleted() && owner::controller_of(&pod.metadata).is_none() {
-            let sets = self.sets.list_in(pod.metadata.namespace.as_deref().unwrap_or_default());
-            let matches = |set: &&Arc<DaemonSet>| {
-                selector(set).is_ok_and(|selector| {
-                    !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref())
-                })
-            };
-            keys.extend(sets.iter().filter(matches).map(|set| ObjectKey::of(&**set)));
-        }
-        keys
-    }
-
-    async fn claim(&self, set: &DaemonSet) -> Result<Vec<Arc<Pod>>> {
-        let selector = selector(set)?;
-        let namespace = set.metadata.namespace.as_deref().unwrap_or_default();
-        let mut candidates = self.pods.by_index(pods::BY_CONTROLLER, pods::uid(&set.metadata));
-        candidates.extend(self.pods.by_index(pods::BY_CONTROLLER, &pods::orphans_of(namespace)));
-        let mut claimed = Vec::new();
-        for pod in candidates {
-            match owner::claim(&set.metadata, &pod.metadata, selector.matches(pod.metadata.labels.as_ref())) {
-                Claim::Keep => claimed.push(pod),
-                Claim::Release => {
-                    owner::release(&self.context.client, pods::uid(&set.metadata), &*pod).await?;
-                }
-                Claim::Adopt if self.still_exists(set).await? => {
-                    claimed.push(Arc::new(owner::adopt(&self.context.client, set, &*pod).await?));
-                }
-                Claim::Adopt | Claim::Ignore => {}
-            }
-        }
-        Ok(claimed)
-    }
-
-    async fn still_exists(&self, set: &DaemonSet) -> Result<bool> {
-        let key = ObjectKey::of(set);
-        let api: Api<DaemonSet> = Api::namespaced(self.context.client.clone(), &key.namespace);
-        let fresh = api.get_opt(&key.name).await.during(|| format!("read daemon set {key}"))?;
-        Ok(fresh.is_some_and(|fresh| {
-            fresh.metadata.uid == set.metadata.uid && fresh.metadata.deletion_timestamp.is_none()
-        }))
-    }
-
     fn by_node(&self, _set: &DaemonSet, claimed: Vec<Arc<Pod>>) -> PodsByNode {
         let mut by_node = PodsByNode::new();
         for pod in claimed {
@@ -178,13 +148,7 @@ impl DaemonSets {
     }
 
     /// Creates what is missing and deletes what is too much, node by node.
-    async fn manage(
-        &self,
-        key: &ObjectKey,
-        set: &DaemonSet,
-        by_node: &PodsByNode,
-        history: &History,
-    ) -> Result<Requeue> {
+    async fn manage(&self, set: &DaemonSet, by_node: &PodsByNode, history: &History) -> Result<Requeue> {
         let (mut create, mut delete) = (Vec::new(), Vec::new());
         let mut requeue = Requeue::Done;
         for node in self.nodes.list() {
@@ -201,7 +165,7 @@ impl DaemonSets {
         }
         create.truncate(BURST);
         delete.truncate(BURST);
-        self.carry_out(key, set, history, create, delete).await?;
+        self.carry_out(set, history, create, delete).await?;
         Ok(requeue)
     }
 
@@ -285,56 +249,22 @@ impl DaemonSets {
 
     async fn carry_out(
         &self,
-        key: &ObjectKey,
         set: &DaemonSet,
         history: &History,
         create: Vec<String>,
         delete: Vec<Arc<Pod>>,
     ) -> Result<()> {
-        // Slow start: a template that is refused costs few tries.
-        let (mut batch, mut left) = (1, create.as_slice());
-        while !left.is_empty() {
-            let (now, later) = left.split_at(batch.min(left.len()));
-            let results = join_all(now.iter().map(|node| self.create_one(key, set, history, node))).await;
-            for result in results {
-                match result {
-                    Err(error) if error.is_namespace_terminating() => return Ok(()),
-                    result => result?,
-                }
-            }
-            (left, batch) = (later, batch * 2);
-        }
-        let deletions = delete.into_iter().map(|pod| async move { self.delete_one(key, set, &pod).await });
-        join_all(deletions).await.into_iter().collect()
-    }
-
-    async fn create_one(
-        &self,
-        key: &ObjectKey,
-        set: &DaemonSet,
-        history: &History,
-        node: &str,
-    ) -> Result<()> {
         let Some(spec) = &set.spec else { return Ok(()) };
-        let mut pod = pods::from_template(&spec.template, &set.metadata, owner::controller_ref(set));
-        let labels = pod.metadata.labels.get_or_insert_default();
-        labels.insert(HASH_LABEL.to_owned(), history.hash.clone());
-        placement::pin(&mut pod, node);
-        let created = self.control.create(set, &pod).await?;
-        let cached = || self.pods.get_key(&ObjectKey::of(&created)).is_some();
-        self.expectations.created(key, pods::uid(&created.metadata), cached);
-        Ok(())
-    }
-
-    async fn delete_one(&self, key: &ObjectKey, set: &DaemonSet, pod: &Pod) -> Result<()> {
-        let uid = pods::uid(&pod.metadata);
-        self.expectations.deleting(key, uid);
-        let deleted = self.control.delete(set, pod).await;
-        let gone = self.pods.get_key(&ObjectKey::of(pod)).is_none_or(|pod| pods::is_terminating(&pod));
-        if deleted.is_err() || gone {
-            self.expectations.deletion_seen(key, uid);
-        }
-        deleted
+        let pod_for = |node: String| {
+            let mut pod = pods::from_template(&spec.template, &set.metadata, owner::controller_ref(set));
+            let labels = pod.metadata.labels.get_or_insert_default();
+            let hash = history::hash_of::<DaemonSet>(&history.current).to_owned();
+            labels.insert(REVISION_LABEL.to_owned(), hash);
+            placement::pin(&mut pod, &node);
+            pod
+        };
+        self.family.create(set, create.into_iter().map(pod_for).collect()).await?;
+        self.family.delete(set, delete).await
     }
 
     async fn write_status(&self, set: &DaemonSet, by_node: &PodsByNode, history: &History) -> Result<()> {
@@ -363,7 +293,7 @@ impl DaemonSets {
             let Some(pod) = ordered.first() else { continue };
             status.number_ready += i32::from(pods::is_ready(pod));
             available += i32::from(pods::is_available(pod, min_ready_seconds(set), now));
-            updated += i32::from(ordered.iter().any(|pod| history.is_current(pod)));
+            updated += i32::from(ordered.iter().any(|pod| is_current(history, pod)));
         }
         status.number_available = Some(available);
         status.updated_number_scheduled = Some(updated);
@@ -376,13 +306,6 @@ impl DaemonSets {
 
 fn min_ready_seconds(set: &DaemonSet) -> i32 {
     set.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0)
-}
-
-fn selector(set: &DaemonSet) -> Result<Selector> {
-    match &set.spec {
-        Some(spec) => Selector::new(&spec.selector),
-        None => Err(Error::terminal("read daemon set", "spec is missing")),
-    }
 }
 
 #[cfg(test)]

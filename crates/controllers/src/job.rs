@@ -9,6 +9,7 @@ mod ttl;
 
 pub use ttl::start_ttl;
 
+use crate::family::{Family, PodOwner};
 use crate::pods::{self, PodControl};
 use crate::{Context, util};
 use futures::future::{BoxFuture, join_all};
@@ -16,12 +17,9 @@ use indexes::Indexes;
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::{Job, JobCondition, JobSpec, JobStatus};
 use k8s_openapi::api::core::v1::{EnvVar, EnvVarSource, ObjectFieldSelector, Pod};
-use knarr_client::expectations::Expectations;
 use knarr_client::owner::{self, Claim};
 use knarr_client::selector::Selector;
-use knarr_client::{
-    Change, Controller, During, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
-};
+use knarr_client::{Controller, Error, EventType, ObjectKey, Reconcile, Recorder, Requeue, Result};
 use kube::api::Api;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -43,25 +41,25 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10 * 60);
 pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
     let jobs = context.informers.get::<Job>();
     let all_pods = context.informers.get::<Pod>();
-    pods::index_by_controller(&all_pods);
     all_pods.add_index(TRACKED, |pod| {
         let key = owner::controller_key::<Job>(&pod.metadata).filter(|_| is_tracked(pod));
         key.map(|key| key.to_string()).into_iter().collect()
     });
     let recorder = context.recorder.for_component("job-controller");
     let this = Arc::new(Jobs {
-        control: PodControl::new(context.client.clone(), recorder.clone()),
+        family: Family::new(
+            context.clone(),
+            jobs.clone(),
+            PodControl::new(context.client.clone(), recorder.clone()),
+        ),
         recorder,
-        jobs: jobs.clone(),
-        pods: all_pods.clone(),
-        expectations: Expectations::new(),
         written: Mutex::default(),
         context,
     });
     let observer = this.clone();
     let controller = Controller::new("job")
         .watch(&jobs)
-        .watch_changes(&all_pods, move |change| observer.pod_changed(change));
+        .watch_changes(&all_pods, move |change| observer.family.pod_changed(change));
     Box::pin(controller.run(this, shutdown))
 }
 
@@ -69,13 +67,19 @@ fn is_tracked(pod: &Pod) -> bool {
     pod.metadata.finalizers.iter().flatten().any(|finalizer| finalizer == FINALIZER)
 }
 
+impl PodOwner for Job {
+    fn selector(&self) -> Result<Selector> {
+        match self.spec.as_ref().and_then(|spec| spec.selector.as_ref()) {
+            Some(selector) => Selector::new(selector),
+            None => Err(Error::terminal("read job", "spec.selector is missing")),
+        }
+    }
+}
+
 struct Jobs {
     context: Context,
     recorder: Recorder,
-    control: PodControl,
-    jobs: Informer<Job>,
-    pods: Informer<Pod>,
-    expectations: Expectations,
+    family: Family<Job>,
     /// The version of each job's last status of ours: deciding by an older one would count pods twice or not at all.
     written: Mutex<HashMap<ObjectKey, u64>>,
 }
@@ -93,10 +97,10 @@ struct Turn {
 
 impl Reconcile for Jobs {
     async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
-        let job = self.jobs.get_key(&key);
+        let job = self.family.owners.get_key(&key);
         self.untrack_strangers(&key, job.as_deref()).await?;
         let Some(job) = job else {
-            self.expectations.forget(&key);
+            self.family.expectations.forget(&key);
             self.written.lock().remove(&key);
             return Ok(Requeue::Done);
         };
@@ -107,10 +111,10 @@ impl Reconcile for Jobs {
             return Ok(Requeue::Done);
         }
         if is_finished(&job) {
-            self.untrack_all(&self.pods.by_index(TRACKED, &key.to_string())).await?;
+            self.untrack_all(&self.family.pods.by_index(TRACKED, &key.to_string())).await?;
             return Ok(Requeue::Done);
         }
-        if let Some(wait) = self.expectations.pending(&key) {
+        if let Some(wait) = self.family.expectations.pending(&key) {
             return Ok(Requeue::After(wait));
         }
         let pods = self.claim(&job).await?;
@@ -121,30 +125,6 @@ impl Reconcile for Jobs {
 }
 
 impl Jobs {
-    fn pod_changed(&self, change: &Change<Pod>) -> Vec<ObjectKey> {
-        let pod = change.object();
-        let versions = [Some(pod), change.old()].into_iter().flatten();
-        let mut keys: Vec<_> =
-            versions.filter_map(|pod| owner::controller_key::<Job>(&pod.metadata)).collect();
-        if let Some(key) = keys.first() {
-            let uid = pods::uid(&pod.metadata);
-            self.expectations.creation_seen(key, uid);
-            if change.is_deleted() || pods::is_terminating(pod) {
-                self.expectations.deletion_seen(key, uid);
-            }
-        }
-        if keys.is_empty() && !change.is_deleted() && owner::controller_of(&pod.metadata).is_none() {
-            let jobs = self.jobs.list_in(pod.metadata.namespace.as_deref().unwrap_or_default());
-            let matches = |job: &&Arc<Job>| {
-                selector(job).is_ok_and(|selector| {
-                    !selector.is_empty() && selector.matches(pod.metadata.labels.as_ref())
-                })
-            };
-            keys.extend(jobs.iter().filter(matches).map(|job| ObjectKey::of(&**job)));
-        }
-        keys
-    }
-
     fn is_stale(&self, key: &ObjectKey, job: &Job) -> bool {
         let version =
             job.metadata.resource_version.as_deref().and_then(|version| version.parse::<u64>().ok());
@@ -153,19 +133,15 @@ impl Jobs {
     }
 
     async fn claim(&self, job: &Job) -> Result<Vec<Arc<Pod>>> {
-        let selector = selector(job)?;
-        let namespace = job.metadata.namespace.as_deref().unwrap_or_default();
-        let mut candidates = self.pods.by_index(pods::BY_CONTROLLER, pods::uid(&job.metadata));
-        candidates.extend(self.pods.by_index(pods::BY_CONTROLLER, &pods::orphans_of(namespace)));
         let mut claimed = Vec::new();
-        for pod in candidates {
-            match owner::claim(&job.metadata, &pod.metadata, selector.matches(pod.metadata.labels.as_ref())) {
+        for (claim, pod) in self.family.sort(job)? {
+            match claim {
                 Claim::Keep => claimed.push(pod),
                 Claim::Release => {
                     self.untrack(&pod).await?;
                     owner::release(&self.context.client, pods::uid(&job.metadata), &*pod).await?;
                 }
-                Claim::Adopt if self.still_exists(job).await? => {
+                Claim::Adopt if self.family.still_exists(job).await? => {
                     // An adopted pod that runs is counted when it ends, so it must be tracked like ours.
                     let pod = owner::adopt(&self.context.client, job, &*pod).await?;
                     claimed.push(Arc::new(self.track(pod).await?));
@@ -174,14 +150,6 @@ impl Jobs {
             }
         }
         Ok(claimed)
-    }
-
-    async fn still_exists(&self, job: &Job) -> Result<bool> {
-        let key = ObjectKey::of(job);
-        let fresh = self.api(&key).get_opt(&key.name).await.during(|| format!("read job {key}"))?;
-        Ok(fresh.is_some_and(|fresh| {
-            fresh.metadata.uid == job.metadata.uid && fresh.metadata.deletion_timestamp.is_none()
-        }))
     }
 
     fn api(&self, key: &ObjectKey) -> Api<Job> {
@@ -312,34 +280,18 @@ impl Jobs {
         Ok((self.create(turn, wanted).await?, requeue))
     }
 
-    /// Creates pods (for indexes, where the job has them) in growing batches; how many.
+    /// Creates pods (for indexes, where the job has them); how many.
     async fn create(&self, turn: &Turn, wanted: Vec<Option<i32>>) -> Result<usize> {
-        let total = wanted.len();
-        let (mut batch, mut left) = (1, wanted.as_slice());
-        while !left.is_empty() {
-            let (now, later) = left.split_at(batch.min(left.len()));
-            for result in join_all(now.iter().map(|index| self.create_one(turn, *index))).await {
-                match result {
-                    Err(error) if error.is_namespace_terminating() => return Ok(0),
-                    result => result?,
-                }
+        let pod_for = |index: Option<i32>| {
+            let reference = owner::controller_ref(&*turn.job);
+            let mut pod = pods::from_template(&turn.spec.template, &turn.job.metadata, reference);
+            pod.metadata.finalizers.get_or_insert_default().push(FINALIZER.to_owned());
+            if let Some(index) = index {
+                give_index(&mut pod, turn, index);
             }
-            (left, batch) = (later, batch * 2);
-        }
-        Ok(total)
-    }
-
-    async fn create_one(&self, turn: &Turn, index: Option<i32>) -> Result<()> {
-        let mut pod =
-            pods::from_template(&turn.spec.template, &turn.job.metadata, owner::controller_ref(&*turn.job));
-        pod.metadata.finalizers.get_or_insert_default().push(FINALIZER.to_owned());
-        if let Some(index) = index {
-            give_index(&mut pod, turn, index);
-        }
-        let created = self.control.create(&*turn.job, &pod).await?;
-        let cached = || self.pods.get_key(&ObjectKey::of(&created)).is_some();
-        self.expectations.created(&turn.key, pods::uid(&created.metadata), cached);
-        Ok(())
+            pod
+        };
+        self.family.create(&turn.job, wanted.into_iter().map(pod_for).collect()).await
     }
 
     /// Deletes pods that were never meant to end: they are not counted.
@@ -347,7 +299,7 @@ impl Jobs {
         let count = surplus.len().min(BURST);
         let removals = surplus.into_iter().take(count).map(|pod| async move {
             self.untrack(&pod).await?;
-            self.delete_one(turn, &pod).await
+            self.family.delete(&turn.job, [pod]).await
         });
         join_all(removals).await.into_iter().collect::<Result<()>>()?;
         Ok(count)
@@ -355,19 +307,7 @@ impl Jobs {
 
     /// The job is over: what still runs is ended; it is counted like any other pod.
     async fn delete_active(&self, turn: &Turn, tally: &tracking::Tally) -> Result<()> {
-        let deletions = tally.active.iter().take(BURST).map(|pod| self.delete_one(turn, pod));
-        join_all(deletions).await.into_iter().collect()
-    }
-
-    async fn delete_one(&self, turn: &Turn, pod: &Pod) -> Result<()> {
-        let uid = pods::uid(&pod.metadata);
-        self.expectations.deleting(&turn.key, uid);
-        let deleted = self.control.delete(&*turn.job, pod).await;
-        let gone = self.pods.get_key(&ObjectKey::of(pod)).is_none_or(|pod| pods::is_terminating(&pod));
-        if deleted.is_err() || gone {
-            self.expectations.deletion_seen(&turn.key, uid);
-        }
-        deleted
+        self.family.delete(&turn.job, tally.active.iter().take(BURST).cloned()).await
     }
 }
 
@@ -526,13 +466,6 @@ fn condition(type_: &str, status: &str, reason: &str, message: &str, context: &C
 fn is_finished(job: &Job) -> bool {
     let conditions = job.status.as_ref().and_then(|status| status.conditions.clone());
     util::is_true(&conditions, "Complete") || util::is_true(&conditions, "Failed")
-}
-
-fn selector(job: &Job) -> Result<Selector> {
-    match job.spec.as_ref().and_then(|spec| spec.selector.as_ref()) {
-        Some(selector) => Selector::new(selector),
-        None => Err(Error::terminal("read job", "spec.selector is missing")),
-    }
 }
 
 #[cfg(test)]

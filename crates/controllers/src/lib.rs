@@ -8,6 +8,10 @@
 mod context;
 mod manager;
 
+/// An owner and its pods: claims, expectations, batches.
+mod family;
+/// Templates kept as ControllerRevisions.
+mod history;
 /// What loops share about pods: readiness, creation, deletion, ranking.
 mod pods;
 /// Condition lists and hashes.
@@ -26,6 +30,7 @@ mod replicaset;
 mod root_ca;
 mod service;
 mod service_account;
+mod statefulset;
 
 #[cfg(test)]
 mod harness;

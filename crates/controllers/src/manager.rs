@@ -11,7 +11,9 @@ type Start = fn(Context, CancellationToken) -> BoxFuture<'static, ()>;
 const LOOPS: &[(&str, Start)] = &[
     ("deployment", crate::deployment::start),
     ("replicaset", crate::replicaset::start),
+    ("replication", crate::replicaset::start_replication_controllers),
     ("daemonset", crate::daemonset::start),
+    ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
     ("endpoints", crate::endpoints::start),

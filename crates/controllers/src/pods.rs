@@ -112,16 +112,45 @@ pub fn from_template(template: &PodTemplateSpec, owner: &ObjectMeta, reference: 
     }
 }
 
+/// How events are worded: StatefulSets have words of their own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Voice {
+    Plain,
+    StatefulSet,
+}
+
+impl Voice {
+    fn done(self, past: &str, verb: &str, pod: &str, owner: &str) -> String {
+        match self {
+            Voice::Plain => format!("{past} pod: {pod}"),
+            Voice::StatefulSet => format!("{verb} Pod {pod} in StatefulSet {owner} successful"),
+        }
+    }
+
+    fn failed(self, trying: &str, verb: &str, pod: &str, owner: &str, why: &str) -> String {
+        match self {
+            Voice::Plain => format!("Error {trying}: {why}"),
+            Voice::StatefulSet => format!("{verb} Pod {pod} in StatefulSet {owner} failed error: {why}"),
+        }
+    }
+}
+
 /// Creates and deletes pods on behalf of owners and tells of it in events.
 #[derive(Clone)]
 pub struct PodControl {
     client: Client,
     recorder: Recorder,
+    voice: Voice,
 }
 
 impl PodControl {
     pub fn new(client: Client, recorder: Recorder) -> Self {
-        PodControl { client, recorder }
+        PodControl { client, recorder, voice: Voice::Plain }
+    }
+
+    /// The same with other words.
+    pub fn speaking(self, voice: Voice) -> Self {
+        PodControl { voice, ..self }
     }
 
     fn api(&self, namespace: &Option<String>) -> Api<Pod> {
@@ -136,16 +165,13 @@ impl PodControl {
         match &created {
             Ok(pod) => {
                 let name = pod.metadata.name.as_deref().unwrap_or_default();
-                self.recorder.event(
-                    owner,
-                    EventType::Normal,
-                    "SuccessfulCreate",
-                    format!("Created pod: {name}"),
-                );
+                let message = self.voice.done("Created", "create", name, &owner_key.name);
+                self.recorder.event(owner, EventType::Normal, "SuccessfulCreate", message);
             }
-            Err(error) if error.is_namespace_terminating() => {}
+            Err(error) if error.is_namespace_terminating() || error.is_already_exists() => {}
             Err(error) => {
-                let message = format!("Error creating: {}", message_of(error));
+                let (name, why) = (pod.metadata.name.as_deref().unwrap_or_default(), message_of(error));
+                let message = self.voice.failed("creating", "create", name, &owner_key.name, &why);
                 self.recorder.event(owner, EventType::Warning, "FailedCreate", message);
             }
         }
@@ -154,26 +180,23 @@ impl PodControl {
 
     /// Deletes `pod` of `owner`; a pod that is gone already counts as deleted.
     pub async fn delete<K: Resource<DynamicType = ()>>(&self, owner: &K, pod: &Pod) -> Result<()> {
-        let name = pod.metadata.name.clone().unwrap_or_default();
+        let (name, owner_name) =
+            (pod.metadata.name.as_deref().unwrap_or_default(), ObjectKey::of(owner).name);
         let params = DeleteParams {
             preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
             ..Default::default()
         };
-        let deleted = self.api(&pod.metadata.namespace).delete(&name, &params).await;
+        let deleted = self.api(&pod.metadata.namespace).delete(name, &params).await;
         match deleted.during(|| format!("delete pod {}", ObjectKey::of(pod))) {
             Ok(_) => {
-                self.recorder.event(
-                    owner,
-                    EventType::Normal,
-                    "SuccessfulDelete",
-                    format!("Deleted pod: {name}"),
-                );
+                let message = self.voice.done("Deleted", "delete", name, &owner_name);
+                self.recorder.event(owner, EventType::Normal, "SuccessfulDelete", message);
                 Ok(())
             }
             // Gone, or another pod has the name now.
             Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),
             Err(error) => {
-                let message = format!("Error deleting: {}", message_of(&error));
+                let message = self.voice.failed("deleting", "delete", name, &owner_name, &message_of(&error));
                 self.recorder.event(owner, EventType::Warning, "FailedDelete", message);
                 Err(error)
             }

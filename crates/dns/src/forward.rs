@@ -176,6 +176,18 @@ pub fn parse_resolv_conf(text: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
     addresses.filter(|ip| !own.contains(ip)).take(SERVERS_MAX).map(|ip| SocketAddr::new(ip, PORT)).collect()
 }
 
+/// The IPv4 addresses a DNS server gives for a name; none for a name it does not know. Waits as long as the
+/// caller lets it.
+pub async fn lookup(server: SocketAddr, name: &str) -> io::Result<Vec<Ipv4Addr>> {
+    let name = Name::from_ascii(name).map_err(io::Error::other)?;
+    let answer = exchange(server, &name, RecordType::A).await?;
+    let addresses = answer.answers.iter().filter_map(|record| match &record.data {
+        RData::A(address) => Some(address.0),
+        _ => None,
+    });
+    Ok(addresses.collect())
+}
+
 async fn exchange(server: SocketAddr, name: &Name, kind: RecordType) -> io::Result<Message> {
     let mut question = Message::new(rand::random(), MessageType::Query, OpCode::Query);
     question.metadata.recursion_desired = true;

@@ -21,6 +21,6 @@ pub mod server;
 pub mod wiring;
 
 pub use answer::Zone;
-pub use forward::Upstreams;
+pub use forward::{Upstreams, lookup};
 pub use index::Index;
 pub use server::{DnsConfig, DnsServer};

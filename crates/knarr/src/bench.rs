@@ -2,7 +2,9 @@
 //!
 //! Load comes from this process, over TLS, on as many connections as asked for. Where the cluster runs on
 //! this machine, the server's own CPU time and memory are reported beside the rates, since on a shared
-//! machine they say more than times do.
+//! machine they say more than times do. How long a cluster takes to start is measured by [`start`].
+
+mod start;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,9 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, Subcommand};
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use knarr_client::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::json;
@@ -24,8 +26,17 @@ const OBJECT_BYTES: usize = 4096;
 /// No phase takes longer: bounded loops, also against a server that has stopped answering.
 const PHASE_MAX: Duration = Duration::from_secs(120);
 
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Start clusters of its own from an empty disk and time each step; needs root.
+    Start(start::StartArgs),
+}
+
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    what: Option<What>,
     /// The cluster to measure [default: the one on this machine].
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
@@ -49,6 +60,9 @@ pub struct BenchArgs {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<()> {
+    if let Some(What::Start(args)) = &args.what {
+        return start::start(args);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(run(args))
 }
@@ -98,13 +112,15 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
         clients.push(knarr_client::connect::from_kubeconfig(kubeconfig, None).await?);
     }
     let payload = "x".repeat(OBJECT_BYTES);
-    phase("creates, 4 KB each, durable", &clients, args.objects, processes, |client, n| {
+    phase("creates of pods, 4 KB each, durable", &clients, args.objects, processes, |client, n| {
         let payload = payload.clone();
         async move {
-            let object: ConfigMap = serde_json::from_value(
-                json!({ "metadata": { "name": format!("b{n}") }, "data": { "x": payload } }),
-            )?;
-            Api::namespaced(client, NAMESPACE).create(&PostParams::default(), &object).await?;
+            // A scheduler that nobody is: the pods are stored, listed and watched, and never run.
+            let object: Pod = serde_json::from_value(json!({
+                "metadata": { "name": format!("b{n}"), "annotations": { "payload": payload } },
+                "spec": { "schedulerName": "nobody", "containers": [{ "name": "c", "image": "none" }] },
+            }))?;
+            Api::<Pod>::namespaced(client, NAMESPACE).create(&PostParams::default(), &object).await?;
             Ok(())
         }
     })
@@ -112,21 +128,21 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     phase("gets", &clients, args.objects * 2, processes, |client, n| {
         let name = format!("b{}", n % args.objects);
         async move {
-            let request = http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{name}"))
-                .body(Vec::new())?;
+            let request =
+                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}")).body(Vec::new())?;
             client.request_text(request).await?;
             Ok(())
         }
     })
     .await?;
     phase(
-        &format!("lists of {}", args.objects),
+        &format!("lists of {} pods", args.objects),
         &clients[..clients.len().min(4)],
         40,
         processes,
         |client, _| async move {
             let request =
-                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/configmaps")).body(Vec::new())?;
+                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/pods")).body(Vec::new())?;
             client.request_text(request).await?;
             Ok(())
         },

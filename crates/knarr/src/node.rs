@@ -30,9 +30,16 @@ fn runtime_config(settings: &Settings) -> builtin::Config {
     config
 }
 
-/// Two clusters on one machine keep their control groups apart by their device's name.
+/// Each cluster of a machine has its own: a purge of one must not meet the other's.
 fn cgroup_root(settings: &Settings) -> String {
-    if settings.device == "knarr0" { "/knarr".into() } else { format!("/knarr-{}", settings.device) }
+    if settings.data_dir == Path::new(crate::settings::DATA_DIR) {
+        return "/knarr".into();
+    }
+    let parts = settings.data_dir.components().filter_map(|c| match c {
+        std::path::Component::Normal(part) => Some(part.to_string_lossy()),
+        _ => None,
+    });
+    format!("/knarr-{}", parts.collect::<Vec<_>>().join("-"))
 }
 
 fn network_config(settings: &Settings) -> Result<RoutedConfig> {

@@ -1,7 +1,7 @@
 //! `knarr up`, `down` and `status`: from nothing to a cluster and back.
 
 use std::io::{IsTerminal, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,8 @@ use crate::{check, daemon, kubeconfig, node};
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often a step looks again. Starting is a matter of tens of milliseconds.
 const STEP_INTERVAL: Duration = Duration::from_millis(10);
-
-/// How long an answer of the cluster DNS may take before the question is sent again: what is sent before the
-/// service's address is programmed is lost.
-const DNS_TIMEOUT: Duration = Duration::from_millis(25);
+/// How long one question to the cluster DNS waits; a question sent too early is lost.
+const DNS_PATIENCE: Duration = Duration::from_millis(25);
 
 /// Options of `up`; those not given stay as they were at the first `up`.
 #[derive(Args, Debug, Default)]
@@ -202,7 +200,7 @@ fn wait_until_ready(settings: &Settings, progress: &Progress) -> Result<()> {
     })?;
     progress.step("cluster DNS answers", || {
         runtime.block_on(async {
-            wait("cluster DNS answers", async || Ok(dns_answers(settings).then_some(()))).await
+            wait("cluster DNS answers", async || Ok(dns_answers(settings).await?.then_some(()))).await
         })
     })
 }
@@ -226,24 +224,11 @@ fn is_ready(node: &Node) -> bool {
 }
 
 /// Asks the cluster DNS, through its service address, for the API server's name.
-fn dns_answers(settings: &Settings) -> bool {
-    let ask = || -> Result<bool> {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.set_read_timeout(Some(DNS_TIMEOUT))?;
-        let name = format!("kubernetes.default.svc.{}", settings.domain);
-        // A query by hand: one question, type A, recursion desired.
-        let mut query = vec![0x4b, 0x6e, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        for label in name.split('.') {
-            query.push(label.len() as u8);
-            query.extend(label.as_bytes());
-        }
-        query.extend([0, 0, 1, 0, 1]);
-        socket.send_to(&query, SocketAddr::from((settings.service_address(10)?, 53)))?;
-        let mut answer = [0; 512];
-        let (len, _) = socket.recv_from(&mut answer)?;
-        Ok(len > 12 && answer[..2] == query[..2] && answer[7] > 0)
-    };
-    ask().unwrap_or(false)
+async fn dns_answers(settings: &Settings) -> Result<bool> {
+    let server = SocketAddr::from((settings.service_address(10)?, 53));
+    let name = format!("kubernetes.default.svc.{}.", settings.domain);
+    let asked = tokio::time::timeout(DNS_PATIENCE, knarr_dns::lookup(server, &name)).await;
+    Ok(matches!(asked, Ok(Ok(addresses)) if !addresses.is_empty()))
 }
 
 fn farewell(settings: &Settings) -> Result<()> {
@@ -361,7 +346,7 @@ pub fn status(data_dir: &Path) -> Result<()> {
             pods.iter().filter(|p| p.status.as_ref().is_some_and(|s| s.phase.as_deref() == Some("Running")));
         println!("  pods         {} of {} running", running.count(), pods.items.len());
         if !settings.server_only {
-            let answers = dns_answers(&settings);
+            let answers = dns_answers(&settings).await?;
             println!("{} cluster DNS  {}", if answers { "✔" } else { "✘" }, settings.service_address(10)?);
         }
         Ok(())

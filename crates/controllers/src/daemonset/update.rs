@@ -1,14 +1,14 @@
 //! Rolling update: replaces pods of old templates node by node, within `maxUnavailable` (old first out) or
 //! `maxSurge` (new first in). `OnDelete` leaves it to the user.
 
-use super::history::History;
-use super::{DaemonSets, PodsByNode, min_ready_seconds, placement};
+use super::{DaemonSets, PodsByNode, is_current, min_ready_seconds, placement};
+use crate::history::History;
 use crate::pods;
 use crate::util::scaled;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use knarr_client::{ObjectKey, Requeue, Result};
+use knarr_client::{Requeue, Result};
 use std::sync::Arc;
 
 fn is_rolling(set: &DaemonSet) -> bool {
@@ -46,7 +46,6 @@ struct OnNode {
 impl DaemonSets {
     pub(super) async fn update(
         &self,
-        key: &ObjectKey,
         set: &DaemonSet,
         by_node: &PodsByNode,
         history: &History,
@@ -60,7 +59,7 @@ impl DaemonSets {
             0 => (Vec::new(), replace(&nodes, max_unavailable(set, desired))),
             surge => replace_with_surge(&nodes, surge, max_unavailable(set, desired)),
         };
-        self.carry_out(key, set, history, create, delete).await?;
+        self.carry_out(set, history, create, delete).await?;
         Ok(Requeue::Done)
     }
 
@@ -75,7 +74,7 @@ impl DaemonSets {
             .map(|node| {
                 let name = node.metadata.name.clone().unwrap_or_default();
                 let active = by_node.get(&name).into_iter().flatten().filter(|pod| pods::is_active(pod));
-                let (new, old): (Vec<_>, Vec<_>) = active.cloned().partition(|pod| history.is_current(pod));
+                let (new, old): (Vec<_>, Vec<_>) = active.cloned().partition(|pod| is_current(history, pod));
                 let (old, new) = (old.into_iter().next(), new.into_iter().next());
                 OnNode { old_available: available(&old), new_available: available(&new), name, old, new }
             })

@@ -198,7 +198,7 @@ impl Jobs {
 
     /// Takes the finalizer off pods that name this key's job but belong to another of that name, or to none.
     pub(super) async fn untrack_strangers(&self, key: &ObjectKey, job: Option<&Job>) -> Result<()> {
-        let mut strangers = self.pods.by_index(super::TRACKED, &key.to_string());
+        let mut strangers = self.family.pods.by_index(super::TRACKED, &key.to_string());
         let uid = job.map(|job| pods::uid(&job.metadata)).unwrap_or_default();
         strangers.retain(|pod| !knarr_client::owner::is_controlled_by(&pod.metadata, uid));
         self.untrack_all(&strangers).await
