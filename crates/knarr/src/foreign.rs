@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use knarr_kubelet::names;
 use knarr_network::RoutedConfig;
-use knarr_network::cni::{self, CONFLIST, PLUGIN_TYPE};
+use knarr_network::cni::{self, CONFLIST, LOOPBACK_TYPE, PLUGIN_TYPE};
 use knarr_runtime::cri::v1;
 use knarr_runtime::image::{build, pause};
 use knarr_runtime::{RemoteRuntime, Runtime};
@@ -38,7 +38,7 @@ pub struct Foreign {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Installed {
-    plugin: PathBuf,
+    plugins: Vec<PathBuf>,
     network: PathBuf,
 }
 
@@ -121,48 +121,67 @@ fn record(settings: &Settings) -> PathBuf {
     settings.data_dir.join("cni.json")
 }
 
-/// Puts plug-in and configuration where the runtime looks.
+/// Puts plug-ins and configuration where the runtime looks.
 fn install(settings: &Settings, plugins: &Path, networks: &Path, network: &RoutedConfig) -> Result<()> {
-    let installed = Installed { plugin: plugins.join(PLUGIN_TYPE), network: networks.join(CONFLIST) };
-    check_owner(&installed, network)?;
+    let own = plugins.join(PLUGIN_TYPE);
+    let loopback = plugins.join(LOOPBACK_TYPE);
+    let config = networks.join(CONFLIST);
+    check_owner(&own, &config, network)?;
     check_order(networks)?;
+    let mut installed = Installed { plugins: vec![own], network: config };
+    // Whoever else's loopback plug-in is there does as well.
+    if std::fs::symlink_metadata(&loopback).map_or(true, |data| is_ours(&loopback, &data)) {
+        installed.plugins.push(loopback);
+    }
     // Written down before it is there, so that a purge finds it.
     std::fs::write(record(settings), serde_json::to_vec(&installed)?)
         .with_context(|| format!("write {}", record(settings).display()))?;
     let way_out = |dir: &Path| {
-        format!("{} must be writable, or set another directory in the container runtime's configuration", dir.display())
+        format!(
+            "{} must be writable, or set another directory in the container runtime's configuration",
+            dir.display()
+        )
     };
     let program = std::env::current_exe().context("find this program")?;
-    let link = || -> std::io::Result<()> {
-        std::fs::create_dir_all(plugins)?;
-        if std::fs::read_link(&installed.plugin).is_ok_and(|target| target == program) {
-            return Ok(());
-        }
-        let fresh = plugins.join(".knarr.new");
-        match std::fs::remove_file(&fresh) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        std::os::unix::fs::symlink(&program, &fresh)?;
-        std::fs::rename(&fresh, &installed.plugin)
-    };
-    link().with_context(|| format!("install the network plug-in {}; {}", installed.plugin.display(), way_out(plugins)))?;
+    for path in &installed.plugins {
+        let linked = std::fs::create_dir_all(plugins).and_then(|()| link(&program, path));
+        linked.with_context(|| format!("install the network plug-in {}; {}", path.display(), way_out(plugins)))?;
+    }
     cni::write_conflist(networks, network).with_context(|| way_out(networks))?;
     Ok(())
 }
 
-/// Refuses to replace what is not ours.
-fn check_owner(installed: &Installed, network: &RoutedConfig) -> Result<()> {
-    if std::fs::symlink_metadata(&installed.plugin).is_ok_and(|data| !data.is_symlink()) {
-        bail!("{} is not a link that knarr made; move it away", installed.plugin.display());
+/// A link to a program of our name, wherever that lay when the link was made.
+fn is_ours(path: &Path, data: &std::fs::Metadata) -> bool {
+    let target = std::fs::read_link(path).unwrap_or_default();
+    data.is_symlink() && target.file_name().is_some_and(|name| name.to_string_lossy().starts_with("knarr"))
+}
+
+fn link(program: &Path, path: &Path) -> std::io::Result<()> {
+    if std::fs::read_link(path).is_ok_and(|target| target == program) {
+        return Ok(());
     }
-    let Ok(text) = std::fs::read(&installed.network) else { return Ok(()) };
+    let fresh = path.with_extension("new");
+    match std::fs::remove_file(&fresh) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    std::os::unix::fs::symlink(program, &fresh)?;
+    std::fs::rename(&fresh, path)
+}
+
+/// Refuses to replace what is not ours.
+fn check_owner(plugin: &Path, config: &Path, network: &RoutedConfig) -> Result<()> {
+    if std::fs::symlink_metadata(plugin).is_ok_and(|data| !data.is_symlink()) {
+        bail!("{} is not a link that knarr made; move it away", plugin.display());
+    }
+    let Ok(text) = std::fs::read(config) else { return Ok(()) };
     let found: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let dir = found.pointer("/plugins/0/stateDir").and_then(|dir| dir.as_str()).unwrap_or_default();
     if Path::new(dir) != network.state_dir {
         bail!(
             "{} belongs to another cluster ({dir}); end that one with `knarr down --purge`, or remove the file",
-            installed.network.display()
+            config.display()
         );
     }
     Ok(())
@@ -222,7 +241,7 @@ async fn pods(runtime: &RemoteRuntime) -> Result<Vec<v1::PodSandbox>> {
 /// Takes plug-in and configuration out of the runtime's directories.
 pub fn uninstall(settings: &Settings) -> Result<()> {
     let Some(installed) = installed(settings)? else { return Ok(()) };
-    for path in [&installed.network, &installed.plugin] {
+    for path in installed.plugins.iter().chain([&installed.network]) {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("remove {}", path.display()));
@@ -274,7 +293,8 @@ mod tests {
         assert!(install(&network).unwrap_err().to_string().contains("00-first.conflist would be used before"));
         std::fs::remove_file(networks.join("00-first.conflist")).unwrap();
         uninstall(&settings).unwrap();
-        assert!(!plugins.join("knarr").exists() && !networks.join(CONFLIST).exists());
+        assert!(!networks.join(CONFLIST).exists());
+        assert_eq!(std::fs::read_dir(&plugins).unwrap().count(), 0);
         std::fs::write(plugins.join("knarr"), "a program of somebody").unwrap();
         assert!(install(&network).unwrap_err().to_string().contains("move it away"));
     }

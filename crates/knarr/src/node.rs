@@ -328,11 +328,11 @@ pub fn stop_containers(settings: &Settings) -> Result<()> {
 
 /// Removes everything of ours from the machine.
 pub fn purge(settings: &Settings) -> Result<()> {
-    if let Some(endpoint) = &settings.container_runtime_endpoint {
-        // First, while the network plug-in is there to detach them.
-        block_on(foreign::remove_pods(endpoint))?;
-        foreign::uninstall(settings)?;
-    }
+    // First, while the network plug-in is there to detach them. A runtime that is not there keeps nobody from
+    // removing the rest.
+    let foreign = settings.container_runtime_endpoint.as_deref().map_or(Ok(()), |endpoint| {
+        block_on(foreign::remove_pods(endpoint)).and_then(|()| foreign::uninstall(settings))
+    });
     builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
@@ -341,7 +341,8 @@ pub fn purge(settings: &Settings) -> Result<()> {
             .context("purge the pod network")
     })?;
     unmount_below(&settings.data_dir)?;
-    remove_pod_logs(settings)
+    remove_pod_logs(settings)?;
+    foreign
 }
 
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
