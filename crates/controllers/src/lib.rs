@@ -17,6 +17,7 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod cluster_role_aggregation;
 mod daemonset;
 mod deployment;
 mod endpoints;
@@ -31,6 +32,7 @@ mod root_ca;
 mod service;
 mod service_account;
 mod statefulset;
+mod volume_protection;
 
 #[cfg(test)]
 mod harness;
