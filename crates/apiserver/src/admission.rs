@@ -6,7 +6,7 @@ use knarr_api::object::Object;
 use knarr_api::status::{Result, Status};
 use serde_json::{Value, json};
 
-use crate::registry::{Context, Place, Registry, generate_name};
+use crate::registry::{Context, Endpoint, Place, Registry, generate_name};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Operation {
@@ -19,6 +19,8 @@ pub enum Operation {
 pub struct Attributes<'a> {
     pub registry: &'a Registry,
     pub operation: Operation,
+    /// Which face of the object is written.
+    pub endpoint: Endpoint,
     pub place: Place<'a>,
     pub old: Option<&'a Value>,
     pub context: &'a Context,
@@ -30,37 +32,48 @@ type Validate = fn(&Attributes, &Value) -> Result<()>;
 /// In this order, as upstream runs them.
 const MUTATING: &[(&str, Mutate)] = &[
     ("NamespaceLifecycle", |a, _| namespace_lifecycle(a)),
+    ("LimitRanger", crate::limit_range::apply_defaults),
     ("ServiceAccount", service_account),
+    ("TaintNodesByCondition", taint_new_nodes),
     ("Priority", priority),
     ("DefaultTolerationSeconds", default_toleration_seconds),
-    ("TaintNodesByCondition", taint_new_nodes),
+    ("DefaultStorageClass", crate::classes::default_storage_class),
     ("StorageObjectInUseProtection", protect_storage),
+    ("RuntimeClass", crate::classes::runtime_class),
+    ("DefaultIngressClass", crate::classes::default_ingress_class),
     ("CertificateSigningRequestIdentity", request_identity),
 ];
 
-const VALIDATING: &[(&str, Validate)] = &[("NamespaceLifecycle", |a, _| protect_namespaces(a))];
+const VALIDATING: &[(&str, Validate)] = &[
+    ("NamespaceLifecycle", |a, _| protect_namespaces(a)),
+    ("LimitRanger", crate::limit_range::check),
+    ("NodeRestriction", crate::node::restrict),
+    ("PodSecurity", crate::pod_security::check),
+    ("CertificateApprovalSigningSubjectRestriction", crate::signing::check),
+    ("RBACEscalation", crate::escalation::check),
+];
 
 pub fn mutate(
     registry: &Registry,
-    operation: Operation,
+    (operation, endpoint): (Operation, Endpoint),
     place: Place,
     object: &mut Value,
     old: Option<&Value>,
     context: &Context,
 ) -> Result<()> {
-    let attributes = Attributes { registry, operation, place, old, context };
+    let attributes = Attributes { registry, operation, endpoint, place, old, context };
     MUTATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
 }
 
 pub fn validate(
     registry: &Registry,
-    operation: Operation,
+    (operation, endpoint): (Operation, Endpoint),
     place: Place,
     object: &Value,
     old: Option<&Value>,
     context: &Context,
 ) -> Result<()> {
-    let attributes = Attributes { registry, operation, place, old, context };
+    let attributes = Attributes { registry, operation, endpoint, place, old, context };
     VALIDATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
 }
 

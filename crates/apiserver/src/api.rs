@@ -135,108 +135,96 @@ impl Api {
         }
     }
 
-    /// `Impersonate-User` and `-Group`, for those who may.
+    /// `Impersonate-User`, `-Group`, `-Uid` and `-Extra-*`, for those who may: each is asked for on its own.
     fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User> {
-        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
-        let Some(name) = text("impersonate-user") else { return Ok(user) };
-        let mut groups: Vec<String> = headers
-            .get_all("impersonate-group")
-            .iter()
-            .filter_map(|v| v.to_str().ok().map(str::to_owned))
-            .collect();
-        let may = |resource, name: &str| {
-            let action = Action {
-                verb: "impersonate",
-                group: "",
-                resource,
-                subresource: "",
-                namespace: "",
-                name,
-                path: None,
-            };
-            self.rbac.allows(&user, &action)
-        };
-        if !may("users", name) || groups.iter().any(|g| !may("groups", g)) {
-            let text = format!(
-                "users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
-                user.name
-            );
-            return Err(Status::new(403, "Forbidden", text));
+        const EXTRA: &str = "impersonate-extra-";
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let mut wanted = User { name: text("impersonate-user").to_owned(), ..User::default() };
+        let values = headers.get_all("impersonate-group").iter();
+        wanted.groups = values.filter_map(|v| v.to_str().ok().map(str::to_owned)).collect();
+        wanted.uid = text("impersonate-uid").to_owned();
+        for (name, value) in headers {
+            let Some(key) = name.as_str().strip_prefix(EXTRA) else { continue };
+            let (key, value) = (percent_decode(key), value.to_str().unwrap_or_default().to_owned());
+            match wanted.extra.iter_mut().find(|(k, _)| *k == key) {
+                Some((_, values)) => values.push(value),
+                None => wanted.extra.push((key, vec![value])),
+            }
         }
-        if let Some(rest) = name.strip_prefix("system:serviceaccount:")
-            && let Some((namespace, account)) = rest.split_once(':')
-            && groups.is_empty()
+        if wanted.name.is_empty() {
+            if wanted == User::default() {
+                return Ok(user);
+            }
+            return Err(Status::internal("requested impersonation without impersonating a user"));
+        }
+        self.may_impersonate(&user, &wanted)?;
+        if let Some((namespace, account)) = account_of(&wanted.name)
+            && wanted.groups.is_empty()
         {
-            return Ok(User::service_account(namespace, account, ""));
+            wanted.groups = User::service_account(namespace, account, "").groups;
         }
-        groups.push(crate::identity::AUTHENTICATED.to_owned());
-        Ok(User { name: name.to_owned(), groups, ..User::default() })
+        let known = [crate::identity::AUTHENTICATED, crate::identity::UNAUTHENTICATED];
+        if !wanted.groups.iter().any(|g| known.contains(&g.as_str())) {
+            let anonymous = wanted.name == User::anonymous().name;
+            wanted.groups.push(known[usize::from(anonymous)].to_owned());
+        }
+        Ok(wanted)
+    }
+
+    fn may_impersonate(&self, user: &User, wanted: &User) -> Result<()> {
+        const AUTHENTICATION: &str = "authentication.k8s.io";
+        let ask = |group, resource, subresource: &str, namespace: &str, name: &str| {
+            let action =
+                Action { verb: "impersonate", group, resource, subresource, namespace, name, path: None };
+            if self.rbac.allows(user, &action) { Ok(()) } else { Err(action.forbidden(user)) }
+        };
+        match account_of(&wanted.name) {
+            Some((namespace, account)) => ask("", "serviceaccounts", "", namespace, account)?,
+            None => ask("", "users", "", "", &wanted.name)?,
+        }
+        for group in &wanted.groups {
+            ask("", "groups", "", "", group)?;
+        }
+        if !wanted.uid.is_empty() {
+            ask(AUTHENTICATION, "uids", "", "", &wanted.uid)?;
+        }
+        for (key, values) in &wanted.extra {
+            for value in values {
+                ask(AUTHENTICATION, "userextras", key, "", value)?;
+            }
+        }
+        Ok(())
     }
 
     fn authorize(&self, user: &User, info: &RequestInfo) -> Result<()> {
-        let (action, target) = match &info.target {
-            None => {
-                let verb = if info.verb.is_empty() { "get" } else { info.verb };
-                let action = Action {
-                    verb,
-                    group: "",
-                    resource: "",
-                    subresource: "",
-                    namespace: "",
-                    name: "",
-                    path: Some(&info.path),
-                };
-                (action, None)
-            }
-            Some(t) => {
-                let action = Action {
-                    verb: info.verb,
-                    group: &t.group,
-                    resource: &t.resource,
-                    subresource: &t.subresource,
-                    namespace: &t.namespace,
-                    name: &t.name,
-                    path: None,
-                };
-                (action, Some(t))
-            }
+        let verb = if info.verb.is_empty() { "get" } else { info.verb };
+        let empty =
+            Action { verb, group: "", resource: "", subresource: "", namespace: "", name: "", path: None };
+        let selected = self.selected_name(info);
+        let action = match &info.target {
+            None => Action { path: Some(&info.path), ..empty },
+            Some(t) => Action {
+                verb: info.verb,
+                group: &t.group,
+                resource: &t.resource,
+                subresource: &t.subresource,
+                namespace: &t.namespace,
+                name: if t.name.is_empty() { &selected } else { &t.name },
+                path: None,
+            },
         };
         if self.rbac.allows(user, &action) {
             return Ok(());
         }
-        let Some(t) = target else {
-            let text = format!("forbidden: User {:?} cannot {} path {:?}", user.name, info.verb, info.path);
-            let mut status = Status::new(403, "Forbidden", text);
-            status.details = Some(json!({}));
-            return Err(status);
-        };
-        let resource = if t.subresource.is_empty() {
-            t.resource.clone()
-        } else {
-            format!("{}/{}", t.resource, t.subresource)
-        };
-        let whereabouts = if t.namespace.is_empty() || t.resource == "namespaces" {
-            "at the cluster scope".to_owned()
-        } else {
-            format!("in the namespace {:?}", t.namespace)
-        };
-        let qualified =
-            if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
-        let subject = if t.name.is_empty() { qualified } else { format!("{qualified} {:?}", t.name) };
-        let text = format!(
-            "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
-            user.name, info.verb, t.group
-        );
-        let mut status = Status::new(403, "Forbidden", text);
-        let mut details = json!({ "kind": t.resource });
-        if !t.name.is_empty() {
-            details["name"] = json!(t.name);
-        }
-        if !t.group.is_empty() {
-            details["group"] = json!(t.group);
-        }
-        status.details = Some(details);
-        Err(status)
+        let action = Action { name: info.target.as_ref().map_or("", |t| &t.name), ..action };
+        Err(action.forbidden(user))
+    }
+
+    /// Lists and watches of one name are allowed to who may see that object alone.
+    fn selected_name(&self, info: &RequestInfo) -> String {
+        let one = matches!(info.verb, "list" | "watch" | "deletecollection");
+        let fields = info.query.field_selector().ok().filter(|_| one);
+        fields.and_then(|f| f.exact("metadata.name").map(str::to_owned)).unwrap_or_default()
     }
 
     // ---- paths that are no resource ----
@@ -329,6 +317,7 @@ impl Api {
             (_, Ok(form)) => form,
         };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
+        context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;
         context.validation = info.query.field_validation()?;
         let call = Call { info, target, kind, headers: parts.headers, form, context };
@@ -401,8 +390,8 @@ impl Api {
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("get", "approval") => self.get(call),
-            ("update", "approval") => self.update(call, Endpoint::Status, &body).await,
-            ("patch", "approval") => self.patch(call, Endpoint::Status, &body).await,
+            ("update", "approval") => self.update(call, Endpoint::Other("approval"), &body).await,
+            ("patch", "approval") => self.patch(call, Endpoint::Other("approval"), &body).await,
             (_, _) => {
                 let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
                 Err(Status::method_not_allowed(call.kind, verb))
@@ -727,6 +716,16 @@ fn key_set(tokens: &Tokens) -> Answer {
     let mut answer = respond::answer(200, "application/jwk-set+json", body);
     answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
     answer
+}
+
+/// Namespace and name of the service account a user name stands for.
+fn account_of(user: &str) -> Option<(&str, &str)> {
+    user.strip_prefix("system:serviceaccount:")?.split_once(':')
+}
+
+/// Extra keys may hold bytes that header names may not.
+fn percent_decode(text: &str) -> String {
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {

@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
 use crate::identity::User;
+use crate::quota::{self, Quotas};
+use crate::rbac::Rbac;
 use crate::request::{FieldValidation, Query};
 use crate::services::{Allocator, Reservation};
 
@@ -39,6 +41,8 @@ pub struct Context {
     pub validation: FieldValidation,
     /// Sent back as `Warning` headers.
     pub warnings: Mutex<Vec<String>>,
+    /// Judges what the user may grant to others; `None` for the server's own writes.
+    pub rbac: Option<Rbac>,
 }
 
 impl Context {
@@ -49,6 +53,7 @@ impl Context {
             dry_run: false,
             validation: FieldValidation::Warn,
             warnings: Mutex::default(),
+            rbac: None,
         }
     }
 
@@ -186,6 +191,7 @@ pub struct Registry {
     pub store: Arc<dyn Store>,
     pub schema: &'static Schema,
     pub services: Allocator,
+    pub quotas: Quotas,
     /// The time of day; a test or the simulation may pass its own.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -268,14 +274,14 @@ impl Registry {
         (rules.create)(&mut object);
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
-        admission::mutate(self, Operation::Create, place, &mut object, None, context)?;
+        admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, rules, &object, &mut errors);
         (rules.validate)(&object, &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
         }
-        admission::validate(self, Operation::Create, place, &object, None, context)?;
+        admission::validate(self, (Operation::Create, Endpoint::Main), place, &object, None, context)?;
         (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
         let reservation = self.services.reserve(self, kind, &mut object, None)?;
         Ok((object, reservation))
@@ -288,6 +294,9 @@ impl Registry {
         reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
+        let namespace = object.namespace().to_owned();
+        let place = Place { kind, namespace: &namespace, name: object.name() };
+        let pass = quota::judge(self, place, &object, None).await?;
         if context.dry_run {
             return Ok(Outcome::Shown(object));
         }
@@ -303,6 +312,7 @@ impl Registry {
             other => write_failed(&other),
         })?;
         reservation.keep();
+        quota::settle(self, &namespace, pass).await;
         Ok(Outcome::Stored(committed.entry))
     }
 
@@ -467,10 +477,14 @@ impl Registry {
                 keep_all_but_status(&mut new, &old);
                 (rules.update_status)(&mut new, &old);
             }
+            Endpoint::Other("approval") => {
+                keep_all_but_status(&mut new, &old);
+                knarr_api::kinds::core::keep(&mut new, &old, "status.certificate");
+            }
             Endpoint::Other(_) => {}
         }
         defaults::apply(self.schema, kind.type_id, &mut new);
-        admission::mutate(self, Operation::Update, place, &mut new, Some(&old), context)?;
+        admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, rules, &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
@@ -481,7 +495,7 @@ impl Registry {
         if !errors.is_empty() {
             return Err(Status::invalid(kind, place.name, &errors));
         }
-        admission::validate(self, Operation::Update, place, &new, Some(&old), context)?;
+        admission::validate(self, (Operation::Update, endpoint), place, &new, Some(&old), context)?;
         if endpoint == Endpoint::Main {
             (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
         }
@@ -496,6 +510,10 @@ impl Registry {
         if same_but_for_times(&new, &old) {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
+        let pass = match endpoint {
+            Endpoint::Main => Some(quota::judge(self, place, &new, Some(&old)).await?),
+            _ => None,
+        };
         if context.dry_run {
             return Ok(Attempt::Done(Outcome::Shown(new)));
         }
@@ -514,6 +532,14 @@ impl Registry {
         match written {
             Ok(committed) => {
                 reservation.keep();
+                match pass {
+                    Some(pass) => quota::settle(self, place.namespace, pass).await,
+                    // A pod that ends frees what it used.
+                    None if quota::usage(kind, &new) != quota::usage(kind, &old) => {
+                        quota::released(self, place.namespace).await;
+                    }
+                    None => {}
+                }
                 Ok(Attempt::Done(Outcome::Stored(committed.entry)))
             }
             Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
@@ -631,7 +657,7 @@ impl Registry {
             let entry = self.get(place)?;
             let old = encode::decode(&entry);
             check_preconditions(place, &old, options)?;
-            admission::validate(self, Operation::Delete, place, &old, Some(&old), context)?;
+            admission::validate(self, (Operation::Delete, Endpoint::Main), place, &old, Some(&old), context)?;
             let Some(new) = self.mark_deleted(place.kind, &old, options) else {
                 return Ok((Outcome::Stored(entry), false));
             };
@@ -652,7 +678,12 @@ impl Registry {
                 self.store.commit(write).await
             };
             match written {
-                Ok(committed) => return Ok((Outcome::Stored(committed.entry), gone)),
+                Ok(committed) => {
+                    if gone {
+                        quota::released(self, place.namespace).await;
+                    }
+                    return Ok((Outcome::Stored(committed.entry), gone));
+                }
                 Err(WriteError::Changed(_)) => {}
                 Err(WriteError::NotFound) => return Err(place.not_found()),
                 Err(other) => return Err(write_failed(&other)),

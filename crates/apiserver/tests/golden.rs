@@ -6,58 +6,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
 use http::Request;
 use http_body_util::BodyExt;
 use knarr_api::object::Object;
 use knarr_api::schema::Schema;
 use knarr_apiserver::api::{Api, Peer};
-use knarr_apiserver::authn::Tokens;
-use knarr_apiserver::bootstrap;
 use knarr_apiserver::identity::User;
-use knarr_apiserver::proxy::Dialer;
-use knarr_apiserver::rbac::Rbac;
-use knarr_apiserver::registry::{Context, Registry};
 use knarr_apiserver::respond::full;
-use knarr_apiserver::services::Allocator;
-use knarr_store::engine::Memory;
-use knarr_store::{Embedded, Options, Store};
 use regex::Regex;
 use serde_json::{Value, json};
 
-async fn server() -> Api {
-    let store: Arc<dyn Store> =
-        Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
-    let registry = Arc::new(Registry {
-        store: store.clone(),
-        schema: Schema::builtin(),
-        services: Allocator::load(store.as_ref(), "10.96.0.0/16".parse().expect("a range"), 30_000..=32_767),
-        clock: Arc::new(jiff::Timestamp::now),
-    });
-    bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
-    let key = rcgen::KeyPair::generate().expect("a key");
-    let tokens =
-        Tokens::new("https://issuer", key.serialize_pem().as_bytes(), key.public_key_raw()).expect("tokens");
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let client = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
-    // The recording server ran without service account admission; this account changes no pod.
-    let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
-    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
-    let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
-    registry.create(kind, "default", account, &context).await.expect("creates");
-    Api {
-        rbac: Rbac::new(store),
-        registry,
-        tokens: Arc::new(tokens),
-        dialer: Dialer::new(Arc::new(client)),
-        address: "192.0.2.2:6443".into(),
-    }
-}
+mod common;
+use common::server;
 
 fn recordings(file: &str) -> Option<Vec<Value>> {
     let here = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?);

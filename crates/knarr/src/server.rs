@@ -56,6 +56,7 @@ impl Server {
             store: store.clone(),
             schema: Schema::builtin(),
             services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            quotas: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);

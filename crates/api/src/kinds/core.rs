@@ -28,7 +28,8 @@ pub const CONFIG_MAP: Rules = Rules {
             }
         }
         if total > DATA_BYTES_MAX {
-            errors.push(field::Error::too_long("", DATA_BYTES_MAX));
+            // Upstream's root path prints so.
+            errors.push(field::Error::too_long("[]", DATA_BYTES_MAX));
         }
     },
     validate_update: validate_immutable_data,

@@ -309,8 +309,14 @@ pub const CERTIFICATE_SIGNING_REQUEST: Rules = Rules {
     name: names::path_segment,
     generation: false,
     create: |object| object.set_at("status", json!({})),
-    update: |new, old| keep(new, old, "spec"),
-    update_status: |new, old| keep(new, old, "spec"),
+    update: |new, old| {
+        keep(new, old, "spec");
+        keep(new, old, "status");
+    },
+    update_status: |new, old| {
+        keep(new, old, "spec");
+        keep_verdicts(new, old);
+    },
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
         let request = spec.str_at("request");
@@ -344,6 +350,17 @@ pub const CERTIFICATE_SIGNING_REQUEST: Rules = Rules {
     selectable: &["spec.signerName"],
     ..Rules::DEFAULT
 };
+
+/// Approved and Denied are written through `approval` alone.
+fn keep_verdicts(new: &mut Value, old: &Value) {
+    let verdict = |c: &&Value| matches!(c.str_at("type"), "Approved" | "Denied");
+    let kept = old.list_at("status.conditions").iter().filter(verdict);
+    let others = new.list_at("status.conditions").iter().filter(|c| !verdict(c));
+    let conditions: Vec<Value> = kept.chain(others).cloned().collect();
+    if conditions != new.list_at("status.conditions") {
+        new.set_at("status.conditions", conditions);
+    }
+}
 
 fn check_request(encoded: &str) -> Result<(), &'static str> {
     let wrong = "PEM block type must be CERTIFICATE REQUEST";
