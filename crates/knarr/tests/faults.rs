@@ -37,7 +37,10 @@ const FAULTS: &[Fault] = &[
             r#""reason":"InvalidImageName""#,
             r#"Failed to apply default image tag \"Upper/Case\": couldn't parse image name \"Upper/Case\": invalid reference format: repository name must be lowercase"#,
         ],
-        events: &["Warning InspectFailed Failed to apply default image tag", "Warning Failed Error: InvalidImageName"],
+        events: &[
+            "Warning InspectFailed Failed to apply default image tag",
+            "Warning Failed Error: InvalidImageName",
+        ],
     },
     Fault {
         name: "never-pulled",
@@ -70,7 +73,9 @@ const FAULTS: &[Fault] = &[
         name: "no-volume",
         spec: "{containers: [{name: c, image: busybox, imagePullPolicy: IfNotPresent}], volumes: [{name: v, configMap: {name: nope}}]}",
         status: &[r#""reason":"ContainerCreating""#, r#""phase":"Pending""#],
-        events: &[r#"Warning FailedMount MountVolume.SetUp failed for volume "v" : configmap "nope" not found"#],
+        events: &[
+            r#"Warning FailedMount MountVolume.SetUp failed for volume "v" : configmap "nope" not found"#,
+        ],
     },
     Fault {
         name: "no-directory",
@@ -84,13 +89,23 @@ const FAULTS: &[Fault] = &[
         name: "root",
         spec: "{securityContext: {runAsNonRoot: true}, containers: [{name: c, image: busybox, imagePullPolicy: IfNotPresent}]}",
         status: &[r#""reason":"CreateContainerConfigError""#],
-        events: &["Warning Failed Error: container has runAsNonRoot and image will run as root (pod: \"root_default("],
+        events: &[
+            "Warning Failed Error: container has runAsNonRoot and image will run as root (pod: \"root_default(",
+        ],
     },
     Fault {
         name: "no-program",
         spec: "{containers: [{name: c, image: busybox, imagePullPolicy: IfNotPresent, command: [/no/such/program]}]}",
-        status: &[r#""reason":"StartError""#, r#""exitCode":128"#, "/no/such/program", r#""reason":"CrashLoopBackOff""#],
-        events: &["Warning Failed Error: ", "Warning BackOff Back-off restarting failed container c in pod no-program_default("],
+        status: &[
+            r#""reason":"StartError""#,
+            r#""exitCode":128"#,
+            "/no/such/program",
+            r#""reason":"CrashLoopBackOff""#,
+        ],
+        events: &[
+            "Warning Failed Error: ",
+            "Warning BackOff Back-off restarting failed container c in pod no-program_default(",
+        ],
     },
     Fault {
         name: "no-program-never",

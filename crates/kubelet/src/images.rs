@@ -217,7 +217,8 @@ fn default_policy(image: &str) -> &'static str {
 
 /// `nginx` means `nginx:latest`. Fails for what is no image name.
 pub fn with_tag(image: &str) -> Result<String, String> {
-    let refused = |why: &str| Err(format!("couldn't parse image name {image:?}: invalid reference format{why}"));
+    let refused =
+        |why: &str| Err(format!("couldn't parse image name {image:?}: invalid reference format{why}"));
     let valid = |c: char| c.is_ascii_alphanumeric() || "._-/:@".contains(c);
     let name = image.split(['@']).next().unwrap_or_default();
     let path = name.rsplit_once('/').map_or(name, |(_, last)| last);
