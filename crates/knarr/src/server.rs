@@ -46,10 +46,8 @@ impl Server {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
             .await
             .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
-        let (certificates, store) = tokio::try_join!(
-            on_thread(settings, Certificates::open),
-            on_thread(settings, open_store)
-        )?;
+        let (certificates, store) =
+            tokio::try_join!(on_thread(settings, Certificates::open), on_thread(settings, open_store))?;
         tracing::debug!("certificates and store are there");
         expire(&store, tasks, shutdown);
         let registry = Arc::new(Registry {

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// The default data directory.
@@ -81,6 +81,12 @@ impl Settings {
                 serde_json::from_slice(&bytes).map(Some).with_context(|| format!("read {}", path.display()))
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error)
+                if error.kind() == std::io::ErrorKind::PermissionDenied
+                    && !nix::unistd::geteuid().is_root() =>
+            {
+                bail!("needed: root privileges; run it with sudo")
+            }
             Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
         }
     }
