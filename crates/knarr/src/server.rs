@@ -71,6 +71,7 @@ impl Server {
             tokens: Arc::new(tokens),
             dialer: Dialer::new(authority.client_config(&kubelet_client)?),
             address: advertised.to_string(),
+            old_versions: settings.legacy_api,
         });
         let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
         let tls = authority.server_config(&serving, Clients::Optional, &["h2", "http/1.1"])?;
