@@ -69,6 +69,7 @@ impl Server {
             tokens: Arc::new(tokens),
             dialer: Dialer::new(dialing),
             address: advertised.to_string(),
+            old_versions: settings.legacy_api,
         });
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {

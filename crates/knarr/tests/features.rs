@@ -117,7 +117,10 @@ const FEATURES: &[Feature] = &[
         name: "gate",
         spec: "{readinessGates: [{conditionType: example.com/ok}], containers: [{name: c, BUSYBOX, command: [sleep, '9999']}]}",
         log: &[],
-        status: &[r#""reason":"ReadinessGatesNotReady""#, r#"corresponding condition of pod readiness gate \"example.com/ok\" does not exist."#],
+        status: &[
+            r#""reason":"ReadinessGatesNotReady""#,
+            r#"corresponding condition of pod readiness gate \"example.com/ok\" does not exist."#,
+        ],
     },
     Feature {
         name: "hooks",
@@ -144,7 +147,9 @@ fn pods_get_what_they_ask_for() {
     let pod = |feature: &Feature| {
         let spec = feature.spec.replace("BUSYBOX", BUSYBOX).replace("PLACE", &place);
         let name = feature.name;
-        format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\nspec: {spec}\n")
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\nspec: {spec}\n"
+        )
     };
     c.apply(&FEATURES.iter().map(pod).collect::<String>());
     for feature in FEATURES {
@@ -154,7 +159,9 @@ fn pods_get_what_they_ask_for() {
         }
         for part in feature.status {
             let what = format!("the status of {} has {part}", feature.name);
-            c.wait_for(&what, &["get", "pod", feature.name, "-o", "jsonpath={.status}"], |o| o.contains(part));
+            c.wait_for(&what, &["get", "pod", feature.name, "-o", "jsonpath={.status}"], |o| {
+                o.contains(part)
+            });
         }
     }
     a_gate_opens(&c);
@@ -181,8 +188,16 @@ fn a_port_of_the_node_leads_to_the_pod(c: &Cluster) {
 
 fn a_container_is_added_to_look_around(c: &Cluster) {
     c.kubectl(&[
-        "debug", "gate", "--container=look", "--image=busybox", "--image-pull-policy=IfNotPresent",
-        "--target=c", "--", "sh", "-c", "ps; sleep 9999",
+        "debug",
+        "gate",
+        "--container=look",
+        "--image=busybox",
+        "--image-pull-policy=IfNotPresent",
+        "--target=c",
+        "--",
+        "sh",
+        "-c",
+        "ps; sleep 9999",
     ]);
     c.wait_for("the added container sees its target's processes", &["logs", "gate", "-c", "look"], |o| {
         o.contains("sleep 9999")
@@ -196,7 +211,19 @@ fn files_are_copied_and_output_is_attached(c: &Cluster) {
     c.kubectl(&["cp", "gate:/tmp/there", &to, "-c", "c"]);
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "carried");
     let mut child = c
-        .kubectl_command(&["run", "typed", "--rm", "-i", "--image=busybox", "--image-pull-policy=IfNotPresent", "--restart=Never", "--", "sh", "-c", "read line; echo got $line"])
+        .kubectl_command(&[
+            "run",
+            "typed",
+            "--rm",
+            "-i",
+            "--image=busybox",
+            "--image-pull-policy=IfNotPresent",
+            "--restart=Never",
+            "--",
+            "sh",
+            "-c",
+            "read line; echo got $line",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -71,6 +71,7 @@ pub async fn server() -> Api {
         tokens: Arc::new(tokens),
         dialer: Dialer::new(Arc::new(client)),
         address: "192.0.2.2:6443".into(),
+        old_versions: true,
     }
 }
 
