@@ -12,6 +12,7 @@ use crate::fieldset::{FieldSet, Step};
 use crate::object::Object;
 use crate::schema::{Field, ListType, Schema, Shape, TypeId};
 use crate::status::{Result, Status};
+use crate::versions;
 
 /// How many distinct `Update` managers an object keeps; the oldest beyond become `ancient-changes`.
 pub const UPDATE_MANAGERS_MAX: usize = 10;
@@ -73,7 +74,8 @@ impl Managers {
                 api_version: item.str_at("apiVersion").to_owned(),
                 subresource: item.str_at("subresource").to_owned(),
             };
-            let set = item.get("fieldsV1").map(FieldSet::from_value).unwrap_or_default();
+            let mut set = item.get("fieldsV1").map(FieldSet::from_value).unwrap_or_default();
+            versions::set_to_hub(Schema::builtin(), &manager.api_version, object, &mut set);
             entries.insert(manager, Owned { set, time: item.str_at("time").to_owned() });
         }
         Managers { entries }
@@ -87,13 +89,15 @@ impl Managers {
         let items: Vec<Value> = list
             .into_iter()
             .map(|(manager, owned)| {
+                let mut set = owned.set.clone();
+                versions::set_from_hub(Schema::builtin(), &manager.api_version, object, &mut set);
                 let mut item = json!({
                     "manager": manager.name,
                     "operation": if manager.applies { "Apply" } else { "Update" },
                     "apiVersion": manager.api_version,
                     "time": owned.time,
                     "fieldsType": "FieldsV1",
-                    "fieldsV1": owned.set.to_value(),
+                    "fieldsV1": set.to_value(),
                 });
                 if !manager.subresource.is_empty() {
                     item["subresource"] = json!(manager.subresource);

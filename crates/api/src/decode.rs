@@ -476,7 +476,7 @@ fn is_dropped(field: &Field, value: &Value) -> bool {
 }
 
 /// What Go has for a null inside a list or map.
-fn zero(shape: &Shape) -> Value {
+pub(crate) fn zero(shape: &Shape) -> Value {
     match shape {
         Shape::Bool => false.into(),
         Shape::Int32 | Shape::Int64 | Shape::Double | Shape::IntOrString => 0.into(),

@@ -1,6 +1,7 @@
 //! One request from start to end: who asks, what for, may they, then the registry, then the answer.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -17,12 +18,13 @@ use serde_json::{Value, json};
 
 use crate::authn::{self, Tokens};
 use crate::identity::User;
+use crate::metrics::{self, metrics};
 use crate::proxy::Dialer;
 use crate::rbac::{Action, Rbac};
 use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry, Selection};
 use crate::request::{Query, RequestInfo, Target};
-use crate::respond::{self, Answer, Body, Encoding, Form, Shape};
-use crate::{discovery, openapi, reviews, subresources, watch};
+use crate::respond::{self, Answer, Body, Form, Shape};
+use crate::{compress, discovery, health, openapi, reviews, subresources, watch, wire};
 
 /// Larger bodies are refused with 413; upstream's limit.
 pub const BODY_BYTES_MAX: usize = 3 << 20;
@@ -75,11 +77,36 @@ impl Api {
     /// Answers a request; never fails, an error is an answer too.
     pub async fn handle(&self, request: Request<Body>, peer: &Peer) -> Answer {
         let info = RequestInfo::parse(request.method(), request.uri());
-        let form = Form::negotiate(request.headers(), &info.query);
+        let packed = compress::is_wanted(request.headers());
+        let apply = media_type(request.headers()).starts_with("application/apply-patch");
+        let started = Instant::now();
+        let in_flight = metrics().begin(&info);
+        let answer = self.answer(request, &info, peer).await;
+        drop(in_flight);
+        let answer = self.count(&info, apply, started, answer);
+        if packed { compress::answer(answer) } else { answer }
+    }
+
+    async fn answer(&self, request: Request<Body>, info: &RequestInfo, peer: &Peer) -> Answer {
+        let form = Form::negotiate(request.headers(), &info.query, info.verb == "watch");
         let fallback = form.clone().unwrap_or(Form::JSON);
         let fallback = Form { shape: Shape::Whole, ..fallback };
-        let result = self.admit(request, &info, form, peer).await;
+        let result = self.admit(request, info, form, peer).await;
         result.unwrap_or_else(|status| respond::refuse(&status, &fallback))
+    }
+
+    /// Counts the request, if it was about a resource there is.
+    fn count(&self, info: &RequestInfo, apply: bool, started: Instant, answer: Answer) -> Answer {
+        let Some(target) = &info.target else { return answer };
+        let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
+        let known = kind.is_some_and(|k| target.subresource.is_empty() || k.has_sub(&target.subresource));
+        if !known {
+            return answer;
+        }
+        let labels = metrics::labels(info, target, apply);
+        let long = metrics::is_long_running(info);
+        metrics().finish(&labels, answer.status().as_u16(), (!long).then(|| started.elapsed()));
+        if long && info.verb == "watch" { metrics().hold_open(&labels, answer) } else { answer }
     }
 
     async fn admit(
@@ -209,12 +236,16 @@ impl Api {
         let aggregated = aggregated_version(accept);
         let value = match (&segments[..], aggregated) {
             (["healthz" | "livez" | "readyz", check @ ..], _) => {
-                return Ok(self.health(segments[0], check, &info.query));
+                return Ok(health::answer(segments[0], check, &info.query));
             }
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
-            (["api"], Some(version)) => return Ok(aggregated_answer(schema, true, version)),
-            (["apis"], Some(version)) => return Ok(aggregated_answer(schema, false, version)),
+            (["api"], Some(version)) => {
+                return Ok(aggregated_answer(schema, true, version, request.headers()));
+            }
+            (["apis"], Some(version)) => {
+                return Ok(aggregated_answer(schema, false, version, request.headers()));
+            }
             (["api"], None) => discovery::core_versions(&self.address),
             (["apis"], None) => discovery::group_list(schema),
             (["apis", group], _) => discovery::group(schema, group).ok_or_else(Status::no_such_resource)?,
@@ -224,70 +255,36 @@ impl Api {
             (["apis", group, version], _) => {
                 discovery::resource_list(schema, group, version).ok_or_else(Status::no_such_resource)?
             }
-            (["openapi", "v2"], _) => openapi::v2_document(schema),
-            (["openapi", "v3"], _) => openapi::v3_index(schema, crate::VERSION),
-            (["openapi", "v3", "api", version], _) => {
-                openapi::v3_document(schema, "", version).ok_or_else(Status::no_such_resource)?
-            }
-            (["openapi", "v3", "apis", group, version], _) => {
-                openapi::v3_document(schema, group, version).ok_or_else(Status::no_such_resource)?
+            (["openapi", "v2"], _) => return Ok(openapi::serve::v2(schema, request.headers())),
+            (["openapi", "v3"], _) => openapi::v3_index(schema),
+            (["openapi", "v3", rest @ ..], _) => {
+                return openapi::serve::v3(schema, &rest.join("/"), request.headers(), &info.query);
             }
             ([".well-known", "openid-configuration"], _) => json!({
                 "issuer": self.tokens.issuer(),
-                "jwks_uri": format!("{}/openid/v1/jwks", self.tokens.issuer()),
+                "jwks_uri": format!("https://{}/openid/v1/jwks", self.address),
                 "response_types_supported": ["id_token"],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["ES256"],
             }),
-            (["openid", "v1", "jwks"], _) => self.tokens.key_set(),
+            (["openid", "v1", "jwks"], _) => return Ok(key_set(&self.tokens)),
             ([], _) => {
                 json!({ "paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] })
             }
             _ => return Err(Status::no_such_resource()),
         };
         let form = Form { shape: Shape::Whole, ..form.unwrap_or(Form::JSON) };
-        Ok(respond::json(200, &value, &form))
+        Ok(respond::value(200, &value, &form))
     }
 
-    /// Health in upstream's words: plain `ok`, or a list with `?verbose`.
-    fn health(&self, endpoint: &str, check: &[&str], query: &Query) -> Answer {
-        const CHECKS: [&str; 3] = ["ping", "log", "store"];
-        if let [name] = check {
-            return if CHECKS.contains(name) {
-                respond::text(200, "ok")
-            } else {
-                respond::text(404, "404 page not found\n")
-            };
-        }
-        if query.get("verbose").is_none() {
-            return respond::text(200, "ok");
-        }
-        let excluded = query.all("exclude");
-        let mut lines: String = CHECKS
-            .iter()
-            .map(|c| {
-                if excluded.iter().any(|e| e == c) {
-                    format!("[+]{c} excluded: ok\n")
-                } else {
-                    format!("[+]{c} ok\n")
-                }
-            })
-            .collect();
-        lines.push_str(&format!("{endpoint} check passed\n"));
-        respond::text(200, lines)
-    }
-
-    /// Counts of stored objects, under upstream's name.
+    /// What requests did, and counts of stored objects, under upstream's names.
     fn metrics(&self) -> String {
-        let mut text = String::from(
-            "# HELP apiserver_storage_objects Number of stored objects at the time of last check, by kind.\n# TYPE apiserver_storage_objects gauge\n",
-        );
+        let mut text = metrics().print();
+        let name = "apiserver_storage_objects";
+        metrics::heading(&mut text, name, "gauge", "Stored objects by kind.");
         for kind in self.registry.schema.kinds().iter().filter(|k| !k.create_only) {
             let count = self.registry.store.count(&crate::registry::partition(kind));
-            text.push_str(&format!(
-                "apiserver_storage_objects{{resource=\"{}\"}} {count}\n",
-                kind.resource()
-            ));
+            metrics::line(&mut text, name, &format!("resource=\"{}\"", kind.resource()), count);
         }
         text
     }
@@ -409,7 +406,7 @@ impl Api {
     /// A made-up object: never the stored form.
     fn show(&self, call: &Call, code: u16, value: &Value) -> Result<Answer> {
         let form = Form { shape: Shape::Whole, ..call.form.clone() };
-        Ok(respond::json(code, value, &form))
+        Ok(respond::value(code, value, &form))
     }
 
     fn outcome(&self, call: &Call, code: u16, outcome: &Outcome) -> Answer {
@@ -498,9 +495,6 @@ impl Api {
     }
 
     fn watch(&self, call: &Call) -> Result<Answer> {
-        if call.form.encoding == Encoding::Yaml {
-            return Err(Status::not_acceptable("application/json;stream=watch"));
-        }
         let request = watch::Request {
             namespace: call.namespace().to_owned(),
             selection: self.selection(call)?,
@@ -687,13 +681,13 @@ impl Api {
                 let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
-            PROTOBUF => {
+            wire::MEDIA_TYPE => {
                 let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
                     .map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
     }
 
@@ -701,10 +695,9 @@ impl Api {
     fn tree(&self, headers: &HeaderMap, body: &Bytes) -> Result<Value> {
         match media_type(headers) {
             "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
-            PROTOBUF => {
+            wire::MEDIA_TYPE => {
                 let (version, kind, _) = protobuf::envelope(body).map_err(|e| Status::bad_request(e.0))?;
-                let id = self.registry.schema.type_named(&qualified_type(&version, &kind));
-                let id = id.ok_or_else(|| {
+                let id = wire::type_of(&version, &kind).ok_or_else(|| {
                     Status::bad_request(format!("no kind {kind:?} is registered for version {version:?}"))
                 })?;
                 protobuf::decode(self.registry.schema, id, body).map_err(|e| Status::bad_request(e.0))
@@ -712,7 +705,7 @@ impl Api {
             "application/json" | "" => serde_json::from_slice(body).map_err(|e| {
                 Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
             }),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
     }
 }
@@ -743,17 +736,12 @@ fn percent_decode(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
-
-/// The schema's name of a type: `policy.v1.Eviction`. Options are of the meta group whatever they claim.
-fn qualified_type(api_version: &str, kind: &str) -> String {
-    if kind.ends_with("Options") {
-        return format!("meta.v1.{kind}");
-    }
-    match api_version.split_once('/') {
-        Some((group, version)) => format!("{}.{version}.{kind}", group.split('.').next().unwrap_or_default()),
-        None => format!("core.{api_version}.{kind}"),
-    }
+/// The keys that verify service account tokens; others may keep them an hour, as upstream says.
+fn key_set(tokens: &Tokens) -> Answer {
+    let body = respond::full(tokens.key_set().to_string());
+    let mut answer = respond::answer(200, "application/jwk-set+json", body);
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+    answer
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {
@@ -791,15 +779,19 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-fn aggregated_answer(schema: &knarr_api::schema::Schema, core: bool, version: &'static str) -> Answer {
-    let value = discovery::aggregated(schema, core, version);
+fn aggregated_answer(
+    schema: &knarr_api::schema::Schema,
+    core: bool,
+    version: &'static str,
+    headers: &HeaderMap,
+) -> Answer {
+    let document = discovery::aggregated(schema, core, version).to_string();
     let content_type = match version {
         "v2beta1" => "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList",
         _ => "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
     };
-    let mut answer = respond::answer(200, content_type, respond::full(value.to_string()));
-    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
-    answer
+    let etag = openapi::digest(document.as_bytes());
+    openapi::serve::with_etag(headers, &etag, content_type, || document.into())
 }
 
 fn version() -> Value {

@@ -33,8 +33,14 @@ fn subresource(
     }
 }
 
-fn verbs(kind: &Kind) -> Vec<&'static str> {
-    if kind.create_only { vec!["create"] } else { VERBS.to_vec() }
+/// What can be done with objects of the kind.
+pub fn verbs(kind: &Kind) -> Vec<&'static str> {
+    match kind.resource().as_str() {
+        _ if kind.create_only => vec!["create"],
+        "componentstatuses" => vec!["get", "list"],
+        "namespaces" => VERBS.into_iter().filter(|v| *v != "deletecollection").collect(),
+        _ => VERBS.to_vec(),
+    }
 }
 
 /// Groups with their versions, preferred first.

@@ -28,11 +28,16 @@ pub mod services;
 pub mod signing;
 pub mod subresources;
 
+pub mod compress;
 pub mod discovery;
 pub mod openapi;
 pub mod proxy;
 pub mod respond;
 pub mod watch;
+pub mod wire;
+
+pub mod health;
+pub mod metrics;
 
 pub mod bootstrap;
 

@@ -18,8 +18,10 @@ mod pods;
 mod util;
 
 mod cluster_role_aggregation;
+mod cronjob;
 mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 mod endpointslice;
 mod garbage_collector;

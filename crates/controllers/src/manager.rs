@@ -16,6 +16,8 @@ const LOOPS: &[(&str, Start)] = &[
     ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
+    ("cronjob", crate::cronjob::start),
+    ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),

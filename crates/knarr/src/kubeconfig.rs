@@ -13,7 +13,7 @@ use knarr_api::object::Object;
 use serde_json::{Value, json};
 
 use crate::pki::Leaf;
-use crate::settings::{Settings, write_private};
+use crate::settings::{Settings, write_private, write_unflushed};
 
 /// Writes the administrator's kubeconfig into the data directory.
 pub fn write_admin(settings: &Settings, authority: &str, leaf: &Leaf) -> Result<()> {
@@ -32,7 +32,8 @@ pub fn write_admin(settings: &Settings, authority: &str, leaf: &Leaf) -> Result<
         "contexts": [{ "name": name, "context": { "cluster": name, "user": format!("{name}-admin") } }],
         "current-context": name,
     });
-    write_private(&settings.admin_kubeconfig(), serde_yaml_ng::to_string(&config)?.as_bytes())
+    // Not flushed: it is written at every start.
+    write_unflushed(&settings.admin_kubeconfig(), serde_yaml_ng::to_string(&config)?.as_bytes())
 }
 
 fn encode(text: &str) -> String {

@@ -120,6 +120,15 @@ impl Settings {
 
 /// Writes a file that only its owner may read, all or nothing.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, true)
+}
+
+/// The same for what can be made anew: it may be damaged after a power failure.
+pub fn write_unflushed(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, false)
+}
+
+fn write(path: &Path, bytes: &[u8], flush: bool) -> Result<()> {
     let temporary = path.with_extension("new");
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -129,7 +138,9 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&temporary)
         .with_context(|| format!("write {}", temporary.display()))?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if flush {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, path).with_context(|| format!("write {}", path.display()))
 }
 

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::cron::{self, Schedule};
 use crate::field;
 use crate::kinds::pod;
 use crate::object::Object;
@@ -99,6 +100,26 @@ fn job_spec(path: &str, spec: &Value, errors: &mut Errors) {
     }
 }
 
+fn schedule(spec: &Value, errors: &mut Vec<field::Error>) {
+    let (schedule, zone) = (spec.str_at("schedule"), spec.str_at("timeZone"));
+    if schedule.is_empty() {
+        errors.push(field::Error::required("spec.schedule", ""));
+    } else if schedule.contains("TZ") {
+        let detail = "cannot use TZ or CRON_TZ in schedule, use timeZone field instead";
+        errors.push(field::Error::invalid("spec.schedule", schedule, detail));
+    } else if let Err(why) = Schedule::parse(schedule, None) {
+        errors.push(field::Error::invalid("spec.schedule", schedule, why));
+    }
+    if spec.at("timeZone").is_some_and(|zone| !zone.is_null()) && !cron::is_time_zone(zone) {
+        let detail = if zone.is_empty() {
+            "timeZone must be nil or non-empty string".to_owned()
+        } else {
+            format!("unknown time zone {zone}")
+        };
+        errors.push(field::Error::invalid("spec.timeZone", zone, detail));
+    }
+}
+
 pub const CRON_JOB: Rules = Rules {
     create: |object| object.set_at("status", json!({})),
     validate: |object, errors| {
@@ -108,9 +129,7 @@ pub const CRON_JOB: Rules = Rules {
             errors.push(field::Error::invalid("metadata.name", object.name(), detail));
         }
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        if spec.str_at("schedule").is_empty() {
-            errors.push(field::Error::required("spec.schedule", ""));
-        }
+        schedule(spec, errors);
         one_of("spec", spec, "concurrencyPolicy", &["Allow", "Forbid", "Replace"], errors);
         for name in ["startingDeadlineSeconds", "successfulJobsHistoryLimit", "failedJobsHistoryLimit"] {
             non_negative("spec", spec, name, errors);

@@ -1,8 +1,10 @@
-//! An API server in memory, and requests to it.
+//! An API server in memory, and requests to it as a client would send them.
+#![allow(dead_code, reason = "not every test file uses everything here")]
 
 use std::sync::Arc;
 
-use http::Request;
+use bytes::Bytes;
+use http::{HeaderMap, Request};
 use http_body_util::BodyExt;
 use knarr_api::schema::Schema;
 use knarr_apiserver::api::{Api, Peer};
@@ -17,6 +19,26 @@ use knarr_apiserver::services::Allocator;
 use knarr_store::engine::Memory;
 use knarr_store::{Embedded, Options, Store};
 use serde_json::{Value, json};
+
+pub struct Reply {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Reply {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("no json: {:?}", self.body))
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+    }
+
+    pub fn warnings(&self) -> Vec<String> {
+        self.headers.get_all("warning").iter().map(|v| v.to_str().expect("text").to_owned()).collect()
+    }
+}
 
 pub async fn server() -> Api {
     let store: Arc<dyn Store> =
@@ -38,9 +60,8 @@ pub async fn server() -> Api {
         .expect("versions")
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
-    // The recording server ran without service account admission; this account changes no pod.
     let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
-    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
+    let context = Context::new(User::new("admin", &["system:masters"]), "test");
     let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
     registry.create(kind, "default", account, &context).await.expect("creates");
     Api {
@@ -52,17 +73,43 @@ pub async fn server() -> Api {
     }
 }
 
+/// Sends a request as an administrator; the headers are `name: value` pairs.
+pub async fn send(
+    api: &Api,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Bytes>,
+) -> Reply {
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(full(body.into())).expect("a request");
+    let peer = Peer::InProcess(User::new("admin", &["system:masters"]));
+    let answer = api.handle(request, &peer).await;
+    let (parts, body) = answer.into_parts();
+    let body = body.collect().await.expect("a body").to_bytes();
+    Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+}
+
+pub async fn get(api: &Api, path: &str) -> Reply {
+    send(api, "GET", path, &[], "").await
+}
+
+pub async fn post(api: &Api, path: &str, object: &Value) -> Reply {
+    send(api, "POST", path, &[("content-type", "application/json")], object.to_string()).await
+}
+
 /// One answer: status and body.
 pub type Answer = (u16, Value);
 
 /// A client with an identity.
-#[allow(dead_code)]
 pub struct Client<'a> {
     pub api: &'a Api,
     pub peer: Peer,
 }
 
-#[allow(dead_code)]
 impl<'a> Client<'a> {
     pub fn admin(api: &'a Api) -> Self {
         Self::named(api, "admin", &["system:masters"])
