@@ -230,8 +230,13 @@ async fn eviction_asks_the_disruption_budgets() {
     wanted["metadata"]["labels"] = json!({ "app": "web" });
     wanted["spec"]["nodeName"] = json!("n");
     admin.create(PODS, &wanted).await;
-    admin.patch(&format!("{PODS}/web/status"), &json!({ "status": { "phase": "Running",
-        "conditions": [{ "type": "Ready", "status": "True" }] } })).await;
+    admin
+        .patch(
+            &format!("{PODS}/web/status"),
+            &json!({ "status": { "phase": "Running",
+        "conditions": [{ "type": "Ready", "status": "True" }] } }),
+        )
+        .await;
     let budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets";
     let budget = json!({ "metadata": { "name": "b" }, "spec": { "minAvailable": 1, "selector": { "matchLabels": { "app": "web" } } } });
     admin.create(budgets, &budget).await;
