@@ -122,7 +122,7 @@ pub struct Merge {
 }
 
 /// One resource: where it is served and under which names.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Kind {
     pub group: String,
     pub version: String,

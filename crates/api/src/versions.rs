@@ -20,7 +20,7 @@ use crate::object::Object;
 use crate::schema::{Kind, Schema};
 
 /// How a version differs from the stored one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Version {
     pub hub_group: String,
     pub hub_version: String,
@@ -33,14 +33,14 @@ pub struct Version {
 }
 
 /// When upstream deprecated and removed a version, and what took its place.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Lifecycle {
     pub since: String,
     pub gone: String,
     pub successor: String,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Move {
     /// In this version.
     here: Path,
@@ -56,7 +56,7 @@ enum Only {
     Texts,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct VersionDefault {
     path: Path,
     value: Value,

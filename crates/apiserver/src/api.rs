@@ -13,11 +13,12 @@ use knarr_api::field;
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
-use knarr_api::{decode, protobuf};
+use knarr_api::{decode, protobuf, versions};
 use knarr_store::{Range, ReadError};
 use serde_json::{Value, json};
 
 use crate::authn::{self, Tokens};
+use crate::discovery::Catalog;
 use crate::identity::User;
 use crate::metrics::{self, metrics};
 use crate::proxy::Dialer;
@@ -38,6 +39,8 @@ pub struct Api {
     pub dialer: Dialer,
     /// `host:port` that clients reach the server at.
     pub address: String,
+    /// Serve the versions that upstream has removed, as older manifests and books use them.
+    pub old_versions: bool,
 }
 
 /// Who is at the other end of the connection.
@@ -53,7 +56,10 @@ pub enum Peer {
 struct Call<'a> {
     info: &'a RequestInfo,
     target: &'a Target,
+    /// The kind in the version that is stored.
     kind: &'static Kind,
+    /// The kind in the version that is asked for.
+    served: &'static Kind,
     headers: HeaderMap,
     form: Form,
     context: Context,
@@ -99,7 +105,7 @@ impl Api {
     /// Counts the request, if it was about a resource there is.
     fn count(&self, info: &RequestInfo, apply: bool, started: Instant, answer: Answer) -> Answer {
         let Some(target) = &info.target else { return answer };
-        let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
+        let kind = self.catalog().resource(&target.group, &target.version, &target.resource);
         let known = kind.is_some_and(|k| target.subresource.is_empty() || k.has_sub(&target.subresource));
         if !known {
             return answer;
@@ -228,10 +234,15 @@ impl Api {
         fields.and_then(|f| f.exact("metadata.name").map(str::to_owned)).unwrap_or_default()
     }
 
+    /// Everything that is served.
+    fn catalog(&self) -> Catalog {
+        Catalog { schema: self.registry.schema, old: self.old_versions }
+    }
+
     // ---- paths that are no resource ----
 
     fn path(&self, request: Request<Body>, info: &RequestInfo, form: Result<Form>) -> Result<Answer> {
-        let schema = self.registry.schema;
+        let catalog = self.catalog();
         let accept = request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let segments: Vec<&str> = info.path.split('/').filter(|s| !s.is_empty()).collect();
         let aggregated = aggregated_version(accept);
@@ -242,24 +253,24 @@ impl Api {
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
             (["api"], Some(version)) => {
-                return Ok(aggregated_answer(schema, true, version, request.headers()));
+                return Ok(aggregated_answer(catalog, true, version, request.headers()));
             }
             (["apis"], Some(version)) => {
-                return Ok(aggregated_answer(schema, false, version, request.headers()));
+                return Ok(aggregated_answer(catalog, false, version, request.headers()));
             }
             (["api"], None) => discovery::core_versions(&self.address),
-            (["apis"], None) => discovery::group_list(schema),
-            (["apis", group], _) => discovery::group(schema, group).ok_or_else(Status::no_such_resource)?,
+            (["apis"], None) => discovery::group_list(catalog),
+            (["apis", group], _) => discovery::group(catalog, group).ok_or_else(Status::no_such_resource)?,
             (["api", version], _) => {
-                discovery::resource_list(schema, "", version).ok_or_else(Status::no_such_resource)?
+                discovery::resource_list(catalog, "", version).ok_or_else(Status::no_such_resource)?
             }
             (["apis", group, version], _) => {
-                discovery::resource_list(schema, group, version).ok_or_else(Status::no_such_resource)?
+                discovery::resource_list(catalog, group, version).ok_or_else(Status::no_such_resource)?
             }
-            (["openapi", "v2"], _) => return Ok(openapi::serve::v2(schema, request.headers())),
-            (["openapi", "v3"], _) => openapi::v3_index(schema),
+            (["openapi", "v2"], _) => return Ok(openapi::serve::v2(catalog, request.headers())),
+            (["openapi", "v3"], _) => openapi::v3_index(catalog),
             (["openapi", "v3", rest @ ..], _) => {
-                return openapi::serve::v3(schema, &rest.join("/"), request.headers(), &info.query);
+                return openapi::serve::v3(catalog, &rest.join("/"), request.headers(), &info.query);
             }
             ([".well-known", "openid-configuration"], _) => json!({
                 "issuer": self.tokens.issuer(),
@@ -300,9 +311,10 @@ impl Api {
         form: Result<Form>,
         user: User,
     ) -> Result<Answer> {
-        let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
-        let kind = kind.ok_or_else(Status::no_such_resource)?;
-        if !target.subresource.is_empty() && !kind.has_sub(&target.subresource) {
+        let served = self.catalog().resource(&target.group, &target.version, &target.resource);
+        let served = served.ok_or_else(Status::no_such_resource)?;
+        let kind = self.registry.schema.hub(served);
+        if !target.subresource.is_empty() && !served.has_sub(&target.subresource) {
             return Err(Status::no_such_resource());
         }
         match target.subresource.as_str() {
@@ -313,15 +325,15 @@ impl Api {
             _ => {}
         }
         let (parts, body) = request.into_parts();
-        let form = match (info.verb, form) {
-            ("watch", Err(status)) | (_, Err(status)) => return Err(status),
-            (_, Ok(form)) => form,
-        };
+        let converted = served.conversion.is_some().then_some(served);
+        let form = Form { version: converted, ..form? };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
         context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;
         context.validation = info.query.field_validation()?;
-        let call = Call { info, target, kind, headers: parts.headers, form, context };
+        context.served = converted;
+        versions::warning(served).into_iter().for_each(|text| context.warn(text));
+        let call = Call { info, target, kind, served, headers: parts.headers, form, context };
         let body = match info.verb {
             "get" | "list" | "watch" => Bytes::new(),
             _ => read_body(body).await?,
@@ -329,7 +341,10 @@ impl Api {
         let answer = self.dispatch(&call, &parts.method, body).await;
         let warnings = std::mem::take(&mut *call.context.warnings.lock());
         let fallback = Form { shape: Shape::Whole, ..call.form.clone() };
-        let mut answer = answer.unwrap_or_else(|status| respond::refuse(&status, &fallback));
+        let mut answer = answer.unwrap_or_else(|mut status| {
+            in_words_of(&mut status, call.kind, call.served);
+            respond::refuse(&status, &fallback)
+        });
         for text in warnings {
             let value = format!("299 - {:?}", text.replace('\n', " "));
             if let Ok(value) = HeaderValue::from_str(&value) {
@@ -584,9 +599,9 @@ impl Api {
                         "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
                         object.namespace(),
                         object.name(),
-                        call.kind.group,
-                        call.kind.version,
-                        call.kind.kind,
+                        call.served.group,
+                        call.served.version,
+                        call.served.kind,
                     );
                     // Upstream gives this error no reason.
                     Status::new(500, "", text)
@@ -594,7 +609,7 @@ impl Api {
                 if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
-                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                let unknown = self.registry.unknown_fields(call.served, &tree);
                 if let Some(field) = unknown.first() {
                     return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
                 }
@@ -647,8 +662,8 @@ impl Api {
             let object = outcome.value();
             let mut details =
                 json!({ "name": call.target.name, "kind": call.kind.plural, "uid": object.uid() });
-            if !call.kind.group.is_empty() {
-                details["group"] = json!(call.kind.group);
+            if !call.served.group.is_empty() {
+                details["group"] = json!(call.served.group);
             }
             let value = json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details });
             return self.show(call, 200, &value);
@@ -690,7 +705,7 @@ impl Api {
                 self.registry.decode(call.kind, tree, &call.context)
             }
             wire::MEDIA_TYPE => {
-                let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
+                let tree = protobuf::decode(self.registry.schema, call.served.type_id, body)
                     .map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
@@ -718,6 +733,14 @@ impl Api {
     }
 }
 
+/// The keys that verify service account tokens; others may keep them an hour, as upstream says.
+fn key_set(tokens: &Tokens) -> Answer {
+    let body = respond::full(tokens.key_set().to_string());
+    let mut answer = respond::answer(200, "application/jwk-set+json", body);
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+    answer
+}
+
 /// Namespace and name of the service account a user name stands for.
 fn account_of(user: &str) -> Option<(&str, &str)> {
     user.strip_prefix("system:serviceaccount:")?.split_once(':')
@@ -725,31 +748,7 @@ fn account_of(user: &str) -> Option<(&str, &str)> {
 
 /// Extra keys may hold bytes that header names may not.
 fn percent_decode(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let code = bytes.get(at + 1..at + 3).and_then(|h| std::str::from_utf8(h).ok());
-        match code.and_then(|h| u8::from_str_radix(h, 16).ok()).filter(|_| bytes[at] == b'%') {
-            Some(byte) => {
-                out.push(byte);
-                at += 3;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-/// The keys that verify service account tokens; others may keep them an hour, as upstream says.
-fn key_set(tokens: &Tokens) -> Answer {
-    let body = respond::full(tokens.key_set().to_string());
-    let mut answer = respond::answer(200, "application/jwk-set+json", body);
-    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
-    answer
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {
@@ -787,13 +786,37 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-fn aggregated_answer(
-    schema: &knarr_api::schema::Schema,
-    core: bool,
-    version: &'static str,
-    headers: &HeaderMap,
-) -> Answer {
-    let document = discovery::aggregated(schema, core, version).to_string();
+/// An error about the kind, naming it as the request did.
+fn in_words_of(status: &mut Status, kind: &Kind, served: &Kind) {
+    // Upstream's strategies know one group for all versions and name that one; its decoder names no group.
+    if kind.group == served.group || matches!(status.reason, "Invalid" | "BadRequest") {
+        return;
+    }
+    let qualified = |kind: &Kind| match kind.group.as_str() {
+        "" => kind.kind.clone(),
+        group => format!("{}.{group}", kind.kind),
+    };
+    for (ours, theirs) in [(kind.resource(), served.resource()), (qualified(kind), qualified(served))] {
+        if let Some(rest) = status.message.strip_prefix(&format!("{ours} ")) {
+            status.message = format!("{theirs} {rest}");
+        }
+        let named = format!("Operation cannot be fulfilled on {ours} ");
+        if let Some(rest) = status.message.strip_prefix(&named) {
+            status.message = format!("Operation cannot be fulfilled on {theirs} {rest}");
+        }
+    }
+    if let Some(details) = &mut status.details
+        && details.str_at("group") == kind.group
+    {
+        match served.group.as_str() {
+            "" => drop(details.remove_at("group")),
+            group => details["group"] = json!(group),
+        }
+    }
+}
+
+fn aggregated_answer(catalog: Catalog, core: bool, version: &'static str, headers: &HeaderMap) -> Answer {
+    let document = discovery::aggregated(catalog, core, version).to_string();
     let content_type = match version {
         "v2beta1" => "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList",
         _ => "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",

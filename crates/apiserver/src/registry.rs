@@ -4,6 +4,7 @@
 //! admission. A write is: decode → rules → defaults → admission → validation → ownership → commit. Nothing
 //! is stored before everything has passed, and every change names the revision it was made from.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
 use knarr_api::status::{Result, Status};
-use knarr_api::{decode, defaults, patch, time};
+use knarr_api::{decode, defaults, patch, time, versions};
 use knarr_store::{Change, Entry, Expect, Range, ReadError, Store, Write, WriteError};
 use parking_lot::Mutex;
 use rand::Rng;
@@ -43,6 +44,8 @@ pub struct Context {
     pub warnings: Mutex<Vec<String>>,
     /// Judges what the user may grant to others; `None` for the server's own writes.
     pub rbac: Option<Rbac>,
+    /// The version the request is in, if objects of its kind are stored in another.
+    pub served: Option<&'static Kind>,
 }
 
 impl Context {
@@ -54,7 +57,16 @@ impl Context {
             validation: FieldValidation::Warn,
             warnings: Mutex::default(),
             rbac: None,
+            served: None,
         }
+    }
+
+    /// The version in which the request speaks of this kind.
+    pub fn version_of<'k>(&self, kind: &'k Kind) -> &'k Kind
+    where
+        'static: 'k,
+    {
+        self.served.filter(|served| served.plural == kind.plural).unwrap_or(kind)
     }
 
     pub fn warn(&self, text: impl Into<String>) {
@@ -272,6 +284,7 @@ impl Registry {
             object.remove_at("status");
         }
         (rules.create)(&mut object);
+        versions::apply_defaults(context.version_of(kind), &mut object);
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
@@ -443,12 +456,18 @@ impl Registry {
         let now = self.now();
         let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
         let mut applied = None;
+        let served = context.version_of(kind);
         let mut new = match edit {
             Edit::Replace(object) => object.clone(),
-            Edit::JsonPatch(body) => self.decode_patched(kind, patch::json(&old, body)?, context)?,
-            Edit::MergePatch(body) => self.decode_patched(kind, patch::merge(&old, body)?, context)?,
+            Edit::JsonPatch(body) => {
+                self.decode_patched(kind, patch::json(&shown_in(served, &old), body)?, context)?
+            }
+            Edit::MergePatch(body) => {
+                self.decode_patched(kind, patch::merge(&shown_in(served, &old), body)?, context)?
+            }
             Edit::StrategicPatch(body) => {
-                let patched = patch::strategic(self.schema, kind.type_id, &old, body)?;
+                let shown = shown_in(served, &old);
+                let patched = patch::strategic(self.schema, served.type_id, &shown, body)?;
                 self.decode_patched(kind, patched, context)?
             }
             Edit::Apply { config, force } => {
@@ -457,7 +476,8 @@ impl Registry {
                     config.set_at("metadata.name", place.name);
                 }
                 let merged = apply::merge(self.schema, kind.type_id, &old, &config, write, *force)?;
-                let object = self.decode_patched(kind, merged.object.clone(), context)?;
+                let decoded = decode::value(self.schema, kind.type_id, merged.object.clone());
+                let object = self.finish_decode(kind, decoded, context)?;
                 applied = Some(merged);
                 object
             }
@@ -483,6 +503,7 @@ impl Registry {
             }
             Endpoint::Other(_) => {}
         }
+        versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
         let mut errors = Vec::new();
@@ -554,11 +575,15 @@ impl Registry {
         self.decode(kind, tree, context)
     }
 
-    /// Decodes a tree as the kind, judging unknown fields as the request asks.
+    /// Decodes a tree as the kind, in the version of the request, judging unknown fields as the request asks.
+    /// The result is in the stored version.
     pub fn decode(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
-        check_type(kind, &tree)?;
-        let decoded = decode::value(self.schema, kind.type_id, tree);
-        self.finish_decode(kind, decoded, context)
+        let served = context.version_of(kind);
+        check_type(served, &tree)?;
+        let decoded = decode::value(self.schema, served.type_id, tree);
+        let mut value = self.finish_decode(served, decoded, context)?;
+        versions::to_hub(self.schema, served, &mut value);
+        Ok(value)
     }
 
     /// Paths of fields the kind does not have.
@@ -572,9 +597,11 @@ impl Registry {
 
     /// Decodes JSON bytes as the kind.
     pub fn decode_json(&self, kind: &Kind, bytes: &[u8], context: &Context) -> Result<Value> {
-        let decoded = decode::json(self.schema, kind.type_id, bytes);
-        let value = self.finish_decode(kind, decoded, context)?;
-        check_type(kind, &value)?;
+        let served = context.version_of(kind);
+        let decoded = decode::json(self.schema, served.type_id, bytes);
+        let mut value = self.finish_decode(served, decoded, context)?;
+        check_type(served, &value)?;
+        versions::to_hub(self.schema, served, &mut value);
         Ok(value)
     }
 
@@ -852,9 +879,19 @@ pub struct Page {
     pub counted: bool,
 }
 
-/// Where a kind's objects are kept. Events of both groups are one kind.
+/// Where a kind's objects are kept; the kind is the stored version.
 pub fn partition(kind: &Kind) -> String {
-    if kind.kind == "Event" { "events".into() } else { kind.resource() }
+    kind.resource()
+}
+
+/// The object as the version of the request shows it.
+fn shown_in<'o>(served: &Kind, object: &'o Value) -> Cow<'o, Value> {
+    if served.conversion.is_none() {
+        return Cow::Borrowed(object);
+    }
+    let mut shown = object.clone();
+    versions::from_hub(served, &mut shown);
+    Cow::Owned(shown)
 }
 
 /// The key prefix of a namespace; everything without one.
@@ -880,7 +917,7 @@ fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) ->
     Manager {
         applies,
         name: context.manager.clone(),
-        api_version: kind.api_version(),
+        api_version: context.version_of(kind).api_version(),
         subresource: endpoint.subresource().to_owned(),
     }
 }
@@ -921,7 +958,7 @@ fn check_type(kind: &Kind, object: &Value) -> Result<()> {
         return Ok(());
     }
     let (group, bare) = version.split_once('/').unwrap_or(("", version));
-    if Schema::builtin().kind(group, bare, name).is_none() {
+    if Schema::builtin().any_kind(group, bare, name).is_none() {
         return Err(Status::bad_request(format!(
             "{name} in version {bare:?} cannot be handled as a {}: no kind {name:?} is registered for version {version:?} in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
             kind.kind

@@ -15,6 +15,7 @@ use knarr_api::columns::{Clock, Columns};
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
+use knarr_api::versions;
 use serde_json::{Value, json};
 
 use crate::{encode, wire};
@@ -37,6 +38,8 @@ pub struct Form {
     pub encoding: Encoding,
     pub shape: Shape,
     pub pretty: bool,
+    /// The version to show objects in, if they are stored in another.
+    pub version: Option<&'static Kind>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -69,7 +72,8 @@ pub enum Include {
 }
 
 impl Form {
-    pub const JSON: Form = Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false };
+    pub const JSON: Form =
+        Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false, version: None };
 
     /// Picks the form of the `Accept` header that the server has and the client likes best.
     pub fn negotiate(headers: &HeaderMap, query: &crate::request::Query, stream: bool) -> Result<Form> {
@@ -100,6 +104,14 @@ impl Form {
             Encoding::Yaml => "application/yaml",
             Encoding::Protobuf => wire::MEDIA_TYPE,
         }
+    }
+
+    /// A stored object in the version to show.
+    pub fn in_version(&self, mut object: Value) -> Value {
+        if let Some(kind) = self.version {
+            versions::from_hub(kind, &mut object);
+        }
+        object
     }
 
     /// True if stored bytes are already the answer.
@@ -168,7 +180,7 @@ impl<'h> Clause<'h> {
             Some(_) => return None,
         };
         let pretty = self.find("pretty").map_or(pretty, |p| p == "1");
-        Some(Form { encoding, shape, pretty })
+        Some(Form { encoding, shape, pretty, version: None })
     }
 }
 
@@ -251,18 +263,18 @@ pub fn object(code: u16, kind: &Kind, bytes: &Bytes, form: &Form, clock: Clock) 
         return answer(code, form.content_type(), full(bytes.clone()));
     }
     let object: Value = serde_json::from_slice(bytes).expect("answers are json");
-    value(code, &shaped(kind, object, &form.shape, clock, true), form)
+    value(code, &shaped(kind, object, form, clock, true), form)
 }
 
 /// An object as a whole, a one-row table, or its metadata.
-pub fn shaped(kind: &Kind, value: Value, shape: &Shape, clock: Clock, headings: bool) -> Value {
-    match shape {
-        Shape::Whole => value,
+pub fn shaped(kind: &Kind, value: Value, form: &Form, clock: Clock, headings: bool) -> Value {
+    match &form.shape {
+        Shape::Whole => form.in_version(value),
         Shape::Partial { version } => partial(&value, version),
         Shape::Table { version, include } => {
             let columns = Columns::of(kind);
             let revision = value.str_at("metadata.resourceVersion").to_owned();
-            let rows = vec![row(&columns, value, *include, version, clock)];
+            let rows = vec![row(&columns, value, *include, version, form, clock)];
             table(version, &columns, rows, json!({ "resourceVersion": revision }), headings)
         }
     }
@@ -276,12 +288,12 @@ pub fn partial(value: &Value, version: &str) -> Value {
     })
 }
 
-fn row(columns: &Columns, value: Value, include: Include, version: &str, clock: Clock) -> Value {
+fn row(columns: &Columns, value: Value, include: Include, version: &str, form: &Form, clock: Clock) -> Value {
     let cells = columns.cells(&value, clock);
     match include {
         Include::None => json!({ "cells": cells }),
         Include::Metadata => json!({ "cells": cells, "object": partial(&value, version) }),
-        Include::Object => json!({ "cells": cells, "object": value }),
+        Include::Object => json!({ "cells": cells, "object": form.in_version(value) }),
     }
 }
 
@@ -313,7 +325,7 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             chunks.push(Bytes::from_static(b"]}\n"));
             answer(200, form.content_type(), pieces(chunks))
         }
-        Shape::Whole if form.encoding == Encoding::Protobuf => {
+        Shape::Whole if form.encoding == Encoding::Protobuf && form.version.is_none() => {
             answer(200, form.content_type(), pieces(wire::list(kind, &metadata, items)))
         }
         shape => {
@@ -322,8 +334,10 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             let whole = match shape {
                 Shape::Table { version, include } => {
                     let columns = Columns::of(kind);
-                    let rows =
-                        items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
+                    let rows = items
+                        .iter()
+                        .map(|i| row(&columns, parse(i), *include, version, form, clock))
+                        .collect();
                     table(version, &columns, rows, metadata, true)
                 }
                 Shape::Partial { version } => json!({
@@ -334,9 +348,9 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
                 }),
                 Shape::Whole => json!({
                     "kind": format!("{}List", kind.kind),
-                    "apiVersion": kind.api_version(),
+                    "apiVersion": form.version.unwrap_or(kind).api_version(),
                     "metadata": metadata,
-                    "items": items.iter().map(parse).collect::<Vec<_>>(),
+                    "items": items.iter().map(|i| form.in_version(parse(i))).collect::<Vec<_>>(),
                 }),
             };
             value(200, &whole, form)

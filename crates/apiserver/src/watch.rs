@@ -293,7 +293,7 @@ impl Stream {
         }
         let value: Value = serde_json::from_slice(bytes).expect("stored bytes are json");
         let clock = Clock { now: (self.registry.clock)() };
-        let shown = shaped(self.kind, value, &self.form.shape, clock, self.headings);
+        let shown = shaped(self.kind, value, &self.form, clock, self.headings);
         self.headings = false;
         event(out, name, &shown, &self.form);
     }
@@ -305,7 +305,8 @@ impl Stream {
         }
         let object = match &self.form.shape {
             Shape::Whole => {
-                json!({ "kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": metadata })
+                let api_version = self.form.version.unwrap_or(self.kind).api_version();
+                json!({ "kind": self.kind.kind, "apiVersion": api_version, "metadata": metadata })
             }
             Shape::Partial { version } => {
                 json!({ "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata })

@@ -2,51 +2,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
-use common::{Client, server};
-use http::Request;
-use http_body_util::BodyExt;
+use common::{Client, Events, server};
 use knarr_api::object::Object;
 use knarr_apiserver::api::Api;
-use knarr_apiserver::respond::{Body, full};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
-/// A watch that says nothing for so long has missed something.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The events of a watch, one at a time.
-struct Events {
-    body: Body,
-    buffer: Vec<u8>,
-}
-
-impl Events {
-    async fn open(api: &Api, path: &str) -> Self {
-        let admin = Client::admin(api);
-        let request = Request::builder().uri(path).body(full(String::new())).expect("a request");
-        let answer = api.handle(request, &admin.peer).await;
-        assert_eq!(answer.status(), 200, "{path}");
-        Events { body: answer.into_body(), buffer: Vec::new() }
-    }
-
-    async fn next(&mut self) -> (String, Value) {
-        loop {
-            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                let event: Value = serde_json::from_slice(&line).expect("an event is json");
-                return (event.str_at("type").to_owned(), event["object"].clone());
-            }
-            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
-            let frame = frame.expect("another event").expect("the watch goes on").expect("a frame");
-            self.buffer.extend(frame.into_data().expect("data"));
-        }
-    }
-}
-
 fn map(name: &str, label: &str) -> Value {
     json!({ "metadata": { "name": name, "labels": { "l": label } } })
 }

@@ -46,7 +46,8 @@ impl Foreign {
     /// Connects, and makes the runtime use the pod network, which must have been started.
     pub async fn start(settings: &Settings, endpoint: &str, network: &RoutedConfig) -> Result<Foreign> {
         let runtime = connect(endpoint).await?;
-        let told = runtime.configuration().await.context("ask the container runtime for its configuration")?;
+        let told =
+            runtime.configuration().await.context("ask the container runtime for its configuration")?;
         install(
             settings,
             told.plugin_dir.as_deref().unwrap_or(Path::new(PLUGIN_DIR)),
@@ -74,7 +75,11 @@ impl Foreign {
     /// Imports an archive; returns the names of its images once CRI has them.
     pub async fn import(&self, path: &Path) -> Result<Vec<String>> {
         let mut command = tokio::process::Command::new("ctr");
-        command.arg("--address").arg(&self.socket).args(["--namespace", NAMESPACE, "images", "import"]).arg(path);
+        command
+            .arg("--address")
+            .arg(&self.socket)
+            .args(["--namespace", NAMESPACE, "images", "import"])
+            .arg(path);
         let output = command
             .stdin(std::process::Stdio::null())
             .output()
@@ -93,9 +98,8 @@ impl Foreign {
 
     async fn wait_for(&self, name: &str) -> Result<()> {
         let deadline = Instant::now() + SHOW_TIMEOUT;
-        let filter = v1::ImageFilter {
-            image: Some(v1::ImageSpec { image: name.to_owned(), ..Default::default() }),
-        };
+        let filter =
+            v1::ImageFilter { image: Some(v1::ImageSpec { image: name.to_owned(), ..Default::default() }) };
         while self.runtime.list_images(Some(filter.clone())).await?.is_empty() {
             if Instant::now() > deadline {
                 bail!("{name} was imported, but the runtime does not show it");
@@ -145,7 +149,9 @@ fn install(settings: &Settings, plugins: &Path, networks: &Path, network: &Route
     let program = std::env::current_exe().context("find this program")?;
     for path in &installed.plugins {
         let linked = std::fs::create_dir_all(plugins).and_then(|()| link(&program, path));
-        linked.with_context(|| format!("install the network plug-in {}; {}", path.display(), way_out(plugins)))?;
+        linked.with_context(|| {
+            format!("install the network plug-in {}; {}", path.display(), way_out(plugins))
+        })?;
     }
     cni::write_conflist(networks, network).with_context(|| way_out(networks))?;
     Ok(())
@@ -211,7 +217,10 @@ fn check_order(networks: &Path) -> Result<()> {
 pub async fn stop_pods(endpoint: &str) -> Result<()> {
     let runtime = connect(endpoint).await?;
     for sandbox in pods(&runtime).await? {
-        runtime.stop_pod_sandbox(&sandbox.id).await.with_context(|| format!("stop sandbox {}", sandbox.id))?;
+        runtime
+            .stop_pod_sandbox(&sandbox.id)
+            .await
+            .with_context(|| format!("stop sandbox {}", sandbox.id))?;
     }
     Ok(())
 }
@@ -290,7 +299,9 @@ mod tests {
         let other = RoutedConfig { state_dir: "/run/two".into(), ..network.clone() };
         assert!(install(&other).unwrap_err().to_string().contains("another cluster"));
         std::fs::write(networks.join("00-first.conflist"), "{}").unwrap();
-        assert!(install(&network).unwrap_err().to_string().contains("00-first.conflist would be used before"));
+        assert!(
+            install(&network).unwrap_err().to_string().contains("00-first.conflist would be used before")
+        );
         std::fs::remove_file(networks.join("00-first.conflist")).unwrap();
         uninstall(&settings).unwrap();
         assert!(!networks.join(CONFLIST).exists());

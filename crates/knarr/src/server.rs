@@ -46,10 +46,8 @@ impl Server {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
             .await
             .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
-        let (certificates, store) = tokio::try_join!(
-            on_thread(settings, Certificates::open),
-            on_thread(settings, open_store)
-        )?;
+        let (certificates, store) =
+            tokio::try_join!(on_thread(settings, Certificates::open), on_thread(settings, open_store))?;
         tracing::debug!("certificates and store are there");
         expire(&store, tasks, shutdown);
         let registry = Arc::new(Registry {
@@ -71,6 +69,7 @@ impl Server {
             tokens: Arc::new(tokens),
             dialer: Dialer::new(dialing),
             address: advertised.to_string(),
+            old_versions: settings.legacy_api,
         });
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// The default data directory.
@@ -39,10 +39,18 @@ pub struct Settings {
     pub images: Vec<PathBuf>,
     /// No node: the control plane alone.
     pub server_only: bool,
+    /// API versions that upstream has removed are served too.
+    #[serde(default = "yes")]
+    pub legacy_api: bool,
     /// Name of the context in the kubeconfig.
     pub context: String,
     /// The kubeconfig that `up` merged the context into, to take it out again.
     pub kubeconfig: Option<PathBuf>,
+}
+
+/// Clusters made before the setting was there have it on.
+fn yes() -> bool {
+    true
 }
 
 impl Default for Settings {
@@ -62,6 +70,7 @@ impl Default for Settings {
             container_runtime_endpoint: None,
             images: Vec::new(),
             server_only: false,
+            legacy_api: true,
             context: "knarr".into(),
             kubeconfig: None,
         }
@@ -81,6 +90,12 @@ impl Settings {
                 serde_json::from_slice(&bytes).map(Some).with_context(|| format!("read {}", path.display()))
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error)
+                if error.kind() == std::io::ErrorKind::PermissionDenied
+                    && !nix::unistd::geteuid().is_root() =>
+            {
+                bail!("needed: root privileges; run it with sudo")
+            }
             Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
         }
     }

@@ -55,7 +55,8 @@ state = "{state}"
             .expect("containerd starts");
         let containerd = Containerd { child, dir: at("") };
         let deadline = std::time::Instant::now() + frame::PATIENCE;
-        let answers = || output(Command::new("ctr").args(["--address", &at("sock"), "version"])).status.success();
+        let answers =
+            || output(Command::new("ctr").args(["--address", &at("sock"), "version"])).status.success();
         while !answers() {
             assert!(std::time::Instant::now() < deadline, "waited until containerd answers");
             std::thread::yield_now();
@@ -70,9 +71,15 @@ state = "{state}"
     /// What containerd still has.
     fn left(&self) -> String {
         let socket = format!("{}sock", self.dir);
-        let listed = output(
-            Command::new("ctr").args(["--address", &socket, "--namespace", "k8s.io", "containers", "list", "-q"]),
-        );
+        let listed = output(Command::new("ctr").args([
+            "--address",
+            &socket,
+            "--namespace",
+            "k8s.io",
+            "containers",
+            "list",
+            "-q",
+        ]));
         String::from_utf8_lossy(&listed.stdout).trim().to_owned()
     }
 }
@@ -127,12 +134,11 @@ fn a_cluster_runs_its_pods_in_containerd() {
     let place = Place::new("cd");
     let containerd = Containerd::start(&place);
     // Dropped after the cluster that uses it.
-    let mut c = Cluster::up(
-        place,
-        vec!["kubectl".into()],
-        &["--container-runtime-endpoint", &containerd.endpoint()],
-    );
-    c.wait_for("the node tells its runtime", &["get", "nodes", "-o", "wide"], |o| o.contains("containerd://"));
+    let mut c =
+        Cluster::up(place, vec!["kubectl".into()], &["--container-runtime-endpoint", &containerd.endpoint()]);
+    c.wait_for("the node tells its runtime", &["get", "nodes", "-o", "wide"], |o| {
+        o.contains("containerd://")
+    });
     c.apply(MANIFEST);
     c.wait_for("all containers are ready", &["get", "pod", "web"], |o| o.contains("2/2"));
     let address = c.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"]);
@@ -177,8 +183,13 @@ fn forwards_a_port(c: &Cluster) {
 
 /// `kill -9` of knarr: containers keep serving, and the next process takes them over with no restart.
 fn survives_a_kill(c: &Cluster, address: &str) {
-    let ids = ["get", "pod", "web", "-o",
-        "jsonpath={range .status.containerStatuses[*]}{.containerID} {.restartCount}{\"\\n\"}{end}"];
+    let ids = [
+        "get",
+        "pod",
+        "web",
+        "-o",
+        "jsonpath={range .status.containerStatuses[*]}{.containerID} {.restartCount}{\"\\n\"}{end}",
+    ];
     let before = c.kubectl(&ids);
     let old = c.pid().expect("knarr runs");
     frame::must(Command::new("kill").args(["-9", &old]));

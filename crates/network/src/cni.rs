@@ -185,8 +185,8 @@ fn owner(container: &str, device: &str) -> String {
 }
 
 fn decode(input: std::io::Result<&str>) -> Result<Value, Failure> {
-    let text =
-        input.map_err(|error| failure(VERSION_LATEST, 5, "cannot read the configuration", error.to_string()))?;
+    let text = input
+        .map_err(|error| failure(VERSION_LATEST, 5, "cannot read the configuration", error.to_string()))?;
     let config: Value = serde_json::from_str(text).map_err(undecodable)?;
     let version = config["cniVersion"].as_str().unwrap_or_default();
     if !VERSIONS.contains(&version) {

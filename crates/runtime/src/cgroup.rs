@@ -641,7 +641,10 @@ mod tests {
         };
         groups.create("/knarr/pod", &resources).unwrap();
         let read = |file: &str| fs::read_to_string(group.join(file)).unwrap();
-        assert_eq!((read("cpu.weight"), read("memory.max"), read("memory.high")), ("39".into(), "1048576".into(), "1000".into()));
+        assert_eq!(
+            (read("cpu.weight"), read("memory.max"), read("memory.high")),
+            ("39".into(), "1048576".into(), "1000".into())
+        );
         // A real tree has them one after the other; this file keeps the last one asked for.
         assert_eq!(fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap(), "+hugetlb");
         let lacking = LinuxContainerResources { cpuset_cpus: "0".into(), ..Default::default() };

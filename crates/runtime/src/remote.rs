@@ -113,7 +113,11 @@ impl Configuration {
         let config: serde_json::Value =
             info.get("config").and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
         let text = |pointer: &str| {
-            config.pointer(pointer).and_then(|value| value.as_str()).filter(|t| !t.is_empty()).map(str::to_owned)
+            config
+                .pointer(pointer)
+                .and_then(|value| value.as_str())
+                .filter(|t| !t.is_empty())
+                .map(str::to_owned)
         };
         let runtime = text("/containerd/defaultRuntimeName").unwrap_or_else(|| "runc".to_owned());
         let systemd = config.pointer(&format!("/containerd/runtimes/{runtime}/options/SystemdCgroup"));

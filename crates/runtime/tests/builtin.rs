@@ -595,8 +595,11 @@ fn all_of_it_works_on_a_unified_hierarchy() {
     let program = std::env::current_exe().unwrap();
     let skipped = ["limits_can_be_changed", "running_out_of_memory"].map(|name| format!("--skip {name}"));
     let script = format!("{alone} && {} {}", program.display(), skipped.join(" "));
-    let output =
-        std::process::Command::new("unshare").args(["-m", "sh", "-c", &script]).env(OURS, "1").output().unwrap();
+    let output = std::process::Command::new("unshare")
+        .args(["-m", "sh", "-c", &script])
+        .env(OURS, "1")
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.contains("a_container_runs_logs_and_tells_its_exit_code ... ok"), "{text}");

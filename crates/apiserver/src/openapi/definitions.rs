@@ -6,6 +6,7 @@ use knarr_api::schema::{Field, Kind, ListType, Schema, Shape, Type, TypeId};
 use serde_json::{Map, Value, json};
 
 use super::texts::Texts;
+use crate::discovery::Catalog;
 
 /// Types that are used in requests and answers but are kinds of no resource: name, group, version, kind.
 pub const UNLISTED: &[(&str, &str, &str, &str)] = &[
@@ -22,8 +23,10 @@ pub const UNLISTED: &[(&str, &str, &str, &str)] = &[
 /// Types that every group and version has as its own.
 const EVERYWHERE: [&str; 2] = ["DeleteOptions", "WatchEvent"];
 
-/// Types whose fields exclude each other: type, discriminator, and which field each of its values needs.
-const UNIONS: &[(&str, &str, &[(&str, &str)])] = &[
+/// A type whose fields exclude each other: its name, the discriminator, and which field each value needs.
+type Union = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+const UNIONS: &[Union] = &[
     ("core.v1.AppArmorProfile", "type", &[("localhostProfile", "LocalhostProfile")]),
     ("core.v1.PodSchedulingGroup", "", &[("podGroupName", "PodGroupName")]),
     ("core.v1.SeccompProfile", "type", &[("localhostProfile", "LocalhostProfile")]),
@@ -79,7 +82,7 @@ pub fn gvk(group: &str, version: &str, kind: &str) -> Value {
 
 /// Writes definitions in one of the two versions.
 pub struct Definitions<'s> {
-    pub schema: &'s Schema,
+    pub catalog: Catalog,
     pub texts: &'s Texts,
     pub v3: bool,
 }
@@ -93,7 +96,7 @@ impl Definitions<'_> {
         let mut found = Needed::new();
         let mut open: Vec<TypeId> = roots.into_iter().collect();
         while let Some(id) = open.pop() {
-            let structure = self.schema.type_of(id);
+            let structure = self.catalog.schema.type_of(id);
             if found.insert(definition_name(&structure.full), Some(id)).is_none() {
                 for field in &structure.fields {
                     match (field.object_type(), leaf(structure, field)) {
@@ -124,7 +127,7 @@ impl Definitions<'_> {
     }
 
     fn structure(&self, id: TypeId) -> Value {
-        let structure = self.schema.type_of(id);
+        let structure = self.catalog.schema.type_of(id);
         let name = definition_name(&structure.full);
         let mut properties = Map::new();
         let mut required = Vec::new();
@@ -169,12 +172,12 @@ impl Definitions<'_> {
     fn kinds_of(&self, id: TypeId, structure: &Type) -> Vec<Value> {
         if structure.full.starts_with("meta.") && EVERYWHERE.contains(&structure.name.as_str()) {
             let mut versions: Vec<(&str, &str)> = vec![("", "v1")];
-            versions.extend(self.schema.kinds().iter().map(|k| (k.group.as_str(), k.version.as_str())));
+            versions.extend(self.catalog.kinds().map(|k| (k.group.as_str(), k.version.as_str())));
             versions.sort_unstable();
             versions.dedup();
             return versions.iter().map(|(g, v)| gvk(g, v, &structure.name)).collect();
         }
-        let listed = self.schema.kinds().iter().filter(|k| k.type_id == id);
+        let listed = self.catalog.kinds().filter(|k| k.type_id == id);
         let mut kinds: Vec<Value> = listed.map(|k| gvk(&k.group, &k.version, &k.kind)).collect();
         if kinds.is_empty() {
             let unlisted = UNLISTED.iter().filter(|(name, ..)| *name == structure.full);
@@ -185,12 +188,12 @@ impl Definitions<'_> {
 
     /// The list of a kind, which has no type of its own in the schema.
     pub fn list(&self, kind: &Kind) -> Value {
-        let name = list_name(self.schema, kind);
+        let name = list_name(self.catalog.schema, kind);
         let text = |field: &str| match self.texts.of_field(&name, field) {
             "" => self.texts.of_field("io.k8s.api.core.v1.PodTemplate", field),
             text => text,
         };
-        let item = definition_name(&self.schema.type_of(kind.type_id).full);
+        let item = definition_name(&self.catalog.schema.type_of(kind.type_id).full);
         let mut items = json!({ "type": "array", "items": self.reference(&item) });
         match self.texts.of_field(&name, "items") {
             "" => items["description"] = json!(format!("The {} of this page.", kind.plural)),
@@ -281,7 +284,7 @@ impl Definitions<'_> {
             Shape::Double => json!({ "type": "number", "format": "double" }),
             Shape::String => json!({ "type": "string" }),
             Shape::Bytes => json!({ "type": "string", "format": "byte" }),
-            Shape::Object(id) => self.reference(&definition_name(&self.schema.type_of(*id).full)),
+            Shape::Object(id) => self.reference(&definition_name(&self.catalog.schema.type_of(*id).full)),
             Shape::List(inner) => json!({ "type": "array", "items": self.shape(owner, field, inner) }),
             Shape::Map(inner) => {
                 json!({ "type": "object", "additionalProperties": self.shape(owner, field, inner) })

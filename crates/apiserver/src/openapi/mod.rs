@@ -14,13 +14,15 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::OnceLock;
 
-use knarr_api::schema::{Kind, Schema, TypeId};
+use knarr_api::schema::{Kind, TypeId};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha512};
 
 use definitions::{Definitions, Needed, PATCH, UNLISTED, VERSION_INFO, list_name};
 use paths::{Paths, group_path};
 use texts::Texts;
+
+use crate::discovery::Catalog;
 
 /// The media type of version 2 in protobuf; `@` and `+` are upstream's.
 pub const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
@@ -40,21 +42,21 @@ pub fn digest(content: &[u8]) -> String {
 }
 
 /// The digests of all documents of version 3, by their path under `/openapi/v3/`; made at first use.
-fn v3_digests(schema: &'static Schema) -> &'static BTreeMap<String, String> {
-    static DIGESTS: OnceLock<BTreeMap<String, String>> = OnceLock::new();
-    DIGESTS.get_or_init(|| {
+fn v3_digests(catalog: Catalog) -> &'static BTreeMap<String, String> {
+    static DIGESTS: [OnceLock<BTreeMap<String, String>>; 2] = [const { OnceLock::new() }; 2];
+    DIGESTS[usize::from(catalog.old)].get_or_init(|| {
         let texts = Texts::unpack();
-        let written = v3_paths(schema).into_iter().filter_map(|path| {
-            let document = v3_write(schema, &texts, &path)?;
+        let written = v3_paths(catalog).into_iter().filter_map(|path| {
+            let document = v3_write(catalog, &texts, &path)?;
             Some((path, digest(document.as_bytes())))
         });
         written.collect()
     })
 }
 
-fn v3_paths(schema: &Schema) -> Vec<String> {
+fn v3_paths(catalog: Catalog) -> Vec<String> {
     let mut paths: Vec<String> = SERVER_DOCUMENTS.iter().map(|p| (*p).to_owned()).collect();
-    for kind in schema.kinds() {
+    for kind in catalog.kinds() {
         paths.push(group_path(&kind.group, &kind.version));
         if !kind.group.is_empty() {
             paths.push(format!("apis/{}", kind.group));
@@ -66,33 +68,33 @@ fn v3_paths(schema: &Schema) -> Vec<String> {
 }
 
 /// `/openapi/v3`: every document with its digest.
-pub fn v3_index(schema: &'static Schema) -> Value {
+pub fn v3_index(catalog: Catalog) -> Value {
     let entry = |(path, hash): (&String, &String)| {
         (path.clone(), json!({ "serverRelativeURL": format!("/openapi/v3/{path}?hash={hash}") }))
     };
-    json!({ "paths": v3_digests(schema).iter().map(entry).collect::<Map<_, _>>() })
+    json!({ "paths": v3_digests(catalog).iter().map(entry).collect::<Map<_, _>>() })
 }
 
 /// The digest of a document of version 3, by its path under `/openapi/v3/`.
-pub fn v3_digest(schema: &'static Schema, path: &str) -> Option<&'static str> {
-    v3_digests(schema).get(path).map(String::as_str)
+pub fn v3_digest(catalog: Catalog, path: &str) -> Option<&'static str> {
+    v3_digests(catalog).get(path).map(String::as_str)
 }
 
 /// A document of version 3.
-pub fn v3_document(schema: &Schema, path: &str) -> Option<String> {
-    v3_write(schema, &Texts::unpack(), path)
+pub fn v3_document(catalog: Catalog, path: &str) -> Option<String> {
+    v3_write(catalog, &Texts::unpack(), path)
 }
 
 /// The digest of version 2's document; made at first use.
-pub fn v2_digest(schema: &'static Schema) -> &'static str {
-    static DIGEST: OnceLock<String> = OnceLock::new();
-    DIGEST.get_or_init(|| digest(v2_document(schema).as_bytes()))
+pub fn v2_digest(catalog: Catalog) -> &'static str {
+    static DIGEST: [OnceLock<String>; 2] = [const { OnceLock::new() }; 2];
+    DIGEST[usize::from(catalog.old)].get_or_init(|| digest(v2_document(catalog).as_bytes()))
 }
 
 /// Version 2 as JSON.
-pub fn v2_document(schema: &Schema) -> String {
+pub fn v2_document(catalog: Catalog) -> String {
     let texts = Texts::unpack();
-    let document = Document::whole(schema, &texts, false);
+    let document = Document::whole(catalog, &texts, false);
     let mut out = format!(r#"{{"swagger":"2.0","info":{},"paths":"#, info());
     members(&mut out, document.paths());
     out.push_str(r#","definitions":"#);
@@ -105,17 +107,17 @@ pub fn v2_document(schema: &Schema) -> String {
 }
 
 /// Version 2 as protobuf.
-pub fn v2_protobuf(schema: &Schema) -> Vec<u8> {
+pub fn v2_protobuf(catalog: Catalog) -> Vec<u8> {
     let texts = Texts::unpack();
-    let document = Document::whole(schema, &texts, false);
+    let document = Document::whole(catalog, &texts, false);
     let mut out = gnostic::head(&info());
     out.extend(gnostic::paths(document.paths()));
     out.extend(gnostic::definitions(document.definitions()));
     out
 }
 
-fn v3_write(schema: &Schema, texts: &Texts, path: &str) -> Option<String> {
-    let document = Document::part(schema, texts, path)?;
+fn v3_write(catalog: Catalog, texts: &Texts, path: &str) -> Option<String> {
+    let document = Document::part(catalog, texts, path)?;
     let mut out = format!(r#"{{"openapi":"3.0.0","info":{},"paths":"#, info());
     members(&mut out, document.paths());
     out.push_str(r#","components":{"schemas":"#);
@@ -144,43 +146,43 @@ fn members(out: &mut String, items: impl Iterator<Item = (String, Value)>) {
 /// What one document is about.
 struct Document<'s> {
     definitions: Definitions<'s>,
-    kinds: Vec<&'s Kind>,
+    kinds: Vec<&'static Kind>,
     needed: Needed,
     /// Discovery and the like: path and what is read there.
     server: Vec<(String, Value)>,
 }
 
 impl<'s> Document<'s> {
-    fn whole(schema: &'s Schema, texts: &'s Texts, v3: bool) -> Self {
-        let mut document = Document::of(schema, texts, v3, schema.kinds().iter().collect());
-        for path in v3_paths(schema) {
+    fn whole(catalog: Catalog, texts: &'s Texts, v3: bool) -> Self {
+        let mut document = Document::of(catalog, texts, v3, catalog.kinds().collect());
+        for path in v3_paths(catalog) {
             document.add_server_path(&path);
         }
         document
     }
 
     /// One document of version 3.
-    fn part(schema: &'s Schema, texts: &'s Texts, path: &str) -> Option<Self> {
-        let of_path = |k: &&Kind| group_path(&k.group, &k.version) == path;
-        let kinds: Vec<&Kind> = schema.kinds().iter().filter(of_path).collect();
+    fn part(catalog: Catalog, texts: &'s Texts, path: &str) -> Option<Self> {
+        let of_path = |k: &&'static Kind| group_path(&k.group, &k.version) == path;
+        let kinds: Vec<&'static Kind> = catalog.kinds().filter(of_path).collect();
         let group = path.strip_prefix("apis/").unwrap_or("-");
-        let known = SERVER_DOCUMENTS.contains(&path) || schema.kinds().iter().any(|k| k.group == group);
+        let known = SERVER_DOCUMENTS.contains(&path) || catalog.kinds().any(|k| k.group == group);
         if kinds.is_empty() && !known {
             return None;
         }
-        let mut document = Document::of(schema, texts, true, kinds);
+        let mut document = Document::of(catalog, texts, true, kinds);
         document.add_server_path(path);
         Some(document)
     }
 
-    fn of(schema: &'s Schema, texts: &'s Texts, v3: bool, kinds: Vec<&'s Kind>) -> Self {
-        let definitions = Definitions { schema, texts, v3 };
+    fn of(catalog: Catalog, texts: &'s Texts, v3: bool, kinds: Vec<&'static Kind>) -> Self {
+        let definitions = Definitions { catalog, texts, v3 };
         let mut document = Document { definitions, kinds, needed: Needed::new(), server: Vec::new() };
         let mut roots: Vec<TypeId> = document.kinds.iter().map(|k| k.type_id).collect();
         if !document.kinds.is_empty() {
             let shared =
                 ["meta.v1.ListMeta", "meta.v1.Status", "meta.v1.DeleteOptions", "meta.v1.WatchEvent"];
-            roots.extend(shared.iter().filter_map(|n| schema.type_named(n)));
+            roots.extend(shared.iter().filter_map(|n| catalog.schema.type_named(n)));
             document.needed.insert(PATCH.to_owned(), None);
         }
         for (name, _, _, kind) in UNLISTED {
@@ -191,7 +193,7 @@ impl<'s> Document<'s> {
                 _ => continue,
             };
             if document.kinds.iter().any(|k| k.has_sub(sub)) {
-                roots.extend(schema.type_named(name));
+                roots.extend(catalog.schema.type_named(name));
             }
         }
         document.need(&roots);
@@ -247,7 +249,7 @@ impl<'s> Document<'s> {
             ),
         };
         let mut answer = None;
-        if let Some(id) = self.definitions.schema.type_named(&format!("meta.v1.{kind}")) {
+        if let Some(id) = self.definitions.catalog.schema.type_named(&format!("meta.v1.{kind}")) {
             self.need(&[id]);
             answer = Some(definitions::definition_name(&format!("meta.v1.{kind}")));
         } else if path == "version" {
@@ -261,7 +263,7 @@ impl<'s> Document<'s> {
     /// Every path, one kind at a time.
     fn paths(&self) -> impl Iterator<Item = (String, Value)> {
         let server = self.server.iter().cloned();
-        let of_kind = |kind: &&'s Kind| Paths { definitions: &self.definitions, kind }.all();
+        let of_kind = |kind: &&'static Kind| Paths { definitions: &self.definitions, kind }.all();
         server.chain(self.kinds.iter().flat_map(of_kind))
     }
 
@@ -270,7 +272,7 @@ impl<'s> Document<'s> {
         let needed =
             self.needed.iter().map(|(name, id)| (name.clone(), self.definitions.definition(name, *id)));
         let listed = self.kinds.iter().filter(|k| !k.create_only);
-        let lists = listed.map(|k| (list_name(self.definitions.schema, k), self.definitions.list(k)));
+        let lists = listed.map(|k| (list_name(self.definitions.catalog.schema, k), self.definitions.list(k)));
         needed.chain(lists)
     }
 }
@@ -281,7 +283,7 @@ mod tests {
 
     #[test]
     fn the_digest_is_of_the_content() {
-        let schema = Schema::builtin();
+        let schema = Catalog { schema: knarr_api::schema::Schema::builtin(), old: true };
         let document = v3_document(schema, "apis/apps/v1").expect("served");
         assert_eq!(v3_digest(schema, "apis/apps/v1"), Some(digest(document.as_bytes()).as_str()));
         let value: Value = serde_json::from_str(&document).expect("json");

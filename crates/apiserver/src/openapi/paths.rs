@@ -147,8 +147,8 @@ impl Paths<'_> {
         let root = format!("/{}", group_path(&kind.group, &kind.version));
         let scope = if kind.namespaced { "/namespaces/{namespace}" } else { "" };
         let collection = format!("{root}{scope}/{}", kind.plural);
-        let name = definition_name(&self.definitions.schema.type_of(kind.type_id).full);
-        let list = list_name(self.definitions.schema, kind);
+        let name = definition_name(&self.definitions.catalog.schema.type_of(kind.type_id).full);
+        let list = list_name(self.definitions.catalog.schema, kind);
         let verbs = discovery::verbs(kind);
         let has = |verb: &str| verbs.contains(&verb);
         let mut paths = Vec::new();

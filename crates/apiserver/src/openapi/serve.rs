@@ -3,10 +3,10 @@
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
-use knarr_api::schema::Schema;
 use knarr_api::status::{Result, Status};
 
 use super::{V2_PROTOBUF, V2_PROTOBUF_DOTTED};
+use crate::discovery::Catalog;
 use crate::request::Query;
 use crate::respond::{Answer, answer, full};
 
@@ -14,7 +14,7 @@ use crate::respond::{Answer, answer, full};
 const FOREVER: &str = "public, max-age=31536000, immutable";
 
 /// `/openapi/v2`.
-pub fn v2(schema: &'static Schema, headers: &HeaderMap) -> Answer {
+pub fn v2(catalog: Catalog, headers: &HeaderMap) -> Answer {
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let protobuf = accept.split(',').find_map(|clause| {
         let media = clause.split(';').next().unwrap_or_default().trim();
@@ -24,17 +24,17 @@ pub fn v2(schema: &'static Schema, headers: &HeaderMap) -> Answer {
             _ => None,
         }
     });
-    let etag = super::v2_digest(schema);
-    let (content_type, body): (_, fn(&Schema) -> Bytes) = match protobuf {
-        Some(true) => (V2_PROTOBUF_DOTTED, |schema| super::v2_protobuf(schema).into()),
-        _ => ("application/json", |schema| super::v2_document(schema).into()),
+    let etag = super::v2_digest(catalog);
+    let (content_type, body): (_, fn(Catalog) -> Bytes) = match protobuf {
+        Some(true) => (V2_PROTOBUF_DOTTED, |catalog| super::v2_protobuf(catalog).into()),
+        _ => ("application/json", |catalog| super::v2_document(catalog).into()),
     };
-    with_etag(headers, etag, content_type, || body(schema))
+    with_etag(headers, etag, content_type, || body(catalog))
 }
 
 /// A document of version 3, by its path under `/openapi/v3/`.
-pub fn v3(schema: &'static Schema, path: &str, headers: &HeaderMap, query: &Query) -> Result<Answer> {
-    let etag = super::v3_digest(schema, path).ok_or_else(Status::no_such_resource)?;
+pub fn v3(catalog: Catalog, path: &str, headers: &HeaderMap, query: &Query) -> Result<Answer> {
+    let etag = super::v3_digest(catalog, path).ok_or_else(Status::no_such_resource)?;
     match query.get("hash") {
         // An old address leads to the present one.
         Some(hash) if hash != etag => {
@@ -44,7 +44,7 @@ pub fn v3(schema: &'static Schema, path: &str, headers: &HeaderMap, query: &Quer
             Ok(moved)
         }
         hash => {
-            let document = || super::v3_document(schema, path).unwrap_or_default().into();
+            let document = || super::v3_document(catalog, path).unwrap_or_default().into();
             let mut found = with_etag(headers, etag, "application/json", document);
             if hash.is_some() {
                 found.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static(FOREVER));

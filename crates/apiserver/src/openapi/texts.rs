@@ -8,6 +8,22 @@ use flate2::read::GzDecoder;
 /// Made by `build.rs`.
 const PACKED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptions.gz"));
 
+/// Where types of removed versions went.
+const SUCCESSORS: [&str; 12] = [
+    "apps.v1",
+    "autoscaling.v2",
+    "batch.v1",
+    "coordination.v1",
+    "discovery.v1",
+    "events.v1",
+    "networking.v1",
+    "node.v1",
+    "policy.v1",
+    "rbac.v1",
+    "scheduling.v1",
+    "storage.v1",
+];
+
 /// All descriptions; a few milliseconds and a megabyte, so not kept beyond the document being written.
 pub struct Texts {
     all: HashMap<String, Entry>,
@@ -44,12 +60,20 @@ impl Texts {
 
     /// What the definition is for; empty if unknown.
     pub fn of_type(&self, definition: &str) -> &str {
-        self.all.get(definition).map_or("", |e| e.own.as_str())
+        self.find(definition).map_or("", |e| e.own.as_str())
     }
 
     /// What the field of the definition is for; empty if unknown.
     pub fn of_field(&self, definition: &str, field: &str) -> &str {
-        self.all.get(definition).and_then(|e| e.fields.get(field)).map_or("", String::as_str)
+        self.find(definition).and_then(|e| e.fields.get(field)).map_or("", String::as_str)
+    }
+
+    /// Versions that upstream has removed are described by their successors.
+    fn find(&self, definition: &str) -> Option<&Entry> {
+        self.all.get(definition).or_else(|| {
+            let (_, name) = definition.rsplit_once('.')?;
+            SUCCESSORS.iter().find_map(|group| self.all.get(&format!("io.k8s.api.{group}.{name}")))
+        })
     }
 }
 

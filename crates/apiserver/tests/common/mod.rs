@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body_util::BodyExt;
+use knarr_api::object::Object;
 use knarr_api::schema::Schema;
 use knarr_apiserver::api::{Api, Peer};
 use knarr_apiserver::authn::Tokens;
@@ -60,8 +61,9 @@ pub async fn server() -> Api {
         .expect("versions")
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
+    // The recording server ran without service account admission; this account changes no pod.
     let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
-    let context = Context::new(User::new("admin", &["system:masters"]), "test");
+    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
     let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
     registry.create(kind, "default", account, &context).await.expect("creates");
     Api {
@@ -70,6 +72,7 @@ pub async fn server() -> Api {
         tokens: Arc::new(tokens),
         dialer: Dialer::new(Arc::new(client)),
         address: "192.0.2.2:6443".into(),
+        old_versions: true,
     }
 }
 
@@ -81,16 +84,7 @@ pub async fn send(
     headers: &[(&str, &str)],
     body: impl Into<Bytes>,
 ) -> Reply {
-    let mut request = Request::builder().method(method).uri(path);
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    let request = request.body(full(body.into())).expect("a request");
-    let peer = Peer::InProcess(User::new("admin", &["system:masters"]));
-    let answer = api.handle(request, &peer).await;
-    let (parts, body) = answer.into_parts();
-    let body = body.collect().await.expect("a body").to_bytes();
-    Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+    Client::admin(api).ask(method, path, headers, body).await
 }
 
 pub async fn get(api: &Api, path: &str) -> Reply {
@@ -119,17 +113,27 @@ impl<'a> Client<'a> {
         Client { api, peer: Peer::InProcess(User::new(name, groups)) }
     }
 
-    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Reply {
         let mut request = Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(full(body.to_owned())).expect("a request");
-        let answer = self.api.handle(request, &self.peer).await;
-        let status = answer.status().as_u16();
-        let bytes = answer.into_body().collect().await.expect("a body").to_bytes();
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        (status, serde_json::from_str(&text).unwrap_or(json!({ "_text": text })))
+        let request = request.body(full(body.into())).expect("a request");
+        let (parts, body) = self.api.handle(request, &self.peer).await.into_parts();
+        let body = body.collect().await.expect("a body").to_bytes();
+        Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let reply = self.ask(method, path, headers, body.to_owned()).await;
+        let text = String::from_utf8_lossy(&reply.body);
+        (reply.status, serde_json::from_str(&text).unwrap_or_else(|_| json!({ "_text": text })))
     }
 
     pub async fn get(&self, path: &str) -> Answer {
@@ -158,5 +162,37 @@ impl<'a> Client<'a> {
         let (status, answer) = self.post(path, body).await;
         assert_eq!(status, 201, "{path}: {answer}");
         answer
+    }
+}
+
+/// A watch that says nothing for so long has missed something.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// The events of a watch, one at a time.
+pub struct Events {
+    body: knarr_apiserver::respond::Body,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    pub async fn open(api: &Api, path: &str) -> Self {
+        let admin = Client::admin(api);
+        let request = Request::builder().uri(path).body(full(String::new())).expect("a request");
+        let answer = api.handle(request, &admin.peer).await;
+        assert_eq!(answer.status(), 200, "{path}");
+        Events { body: answer.into_body(), buffer: Vec::new() }
+    }
+
+    pub async fn next(&mut self) -> (String, Value) {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                let event: Value = serde_json::from_slice(&line).expect("an event is json");
+                return (event.str_at("type").to_owned(), event["object"].clone());
+            }
+            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
+            let frame = frame.expect("another event").expect("the watch goes on").expect("a frame");
+            self.buffer.extend(frame.into_data().expect("data"));
+        }
     }
 }

@@ -83,7 +83,7 @@ pub struct Cluster {
 impl Cluster {
     /// Starts one with the test images, and these further options of `up`.
     pub fn up(place: Place, kubectl: Vec<String>, options: &[&str]) -> Cluster {
-        let cluster = Cluster { place, kubectl, down: false };
+        let cluster = Cluster::planned(place, kubectl);
         let data = cluster.data_dir();
         let images = images().canonicalize().expect("the images are there").display().to_string();
         let mut args =
@@ -91,6 +91,11 @@ impl Cluster {
         args.extend(options);
         println!("{}", must(&mut cluster.command(&knarr().display().to_string(), &args)));
         cluster
+    }
+
+    /// One that the test starts itself.
+    pub fn planned(place: Place, kubectl: Vec<String>) -> Cluster {
+        Cluster { place, kubectl, down: false }
     }
 
     pub fn data_dir(&self) -> String {
