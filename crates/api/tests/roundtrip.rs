@@ -54,7 +54,7 @@ impl Maker<'_> {
     fn value(&mut self, shape: &Shape, depth: usize, zero: bool) -> Value {
         let number = self.random.next_u32() >> self.below(31);
         match shape {
-            Shape::Bool => json!(!zero || number % 2 == 0),
+            Shape::Bool => json!(!zero || number.is_multiple_of(2)),
             Shape::Int32 | Shape::Int64 => match (zero, self.below(4)) {
                 (true, 0) => json!(0),
                 (_, 1) => json!(-i64::from(number >> 1) - 1),
@@ -62,13 +62,13 @@ impl Maker<'_> {
                 _ => json!((number >> 1) | 1),
             },
             Shape::Double => json!(f64::from(number) + 0.5),
-            Shape::String if zero && number % 8 == 0 => json!(""),
+            Shape::String if zero && number.is_multiple_of(8) => json!(""),
             Shape::String => json!(format!("s{number}é")),
             Shape::Bytes => json!("AAECAw=="),
             Shape::Time => json!(format!("20{:02}-02-03T04:05:06Z", number % 60 + 10)),
             Shape::MicroTime => json!(format!("1969-02-03T04:05:06.{:06}Z", number % 1_000_000)),
             Shape::Quantity => json!(format!("{}m", number % 1000 * 2 + 1)),
-            Shape::IntOrString if number % 2 == 0 => json!(number % 50_000 + 1),
+            Shape::IntOrString if number.is_multiple_of(2) => json!(number % 50_000 + 1),
             Shape::IntOrString => json!(format!("{}%", number % 100)),
             Shape::Any => json!({ "x": [number, null, { "y": "z" }], "f": 1.5 }),
             Shape::Object(id) => self.object(*id, depth + 1),
