@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::field;
 use crate::fieldset::{FieldSet, Step};
 use crate::object::Object;
 use crate::schema::{Field, ListType, Schema, Shape, TypeId};
@@ -312,7 +311,7 @@ fn conflict(managers: Managers, conflicts: &[(Manager, FieldSet)]) -> Box<Status
 }
 
 /// Checks that a configuration may be applied: keyed lists name their keys, once each.
-pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<field::Error> {
+pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<String> {
     let mut errors = Vec::new();
     Walker { schema }.check_lists(&Shape::Object(type_id), None, config, "", &mut errors);
     errors
@@ -642,7 +641,7 @@ impl Walker<'_> {
         field: Option<&Field>,
         value: &Value,
         path: &str,
-        errors: &mut Vec<field::Error>,
+        errors: &mut Vec<String>,
     ) {
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
@@ -663,10 +662,10 @@ impl Walker<'_> {
                         let detail = format!(
                             "element {index}: associative list with keys has an element that omits key field {wanted:?} (and doesn't have default value)"
                         );
-                        errors.push(field::Error::required(path, detail));
+                        errors.push(format!("{path}: {detail}"));
                     }
                     if seen.contains(&step) {
-                        errors.push(field::Error::duplicate(path, item.clone()));
+                        errors.push(format!("{path}: duplicate entries for key {}", shown_key(&step)));
                     }
                     self.check_lists(inner, None, item, &format!("{path}[{index}]"), errors);
                     seen.push(step);
@@ -675,6 +674,17 @@ impl Walker<'_> {
             _ => {}
         }
     }
+}
+
+/// `[name="a"]`, as the merge library prints keys.
+fn shown_key(step: &Step) -> String {
+    let (Step::Field(text) | Step::Value(text)) = step else {
+        let Step::Key(text) = step else { return String::new() };
+        let keys: serde_json::Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+        let parts: Vec<String> = keys.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        return format!("[{}]", parts.join(","));
+    };
+    format!("[{text}]")
 }
 
 /// Equality of leaves; null and absent differ, numbers compare by value.

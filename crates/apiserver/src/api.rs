@@ -141,108 +141,96 @@ impl Api {
         }
     }
 
-    /// `Impersonate-User` and `-Group`, for those who may.
+    /// `Impersonate-User`, `-Group`, `-Uid` and `-Extra-*`, for those who may: each is asked for on its own.
     fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User> {
-        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
-        let Some(name) = text("impersonate-user") else { return Ok(user) };
-        let mut groups: Vec<String> = headers
-            .get_all("impersonate-group")
-            .iter()
-            .filter_map(|v| v.to_str().ok().map(str::to_owned))
-            .collect();
-        let may = |resource, name: &str| {
-            let action = Action {
-                verb: "impersonate",
-                group: "",
-                resource,
-                subresource: "",
-                namespace: "",
-                name,
-                path: None,
-            };
-            self.rbac.allows(&user, &action)
-        };
-        if !may("users", name) || groups.iter().any(|g| !may("groups", g)) {
-            let text = format!(
-                "users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
-                user.name
-            );
-            return Err(Status::new(403, "Forbidden", text));
+        const EXTRA: &str = "impersonate-extra-";
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let mut wanted = User { name: text("impersonate-user").to_owned(), ..User::default() };
+        let values = headers.get_all("impersonate-group").iter();
+        wanted.groups = values.filter_map(|v| v.to_str().ok().map(str::to_owned)).collect();
+        wanted.uid = text("impersonate-uid").to_owned();
+        for (name, value) in headers {
+            let Some(key) = name.as_str().strip_prefix(EXTRA) else { continue };
+            let (key, value) = (percent_decode(key), value.to_str().unwrap_or_default().to_owned());
+            match wanted.extra.iter_mut().find(|(k, _)| *k == key) {
+                Some((_, values)) => values.push(value),
+                None => wanted.extra.push((key, vec![value])),
+            }
         }
-        if let Some(rest) = name.strip_prefix("system:serviceaccount:")
-            && let Some((namespace, account)) = rest.split_once(':')
-            && groups.is_empty()
+        if wanted.name.is_empty() {
+            if wanted == User::default() {
+                return Ok(user);
+            }
+            return Err(Status::internal("requested impersonation without impersonating a user"));
+        }
+        self.may_impersonate(&user, &wanted)?;
+        if let Some((namespace, account)) = account_of(&wanted.name)
+            && wanted.groups.is_empty()
         {
-            return Ok(User::service_account(namespace, account, ""));
+            wanted.groups = User::service_account(namespace, account, "").groups;
         }
-        groups.push(crate::identity::AUTHENTICATED.to_owned());
-        Ok(User { name: name.to_owned(), groups, ..User::default() })
+        let known = [crate::identity::AUTHENTICATED, crate::identity::UNAUTHENTICATED];
+        if !wanted.groups.iter().any(|g| known.contains(&g.as_str())) {
+            let anonymous = wanted.name == User::anonymous().name;
+            wanted.groups.push(known[usize::from(anonymous)].to_owned());
+        }
+        Ok(wanted)
+    }
+
+    fn may_impersonate(&self, user: &User, wanted: &User) -> Result<()> {
+        const AUTHENTICATION: &str = "authentication.k8s.io";
+        let ask = |group, resource, subresource: &str, namespace: &str, name: &str| {
+            let action =
+                Action { verb: "impersonate", group, resource, subresource, namespace, name, path: None };
+            if self.rbac.allows(user, &action) { Ok(()) } else { Err(action.forbidden(user)) }
+        };
+        match account_of(&wanted.name) {
+            Some((namespace, account)) => ask("", "serviceaccounts", "", namespace, account)?,
+            None => ask("", "users", "", "", &wanted.name)?,
+        }
+        for group in &wanted.groups {
+            ask("", "groups", "", "", group)?;
+        }
+        if !wanted.uid.is_empty() {
+            ask(AUTHENTICATION, "uids", "", "", &wanted.uid)?;
+        }
+        for (key, values) in &wanted.extra {
+            for value in values {
+                ask(AUTHENTICATION, "userextras", key, "", value)?;
+            }
+        }
+        Ok(())
     }
 
     fn authorize(&self, user: &User, info: &RequestInfo) -> Result<()> {
-        let (action, target) = match &info.target {
-            None => {
-                let verb = if info.verb.is_empty() { "get" } else { info.verb };
-                let action = Action {
-                    verb,
-                    group: "",
-                    resource: "",
-                    subresource: "",
-                    namespace: "",
-                    name: "",
-                    path: Some(&info.path),
-                };
-                (action, None)
-            }
-            Some(t) => {
-                let action = Action {
-                    verb: info.verb,
-                    group: &t.group,
-                    resource: &t.resource,
-                    subresource: &t.subresource,
-                    namespace: &t.namespace,
-                    name: &t.name,
-                    path: None,
-                };
-                (action, Some(t))
-            }
+        let verb = if info.verb.is_empty() { "get" } else { info.verb };
+        let empty =
+            Action { verb, group: "", resource: "", subresource: "", namespace: "", name: "", path: None };
+        let selected = self.selected_name(info);
+        let action = match &info.target {
+            None => Action { path: Some(&info.path), ..empty },
+            Some(t) => Action {
+                verb: info.verb,
+                group: &t.group,
+                resource: &t.resource,
+                subresource: &t.subresource,
+                namespace: &t.namespace,
+                name: if t.name.is_empty() { &selected } else { &t.name },
+                path: None,
+            },
         };
         if self.rbac.allows(user, &action) {
             return Ok(());
         }
-        let Some(t) = target else {
-            let text = format!("forbidden: User {:?} cannot {} path {:?}", user.name, info.verb, info.path);
-            let mut status = Status::new(403, "Forbidden", text);
-            status.details = Some(json!({}));
-            return Err(status);
-        };
-        let resource = if t.subresource.is_empty() {
-            t.resource.clone()
-        } else {
-            format!("{}/{}", t.resource, t.subresource)
-        };
-        let whereabouts = if t.namespace.is_empty() || t.resource == "namespaces" {
-            "at the cluster scope".to_owned()
-        } else {
-            format!("in the namespace {:?}", t.namespace)
-        };
-        let qualified =
-            if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
-        let subject = if t.name.is_empty() { qualified } else { format!("{qualified} {:?}", t.name) };
-        let text = format!(
-            "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
-            user.name, info.verb, t.group
-        );
-        let mut status = Status::new(403, "Forbidden", text);
-        let mut details = json!({ "kind": t.resource });
-        if !t.name.is_empty() {
-            details["name"] = json!(t.name);
-        }
-        if !t.group.is_empty() {
-            details["group"] = json!(t.group);
-        }
-        status.details = Some(details);
-        Err(status)
+        let action = Action { name: info.target.as_ref().map_or("", |t| &t.name), ..action };
+        Err(action.forbidden(user))
+    }
+
+    /// Lists and watches of one name are allowed to who may see that object alone.
+    fn selected_name(&self, info: &RequestInfo) -> String {
+        let one = matches!(info.verb, "list" | "watch" | "deletecollection");
+        let fields = info.query.field_selector().ok().filter(|_| one);
+        fields.and_then(|f| f.exact("metadata.name").map(str::to_owned)).unwrap_or_default()
     }
 
     /// Everything that is served.
@@ -339,6 +327,7 @@ impl Api {
         let converted = served.conversion.is_some().then_some(served);
         let form = Form { version: converted, ..form? };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
+        context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;
         context.validation = info.query.field_validation()?;
         context.served = converted;
@@ -416,8 +405,8 @@ impl Api {
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("get", "approval") => self.get(call),
-            ("update", "approval") => self.update(call, Endpoint::Status, &body).await,
-            ("patch", "approval") => self.patch(call, Endpoint::Status, &body).await,
+            ("update", "approval") => self.update(call, Endpoint::Other("approval"), &body).await,
+            ("patch", "approval") => self.patch(call, Endpoint::Other("approval"), &body).await,
             (_, _) => {
                 let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
                 Err(Status::method_not_allowed(call.kind, verb))
@@ -454,15 +443,13 @@ impl Api {
         let rules = knarr_api::rules::Rules::of(call.kind);
         for term in &fields.terms {
             if !rules.is_selectable(&term.field) {
-                let mut known = vec!["metadata.name"];
-                if call.kind.namespaced {
-                    known.push("metadata.namespace");
-                }
-                let known: Vec<String> = known.iter().map(|k| format!("{k:?}")).collect();
-                let text = if rules.selectable.is_empty() {
-                    format!("{:?} is not a known field selector: only {}", term.field, known.join(", "))
-                } else {
-                    format!("field label not supported: {}", term.field)
+                let field = &term.field;
+                let text = match call.kind.plural.as_str() {
+                    _ if rules.selectable.is_empty() => format!(
+                        "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                    ),
+                    "jobs" => format!("field label {field:?} not supported for Job"),
+                    _ => format!("field label not supported: {field}"),
                 };
                 return Err(Status::bad_request(text));
             }
@@ -599,25 +586,29 @@ impl Api {
                 }
                 let tree = decode::yaml(body)
                     .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-                let config = self.registry.decode(call.kind, tree, &call.context)?;
-                if config.at("metadata.managedFields").is_some() {
+                let refuse = |object: &Value, why: &str| {
+                    let text = format!(
+                        "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
+                        object.namespace(),
+                        object.name(),
+                        call.kind.group,
+                        call.kind.version,
+                        call.kind.kind,
+                    );
+                    // Upstream gives this error no reason.
+                    Status::new(500, "", text)
+                };
+                if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
+                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                if let Some(field) = unknown.first() {
+                    return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
+                }
+                let config = self.registry.decode(call.kind, tree, &call.context)?;
                 let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
                 if !broken.is_empty() {
-                    let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
-                    return Err(Status::new(
-                        500,
-                        "InternalError",
-                        format!(
-                            "failed to create typed patch object ({}/{}; {}, Kind={}): {}",
-                            call.namespace(),
-                            call.target.name,
-                            call.kind.api_version(),
-                            call.kind.kind,
-                            texts.join("\n")
-                        ),
-                    ));
+                    return Err(refuse(&config, &broken.join("\n")));
                 }
                 Ok(Edit::Apply { config, force: call.query().flag("force") })
             }
@@ -740,6 +731,16 @@ fn key_set(tokens: &Tokens) -> Answer {
     let mut answer = respond::answer(200, "application/jwk-set+json", body);
     answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
     answer
+}
+
+/// Namespace and name of the service account a user name stands for.
+fn account_of(user: &str) -> Option<(&str, &str)> {
+    user.strip_prefix("system:serviceaccount:")?.split_once(':')
+}
+
+/// Extra keys may hold bytes that header names may not.
+fn percent_decode(text: &str) -> String {
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {

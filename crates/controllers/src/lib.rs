@@ -17,6 +17,7 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod cluster_role_aggregation;
 mod cronjob;
 mod daemonset;
 mod deployment;
@@ -33,6 +34,7 @@ mod root_ca;
 mod service;
 mod service_account;
 mod statefulset;
+mod volume_protection;
 
 #[cfg(test)]
 mod harness;

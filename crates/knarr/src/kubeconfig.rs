@@ -13,7 +13,7 @@ use knarr_api::object::Object;
 use serde_json::{Value, json};
 
 use crate::pki::Leaf;
-use crate::settings::{Settings, write_private};
+use crate::settings::{Settings, write_private, write_unflushed};
 
 /// Writes the administrator's kubeconfig into the data directory.
 pub fn write_admin(settings: &Settings, authority: &str, leaf: &Leaf) -> Result<()> {
@@ -32,23 +32,32 @@ pub fn write_admin(settings: &Settings, authority: &str, leaf: &Leaf) -> Result<
         "contexts": [{ "name": name, "context": { "cluster": name, "user": format!("{name}-admin") } }],
         "current-context": name,
     });
-    write_private(&settings.admin_kubeconfig(), serde_yaml_ng::to_string(&config)?.as_bytes())
+    // Not flushed: it is written at every start.
+    write_unflushed(&settings.admin_kubeconfig(), serde_yaml_ng::to_string(&config)?.as_bytes())
 }
 
 fn encode(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
 
-/// The user's kubeconfig: the first of `$KUBECONFIG`, else `~/.kube/config` (of the user behind `sudo`).
+/// The user's kubeconfig: of `$KUBECONFIG`, else `~/.kube/config` (of the user behind `sudo`).
 pub fn user_path() -> Option<PathBuf> {
     if let Some(list) = std::env::var_os("KUBECONFIG").filter(|l| !l.is_empty()) {
-        return std::env::split_paths(&list).find(|p| !p.as_os_str().is_empty());
+        return of_list(&list);
     }
     let home = match std::env::var("SUDO_USER") {
         Ok(user) => nix::unistd::User::from_name(&user).ok().flatten().map(|u| u.dir),
         Err(_) => std::env::var_os("HOME").map(PathBuf::from),
     };
     home.map(|h| h.join(".kube/config"))
+}
+
+/// The file of a list that something new is written into, as kubectl chooses it: the first that exists, else the
+/// last. Of files that name a current context, the first one counts, so ours does.
+fn of_list(list: &std::ffi::OsStr) -> Option<PathBuf> {
+    let paths: Vec<PathBuf> =
+        std::env::split_paths(list).filter(|path| !path.as_os_str().is_empty()).collect();
+    paths.iter().find(|path| path.exists()).or(paths.last()).cloned()
 }
 
 const LISTS: [&str; 3] = ["clusters", "users", "contexts"];
@@ -115,6 +124,9 @@ fn read(path: &Path) -> Result<Option<Value>> {
 }
 
 fn write(path: &Path, value: &Value) -> Result<()> {
+    // A link stays one; what it leads to is replaced.
+    let real = path.canonicalize();
+    let path = real.as_deref().unwrap_or(path);
     let parent = path.parent().unwrap_or(Path::new("/"));
     let made = !parent.exists();
     fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
@@ -128,4 +140,86 @@ fn write(path: &Path, value: &Value) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const THEIRS: &str = "\
+apiVersion: v1
+kind: Config
+preferences: {colors: true}
+clusters: [{name: work, cluster: {server: 'https://work.example:6443', extensions: [{name: x}]}}]
+users: [{name: me, user: {token: secret}}]
+contexts: [{name: work, context: {cluster: work, user: me, namespace: team}}]
+current-context: work
+";
+
+    /// A directory with the administrator's kubeconfig in it.
+    fn made() -> (tempfile::TempDir, Settings) {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings { data_dir: dir.path().join("data"), ..Settings::default() };
+        fs::create_dir(&settings.data_dir).unwrap();
+        let leaf = Leaf { certificate: "certificate".into(), key: "key".into() };
+        write_admin(&settings, "authority", &leaf).unwrap();
+        (dir, settings)
+    }
+
+    #[test]
+    fn a_merge_adds_our_context_and_removing_it_leaves_what_was() {
+        let (dir, settings) = made();
+        let path = dir.path().join("config");
+        fs::write(&path, THEIRS).unwrap();
+        assert!(merge(&settings, &path).unwrap());
+        assert!(!merge(&settings, &path).unwrap(), "the second time nothing changes");
+        let merged = read(&path).unwrap().unwrap();
+        let names = |list: &str| -> Vec<String> {
+            merged.list_at(list).iter().map(|entry| entry.str_at("name").to_owned()).collect()
+        };
+        assert_eq!(names("clusters"), ["work", "knarr"]);
+        assert_eq!(names("contexts"), ["work", "knarr"]);
+        assert_eq!(names("users"), ["me", "knarr-admin"]);
+        assert_eq!(merged.str_at("current-context"), "knarr");
+        let before: Value = serde_yaml_ng::from_str(THEIRS).unwrap();
+        assert_eq!(
+            (&merged["preferences"], &merged["clusters"][0]),
+            (&before["preferences"], &before["clusters"][0])
+        );
+        assert!(remove(&settings, &path).unwrap());
+        let mut left = read(&path).unwrap().unwrap();
+        assert_eq!(left.str_at("current-context"), "");
+        left["current-context"] = json!("work");
+        assert_eq!(left, before);
+        assert!(!remove(&settings, &path).unwrap());
+    }
+
+    #[test]
+    fn of_several_files_the_first_that_exists_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let list = std::env::join_paths(["".into(), at("none"), at("second"), at("third")]).unwrap();
+        assert_eq!(of_list(&list), Some(at("third")), "none exists: the last one is made");
+        for name in ["second", "third"] {
+            fs::write(at(name), THEIRS).unwrap();
+        }
+        assert_eq!(of_list(&list), Some(at("second")));
+        assert_eq!(of_list(std::ffi::OsStr::new(":")), None);
+    }
+
+    #[test]
+    fn links_stay_links_and_nonsense_is_left_alone() {
+        let (dir, settings) = made();
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        fs::write(&real, THEIRS).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        merge(&settings, &link).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(fs::read_to_string(&real).unwrap().contains("knarr-admin"));
+        let nonsense = dir.path().join("nonsense");
+        fs::write(&nonsense, "{[").unwrap();
+        let error = merge(&settings, &nonsense).unwrap_err();
+        assert!(error.to_string().contains("is no kubeconfig; move it away"), "{error}");
+        assert_eq!(fs::read_to_string(&nonsense).unwrap(), "{[");
+    }
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod daemon;
+mod foreign;
 mod kubeconfig;
 mod node;
 mod pki;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use knarr_network::cni::{self, Call};
 use settings::Settings;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -67,6 +69,9 @@ fn main() -> ExitCode {
     if args.nth(1).as_deref() == Some(knarr_runtime::keeper::ARGUMENT) {
         return ExitCode::from(knarr_runtime::keeper::main(args) as u8);
     }
+    if let Some(call) = cni_call() {
+        return network_plugin(&call);
+    }
     if let Some(args) = kubectl_args() {
         end_quietly_on_closed_pipes();
         rustls::crypto::ring::default_provider().install_default().ok();
@@ -80,6 +85,25 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("knarr: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The call, if a container runtime runs this program as its network plug-in: without arguments.
+fn cni_call() -> Option<Call> {
+    Call::from_environment().filter(|_| std::env::args().len() == 1)
+}
+
+fn network_plugin(call: &Call) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => {
+            let code = runtime.block_on(cni::run(call, std::io::stdin(), std::io::stdout()));
+            ExitCode::from(u8::try_from(code).unwrap_or(1))
+        }
+        Err(error) => {
+            eprintln!("knarr: start the network plug-in: {error}");
             ExitCode::FAILURE
         }
     }
@@ -121,11 +145,14 @@ fn execute(command: Command) -> Result<()> {
     }
 }
 
+/// What is logged unless `KNARR_LOG` says otherwise: the storage engine tells each of its steps as information.
+const LOG_FILTER: &str = "info,fjall=warn,lsm_tree=warn";
+
 /// Threads that run tasks: the work is mostly waiting, and each thread costs memory.
 const WORKERS_MAX: usize = 4;
 
 fn run(data_dir: &Path) -> Result<()> {
-    let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("KNARR_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let settings = Settings::load(data_dir)?
         .with_context(|| format!("no cluster in {}; make one with `knarr up`", data_dir.display()))?;
@@ -138,12 +165,17 @@ fn run(data_dir: &Path) -> Result<()> {
 async fn serve(settings: &Settings) -> Result<()> {
     let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
     let mut terminate = signal(SignalKind::terminate())?;
+    let host = (!settings.server_only).then(|| {
+        let settings = settings.clone();
+        tokio::spawn(async move { node::Host::start(&settings).await })
+    });
     let server = server::Server::start(settings, &tasks, &shutdown).await?;
     tracing::info!(port = settings.port, "the API server answers");
-    server.start_loops(&tasks, &shutdown);
-    if !settings.server_only {
-        node::start(settings, &server, &tasks, &shutdown).await.context("start the node")?;
+    if let Some(host) = host {
+        let host = host.await.context("start the node")?.context("start the node")?;
+        node::start(settings, &server, host, &tasks, &shutdown).await.context("start the node")?;
     }
+    server.start_loops(&tasks, &shutdown);
     tokio::select! {
         _ = terminate.recv() => {}
         result = tokio::signal::ctrl_c() => result?,

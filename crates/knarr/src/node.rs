@@ -5,15 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use knarr_client::{Client, Informers};
+use k8s_openapi::api::core::v1::ObjectReference;
+use knarr_client::{Client, Clock, EventType, Informers, Recorder};
 use knarr_dns::{DnsConfig, DnsServer, Upstreams};
 use knarr_kubelet::{Kubelet, KubeletConfig};
 use knarr_network::nft::NftProgram;
 use knarr_network::{ProxyConfig, RoutedConfig, RoutedNetwork, ServiceProxy, Subnet};
+use knarr_runtime::imports::Importing;
 use knarr_runtime::{BuiltinRuntime, Runtime, builtin};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::foreign::{self, Foreign};
 use crate::pki::{Authority, Clients, Subject};
 use crate::server::Server;
 use crate::settings::Settings;
@@ -27,7 +30,6 @@ fn runtime_config(settings: &Settings) -> builtin::Config {
     config
 }
 
-/// Two clusters on one machine keep their control groups apart by their device's name.
 /// Each cluster of a machine has its own: a purge of one must not meet the other's.
 fn cgroup_root(settings: &Settings) -> String {
     if settings.data_dir == Path::new(crate::settings::DATA_DIR) {
@@ -53,16 +55,71 @@ fn network_config(settings: &Settings) -> Result<RoutedConfig> {
     })
 }
 
-/// Starts everything a node is made of.
+/// What of a node needs no API server: it comes up beside it.
+pub struct Host {
+    runtime: Containers,
+    network: Arc<RoutedNetwork>,
+}
+
+/// The container runtime in use.
+#[derive(Clone)]
+enum Containers {
+    Builtin(BuiltinRuntime),
+    Foreign(Arc<Foreign>),
+}
+
+impl Containers {
+    fn runtime(&self) -> Arc<dyn Runtime> {
+        match self {
+            Containers::Builtin(runtime) => Arc::new(runtime.clone()),
+            Containers::Foreign(foreign) => Arc::new(foreign.runtime.clone()),
+        }
+    }
+
+    fn announce_imports(&self) -> Importing {
+        match self {
+            Containers::Builtin(runtime) => runtime.announce_imports(),
+            Containers::Foreign(foreign) => foreign.runtime.imports().announce(),
+        }
+    }
+
+    async fn import(&self, path: &Path) -> Result<usize> {
+        Ok(match self {
+            Containers::Builtin(runtime) => runtime.import_image(path, None, true).await?.len(),
+            Containers::Foreign(foreign) => foreign.import(path).await?.len(),
+        })
+    }
+}
+
+impl Host {
+    /// Brings up the container runtime and the pod network.
+    pub async fn start(settings: &Settings) -> Result<Host> {
+        let (runtime, network) = match &settings.container_runtime_endpoint {
+            None => tokio::try_join!(start_builtin(settings), start_network(settings))?,
+            Some(endpoint) => {
+                let network = start_network(settings).await?;
+                let foreign = Foreign::start(settings, endpoint, network.config()).await?;
+                foreign.ensure_pause(settings).await?;
+                (Containers::Foreign(Arc::new(foreign)), network)
+            }
+        };
+        tracing::debug!("container runtime and pod network are up");
+        Ok(Host { runtime, network })
+    }
+}
+
+/// Starts everything else a node is made of.
 pub async fn start(
     settings: &Settings,
     server: &Server,
+    host: Host,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> Result<()> {
     let client = server.client(&format!("system:node:{}", settings.node_name), &["system:nodes"]);
     let informers = Informers::new(client.clone());
-    let (runtime, network) = tokio::try_join!(start_runtime(settings), start_network(settings))?;
+    let Host { runtime, network } = host;
+    start_imports(settings, &runtime, &client, tasks, shutdown)?;
     let gateways = network.gateways();
     let (kept, stop) = (network.clone(), shutdown.clone());
     tasks.spawn(async move {
@@ -70,38 +127,62 @@ pub async fn start(
             tracing::warn!(%error, "nobody watches the pod network's firewall table any more");
         }
     });
-    start_proxy(settings, &informers, tasks, shutdown)?;
-    start_dns(
-        settings,
-        &server.client("system:apiserver", &["system:masters"]),
-        &informers,
-        &gateways,
-        tasks,
-        shutdown,
-    )
-    .await?;
-    let kubelet = kubelet(settings, &server.authority, client, informers, runtime, network)?;
+    let kubelet =
+        kubelet(settings, &server.authority, client, informers.clone(), runtime.runtime(), network)?;
     let stop = shutdown.clone();
     tasks.spawn(async move {
         if let Err(error) = kubelet.run(stop).await {
             tracing::error!(error = %format!("{error:#}"), "the kubelet ended");
         }
     });
-    Ok(())
+    start_proxy(settings, &informers, tasks, shutdown)?;
+    let cluster = server.client("system:apiserver", &["system:masters"]);
+    start_dns(settings, &cluster, &informers, &gateways, tasks, shutdown).await
 }
 
-async fn start_runtime(settings: &Settings) -> Result<Arc<dyn Runtime>> {
-    if let Some(endpoint) = &settings.container_runtime_endpoint {
-        let remote = knarr_runtime::RemoteRuntime::connect(endpoint).await;
-        return Ok(Arc::new(remote.with_context(|| format!("container runtime at {endpoint}"))?));
+async fn start_builtin(settings: &Settings) -> Result<Containers> {
+    let runtime = BuiltinRuntime::start(runtime_config(settings)).await;
+    Ok(Containers::Builtin(runtime.context("built-in container runtime")?))
+}
+
+/// Imports the archives of the settings beside everything else; pods that need one of their images wait for it.
+fn start_imports(
+    settings: &Settings,
+    runtime: &Containers,
+    client: &Client,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    let archives = archives(settings)?;
+    if archives.is_empty() {
+        return Ok(());
     }
-    let runtime =
-        BuiltinRuntime::start(runtime_config(settings)).await.context("built-in container runtime")?;
-    for path in archives(settings)? {
-        let imported = runtime.import_image(&path, None, true).await;
-        imported.with_context(|| format!("import the image archive {}", path.display()))?;
-    }
-    Ok(Arc::new(runtime))
+    let recorder = Recorder::new(client.clone(), Clock::System, "kubelet", &settings.node_name);
+    let about = ObjectReference {
+        kind: Some("Node".to_owned()),
+        name: Some(settings.node_name.clone()),
+        // As upstream's kubelet refers to its node.
+        uid: Some(settings.node_name.clone()),
+        ..Default::default()
+    };
+    let (importing, runtime) = (runtime.announce_imports(), runtime.clone());
+    let work = async move {
+        let _importing = importing;
+        for path in archives {
+            match runtime.import(&path).await {
+                Ok(images) => tracing::debug!(path = %path.display(), images, "imported"),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::error!(path = %path.display(), error, "image archive not imported");
+                    let message = format!("Image archive {} was not imported: {error}", path.display());
+                    recorder.event_about(about.clone(), EventType::Warning, "InvalidImageArchive", message);
+                }
+            }
+        }
+    };
+    let stop = shutdown.clone();
+    tasks.spawn(async move { stop.run_until_cancelled(work).await });
+    Ok(())
 }
 
 /// Image archives named in the settings: files, and those in directories.
@@ -239,14 +320,19 @@ fn kubelet(
 
 /// Ends all containers; their pods start anew with the next `up`.
 pub fn stop_containers(settings: &Settings) -> Result<()> {
-    if settings.container_runtime_endpoint.is_some() {
-        return Ok(());
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        return block_on(foreign::stop_pods(endpoint));
     }
     builtin::purge::stop_all(&runtime_config(settings)).map_err(|e| anyhow!("end the containers: {e}"))
 }
 
 /// Removes everything of ours from the machine.
 pub fn purge(settings: &Settings) -> Result<()> {
+    // First, while the network plug-in is there to detach them. A runtime that is not there keeps nobody from
+    // removing the rest.
+    let foreign = settings.container_runtime_endpoint.as_deref().map_or(Ok(()), |endpoint| {
+        block_on(foreign::remove_pods(endpoint)).and_then(|()| foreign::uninstall(settings))
+    });
     builtin::purge::purge(&runtime_config(settings)).map_err(|e| anyhow!("purge containers: {e}"))?;
     block_on(async {
         ServiceProxy::purge(&NftProgram).await.context("purge the service proxy")?;
@@ -255,7 +341,8 @@ pub fn purge(settings: &Settings) -> Result<()> {
             .context("purge the pod network")
     })?;
     unmount_below(&settings.data_dir)?;
-    remove_pod_logs(settings)
+    remove_pod_logs(settings)?;
+    foreign
 }
 
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -307,6 +394,9 @@ pub fn verify_clean(settings: &Settings) -> Result<Vec<(String, Vec<String>)>> {
     let checks = builtin::purge::verify_clean(&runtime_config(settings))
         .map_err(|e| anyhow!("look for containers: {e}"))?;
     let mut found: Vec<(String, Vec<String>)> = checks.into_iter().map(|c| (c.what, c.leftovers)).collect();
+    if let Some(endpoint) = &settings.container_runtime_endpoint {
+        found.push((format!("pods in the runtime at {endpoint}"), block_on(foreign::left_pods(endpoint))?));
+    }
     let report = block_on(async {
         let report =
             knarr_network::builtin::verify_clean(&settings.device, &settings.run_dir.join("network")).await;

@@ -18,7 +18,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 
-use crate::settings::write_private;
+use crate::settings::{write_private, write_unflushed};
 
 const AUTHORITY_DAYS: i64 = 3650;
 const LEAF_DAYS: i64 = 365;
@@ -82,13 +82,14 @@ impl Authority {
             (self.dir.join(format!("{file}.crt")), self.dir.join(format!("{file}.key")));
         if let (Ok(certificate), Ok(key)) =
             (fs::read_to_string(&certificate_path), fs::read_to_string(&key_path))
-            && still_fits(&certificate, subject)
+            && still_fits(&certificate, &key, subject)
         {
             return Ok(Leaf { certificate, key });
         }
         let leaf = self.sign(subject)?;
-        write_private(&key_path, leaf.key.as_bytes())?;
-        write_private(&certificate_path, leaf.certificate.as_bytes())?;
+        // Not flushed: what a power failure damages does not fit and is made anew.
+        write_unflushed(&key_path, leaf.key.as_bytes())?;
+        write_unflushed(&certificate_path, leaf.certificate.as_bytes())?;
         Ok(leaf)
     }
 
@@ -183,9 +184,13 @@ fn validity(params: &mut CertificateParams, days: i64) -> Result<()> {
     Ok(())
 }
 
-fn still_fits(pem: &str, subject: &Subject) -> bool {
+fn still_fits(pem: &str, key: &str, subject: &Subject) -> bool {
     let Ok(der) = CertificateDer::from_pem_slice(pem.as_bytes()) else { return false };
     let Ok((_, certificate)) = x509_parser::parse_x509_certificate(&der) else { return false };
+    let Ok(key) = KeyPair::from_pem(key) else { return false };
+    if certificate.public_key().subject_public_key.data != key.public_key_raw() {
+        return false;
+    }
     let left = certificate.validity().not_after.timestamp() - jiff::Timestamp::now().as_second();
     let names = match certificate.subject_alternative_name() {
         Ok(Some(names)) => names.value.general_names.len(),

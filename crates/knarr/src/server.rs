@@ -16,13 +16,13 @@ use knarr_apiserver::services::Allocator;
 use knarr_apiserver::{bootstrap, server};
 use knarr_client::Client;
 use knarr_store::engine::Disk;
-use knarr_store::{Embedded, Options, Store};
+use knarr_store::{Embedded, Options};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::kubeconfig;
-use crate::pki::{Authority, Clients, Subject};
+use crate::pki::{Authority, Clients, Leaf, Subject};
 use crate::settings::Settings;
 
 /// The name the API server shows to kubelets.
@@ -46,35 +46,31 @@ impl Server {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, settings.port))
             .await
             .with_context(|| format!("port {} is taken; choose another with --port", settings.port))?;
-        let authority = Authority::open(&settings.pki_dir())?;
-        let (key, point) = authority.token_key()?;
-        let issuer = format!("https://kubernetes.default.svc.{}", settings.domain);
-        let tokens = Tokens::new(issuer, key.as_bytes(), &point).map_err(|e| anyhow!("{e}"))?;
-        let store = open_store(settings, tasks, shutdown)?;
+        let (certificates, store) =
+            tokio::try_join!(on_thread(settings, Certificates::open), on_thread(settings, open_store))?;
+        tracing::debug!("certificates and store are there");
+        expire(&store, tasks, shutdown);
         let registry = Arc::new(Registry {
             store: store.clone(),
             schema: Schema::builtin(),
             services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            quotas: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
         bootstrap::run(&registry, &[advertised])
             .await
             .map_err(|e| anyhow!("create the first objects: {e}"))?;
-        let kubelet_client = authority.leaf(
-            "apiserver-kubelet-client",
-            &Subject { name: KUBELET_CLIENT, groups: &["system:masters"], names: &[], addresses: &[] },
-        )?;
+        tracing::debug!("the first objects are there");
+        let Certificates { authority, tokens, dialing, serving: tls, admin } = certificates;
         let api = Arc::new(Api {
             rbac: Rbac::new(store),
             registry,
             tokens: Arc::new(tokens),
-            dialer: Dialer::new(authority.client_config(&kubelet_client)?),
+            dialer: Dialer::new(dialing),
             address: advertised.to_string(),
             old_versions: settings.legacy_api,
         });
-        let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
-        let tls = authority.server_config(&serving, Clients::Optional, &["h2", "http/1.1"])?;
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {
             tokio::select! {
@@ -82,10 +78,6 @@ impl Server {
                 () = stop.cancelled() => {}
             }
         });
-        let admin = authority.leaf(
-            "admin",
-            &Subject { name: "kubernetes-admin", groups: &["system:masters"], names: &[], addresses: &[] },
-        )?;
         kubeconfig::write_admin(settings, authority.certificate(), &admin)?;
         Ok(Server { api, authority })
     }
@@ -108,22 +100,57 @@ impl Server {
     }
 }
 
-fn open_store(
-    settings: &Settings,
-    tasks: &TaskTracker,
-    shutdown: &CancellationToken,
-) -> Result<Arc<dyn Store>> {
+/// What the server proves itself with, and knows others by.
+struct Certificates {
+    authority: Authority,
+    tokens: Tokens,
+    /// Towards kubelets.
+    dialing: Arc<rustls::ClientConfig>,
+    serving: Arc<rustls::ServerConfig>,
+    admin: Leaf,
+}
+
+impl Certificates {
+    /// Opens them, making what is missing.
+    fn open(settings: &Settings) -> Result<Certificates> {
+        let authority = Authority::open(&settings.pki_dir())?;
+        let (key, point) = authority.token_key()?;
+        let issuer = format!("https://kubernetes.default.svc.{}", settings.domain);
+        let tokens = Tokens::new(issuer, key.as_bytes(), &point).map_err(|e| anyhow!("{e}"))?;
+        let client = |name| Subject { name, groups: &["system:masters"], names: &[], addresses: &[] };
+        let dialing = authority.leaf("apiserver-kubelet-client", &client(KUBELET_CLIENT))?;
+        let serving = authority.leaf("apiserver", &serving_names(settings)?.subject())?;
+        Ok(Certificates {
+            dialing: authority.client_config(&dialing)?,
+            serving: authority.server_config(&serving, Clients::Optional, &["h2", "http/1.1"])?,
+            admin: authority.leaf("admin", &client("kubernetes-admin"))?,
+            tokens,
+            authority,
+        })
+    }
+}
+
+/// Runs what waits for the disk where it holds nobody up.
+async fn on_thread<T: Send + 'static>(settings: &Settings, work: fn(&Settings) -> Result<T>) -> Result<T> {
+    let settings = settings.clone();
+    tokio::task::spawn_blocking(move || work(&settings)).await.context("a worker thread failed")?
+}
+
+fn open_store(settings: &Settings) -> Result<Arc<Embedded>> {
     let dir = settings.data_dir.join("store");
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    let store = Arc::new(Embedded::open(Disk::open(&dir)?, Options::default())?);
-    let (expiring, stop) = (store.clone(), shutdown.clone());
+    Ok(Arc::new(Embedded::open(Disk::open(&dir)?, Options::default())?))
+}
+
+/// Lets objects with a time to live end.
+fn expire(store: &Arc<Embedded>, tasks: &TaskTracker, shutdown: &CancellationToken) {
+    let (store, stop) = (store.clone(), shutdown.clone());
     tasks.spawn(async move {
         tokio::select! {
-            () = expiring.run_expiry() => {}
+            () = store.run_expiry() => {}
             () = stop.cancelled() => {}
         }
     });
-    Ok(store)
 }
 
 /// All names the API server is called by.

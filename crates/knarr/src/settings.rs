@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// The default data directory.
@@ -90,6 +90,12 @@ impl Settings {
                 serde_json::from_slice(&bytes).map(Some).with_context(|| format!("read {}", path.display()))
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error)
+                if error.kind() == std::io::ErrorKind::PermissionDenied
+                    && !nix::unistd::geteuid().is_root() =>
+            {
+                bail!("needed: root privileges; run it with sudo")
+            }
             Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
         }
     }
@@ -129,6 +135,15 @@ impl Settings {
 
 /// Writes a file that only its owner may read, all or nothing.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, true)
+}
+
+/// The same for what can be made anew: it may be damaged after a power failure.
+pub fn write_unflushed(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, bytes, false)
+}
+
+fn write(path: &Path, bytes: &[u8], flush: bool) -> Result<()> {
     let temporary = path.with_extension("new");
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -138,7 +153,9 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&temporary)
         .with_context(|| format!("write {}", temporary.display()))?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if flush {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, path).with_context(|| format!("write {}", path.display()))
 }
 

@@ -19,7 +19,7 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often a step looks again. Starting is a matter of tens of milliseconds.
 const STEP_INTERVAL: Duration = Duration::from_millis(10);
 /// How long one question to the cluster DNS waits; a question sent too early is lost.
-const DNS_PATIENCE: Duration = Duration::from_millis(100);
+const DNS_PATIENCE: Duration = Duration::from_millis(25);
 
 /// Options of `up`; those not given stay as they were at the first `up`.
 #[derive(Args, Debug, Default)]
@@ -101,11 +101,6 @@ impl UpArgs {
         if !self.images.is_empty() {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
-        }
-        if settings.container_runtime_endpoint.is_some() && !settings.images.is_empty() {
-            bail!(
-                "--images is for the built-in runtime; import archives with the tools of the runtime at the endpoint"
-            );
         }
         settings.server_only |= self.server_only;
         settings.service_range()?;

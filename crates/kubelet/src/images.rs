@@ -217,11 +217,13 @@ fn default_policy(image: &str) -> &'static str {
 
 /// `nginx` means `nginx:latest`. Fails for what is no image name.
 pub fn with_tag(image: &str) -> Result<String, String> {
+    let refused =
+        |why: &str| Err(format!("couldn't parse image name {image:?}: invalid reference format{why}"));
     let valid = |c: char| c.is_ascii_alphanumeric() || "._-/:@".contains(c);
     let name = image.split(['@']).next().unwrap_or_default();
     let path = name.rsplit_once('/').map_or(name, |(_, last)| last);
     let repository = match path.split_once(':') {
-        Some((_, "")) => return Err("invalid reference format".to_owned()),
+        Some((_, "")) => return refused(""),
         Some((last, _)) => &name[..name.len() - path.len() + last.len()],
         None => name,
     };
@@ -229,11 +231,10 @@ pub fn with_tag(image: &str) -> Result<String, String> {
         if domain.contains(['.', ':']) || domain == "localhost" { domain.len() } else { 0 }
     });
     if image.is_empty() || !image.chars().all(valid) || repository.is_empty() || repository.ends_with('/') {
-        return Err("couldn't parse image name: invalid reference format".to_owned());
+        return refused("");
     }
     if repository[domain_end..].chars().any(|c| c.is_ascii_uppercase()) {
-        return Err("couldn't parse image name: invalid reference format: repository name must be lowercase"
-            .to_owned());
+        return refused(": repository name must be lowercase");
     }
     let tagged = path.contains(':') || image.contains('@');
     Ok(if tagged { image.to_owned() } else { format!("{image}:latest") })

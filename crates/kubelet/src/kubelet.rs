@@ -278,9 +278,9 @@ async fn happened(
             sandboxes.remove(&sandbox_id);
             return;
         }
-        Event::SandboxStarted { sandbox_id }
-        | Event::SandboxStopped { sandbox_id }
-        | Event::ContainerCreated { sandbox_id, .. }
+        // Steps of the worker's own, between which there is nothing to tell.
+        Event::SandboxStarted { .. } | Event::ContainerCreated { .. } => return,
+        Event::SandboxStopped { sandbox_id }
         | Event::ContainerStarted { sandbox_id, .. }
         | Event::ContainerExited { sandbox_id, .. }
         | Event::ContainerRemoved { sandbox_id, .. } => sandbox_id,

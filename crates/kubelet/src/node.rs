@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
+use tokio::time::Instant;
 
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 const LEASE_DURATION_S: i32 = 40;
@@ -27,6 +28,10 @@ const LEASE_RENEW: Duration = Duration::from_secs(10);
 const LEASE_RETRY: Duration = Duration::from_secs(1);
 const STATUS_PERIOD: Duration = Duration::from_secs(300);
 const STATUS_RETRY: Duration = Duration::from_secs(2);
+/// How long to gather changes before the status is looked at.
+const STATUS_SETTLE: Duration = Duration::from_secs(1);
+/// How often a conflict over the node's taints is resolved in place.
+const TAINT_TRIES_MAX: usize = 5;
 const NOT_READY_TAINT: &str = "node.kubernetes.io/not-ready";
 /// Images told in the status.
 const IMAGES_MAX: usize = 50;
@@ -240,11 +245,11 @@ fn labels(config: &KubeletConfig) -> BTreeMap<String, String> {
     labels
 }
 
-/// Keeps the status up to date until the task ends; `changed` asks for a look now.
+/// Keeps the status up to date until the task ends; `changed` asks for a look soon.
 pub async fn keep_status(context: &NodeContext, changed: &tokio::sync::Notify) {
-    let mut was_ready = None;
+    let mut told = Told::default();
     loop {
-        let wait = match post_status(context, &mut was_ready).await {
+        let wait = match post_status(context, &mut told).await {
             Ok(()) => STATUS_PERIOD,
             Err(error) => {
                 tracing::warn!(node = context.config.node_name, %error, "node status not written, trying again");
@@ -253,21 +258,27 @@ pub async fn keep_status(context: &NodeContext, changed: &tokio::sync::Notify) {
         };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
-            () = changed.notified() => {}
+            // Many pods come and go together: one look is for all of them.
+            () = changed.notified() => tokio::time::sleep(STATUS_SETTLE).await,
         }
     }
 }
 
-async fn post_status(context: &NodeContext, was_ready: &mut Option<bool>) -> Result<(), kube::Error> {
+/// What the API was told last.
+#[derive(Default)]
+struct Told {
+    ready: Option<bool>,
+    /// When the status was written, be it only for its heartbeats.
+    at: Option<Instant>,
+}
+
+async fn post_status(context: &NodeContext, told: &mut Told) -> Result<(), kube::Error> {
     let api = Api::<Node>::all(context.client.clone());
     let name = &context.config.node_name;
-    let Some(node) = api.get_opt(name).await? else {
+    let node = match api.get_opt(name).await? {
+        Some(node) => node,
         // Somebody deleted the node; it comes back, as upstream's does.
-        try_register(context).await?;
-        return Err(kube::Error::Api(Box::new(kube::core::Status::failure(
-            "node was registered anew",
-            "NotFound",
-        ))));
+        None => try_register(context).await?,
     };
     let status = status(context, &node).await;
     let ready = status
@@ -275,25 +286,15 @@ async fn post_status(context: &NodeContext, was_ready: &mut Option<bool>) -> Res
         .iter()
         .flatten()
         .any(|condition| condition.type_ == "Ready" && condition.status == "True");
-    let old =
-        node.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
-    let change = merge_diff(&old, &serde_json::to_value(&status).unwrap_or_default());
-    if change != Value::Null {
-        let mut change = change;
-        // Others add conditions of their own: ours are merged by type.
-        if change.get("conditions").is_some() {
-            change["conditions"] = json!(status.conditions);
-        }
-        if change.get("addresses").is_some() {
-            change["addresses"] = json!(status.addresses);
-        }
-        let patch = json!({"status": change});
-        api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
+    let due = told.at.is_none_or(|at| at.elapsed() >= STATUS_PERIOD);
+    if due || !same_but_heartbeats(node.status.as_ref(), &status) {
+        write_status(&api, &node, &status).await?;
+        told.at = Some(Instant::now());
     }
     if ready {
-        remove_not_ready_taint(&api, &node).await?;
+        remove_not_ready_taint(&api, node.clone()).await?;
     }
-    if *was_ready != Some(ready) {
+    if told.ready != Some(ready) {
         let reason = if ready { "NodeReady" } else { "NodeNotReady" };
         context.recorder.event(
             &node,
@@ -301,25 +302,77 @@ async fn post_status(context: &NodeContext, was_ready: &mut Option<bool>) -> Res
             reason,
             format!("Node {name} status is now: {reason}"),
         );
-        *was_ready = Some(ready);
+        told.ready = Some(ready);
     }
     Ok(())
 }
 
-/// The node is ready now; waiting for the node controller to say so would delay the first pods.
-async fn remove_not_ready_taint(api: &Api<Node>, node: &Node) -> Result<(), kube::Error> {
-    let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
-    let left: Vec<_> = taints.iter().filter(|taint| taint.key != NOT_READY_TAINT).cloned().collect();
-    if left.len() == taints.len() {
+/// Whether the two differ in nothing but when they were told.
+fn same_but_heartbeats(old: Option<&NodeStatus>, new: &NodeStatus) -> bool {
+    let timeless = |status: &NodeStatus| {
+        let mut status = status.clone();
+        for condition in status.conditions.iter_mut().flatten() {
+            condition.last_heartbeat_time = None;
+        }
+        // Others add conditions of their own, in whatever order.
+        let ours = |condition: &NodeCondition| {
+            new.conditions.iter().flatten().any(|new| new.type_ == condition.type_)
+        };
+        if let Some(conditions) = &mut status.conditions {
+            conditions.retain(ours);
+            conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
+        }
+        status
+    };
+    old.is_some_and(|old| timeless(old) == timeless(new))
+}
+
+async fn write_status(api: &Api<Node>, node: &Node, status: &NodeStatus) -> Result<(), kube::Error> {
+    let old =
+        node.status.as_ref().map_or(json!({}), |status| serde_json::to_value(status).unwrap_or_default());
+    let mut change = merge_diff(&old, &serde_json::to_value(status).unwrap_or_default());
+    if change == Value::Null {
         return Ok(());
     }
+    // Others add conditions of their own: ours are merged by type.
+    if change.get("conditions").is_some() {
+        change["conditions"] = json!(status.conditions);
+    }
+    if change.get("addresses").is_some() {
+        change["addresses"] = json!(status.addresses);
+    }
     let name = node.metadata.name.as_deref().unwrap_or_default();
-    // A list is replaced as a whole: `null` where nothing is left, and only if nobody changed it meanwhile.
-    let left = if left.is_empty() { Value::Null } else { json!(left) };
-    // Our own status write has moved the version on, so the present one is read.
-    let version = api.get(name).await?.metadata.resource_version;
-    let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": left}});
-    api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    let patch = json!({"status": change});
+    api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await.map(drop)
+}
+
+/// The node is ready now; waiting for the node controller to say so would delay the first pods. That controller
+/// may be at it, too: a conflict means to look again.
+async fn remove_not_ready_taint(api: &Api<Node>, mut node: Node) -> Result<(), kube::Error> {
+    let has_taint = |node: &Node| {
+        node.spec.iter().flat_map(|spec| spec.taints.iter().flatten()).any(|t| t.key == NOT_READY_TAINT)
+    };
+    let name = node.metadata.name.clone().unwrap_or_default();
+    if !has_taint(&node) {
+        return Ok(());
+    }
+    for tries_left in (0..TAINT_TRIES_MAX).rev() {
+        // Our own status write has moved the version on.
+        node = api.get(&name).await?;
+        if !has_taint(&node) {
+            return Ok(());
+        }
+        let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
+        let left: Vec<_> = taints.into_iter().filter(|taint| taint.key != NOT_READY_TAINT).collect();
+        // A list is replaced as a whole: `null` where nothing is left, and only if nobody changed it meanwhile.
+        let left = if left.is_empty() { Value::Null } else { json!(left) };
+        let version = &node.metadata.resource_version;
+        let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": left}});
+        match api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+            Err(kube::Error::Api(status)) if status.code == 409 && tries_left > 0 => {}
+            result => return result.map(drop),
+        }
+    }
     Ok(())
 }
 

@@ -2,8 +2,10 @@
 //!
 //! The node's own binary is the plug-in: a runtime starts it with `CNI_COMMAND` in the environment and the
 //! network's configuration on standard input, and reads the result from standard output
-//! (<https://www.cni.dev/docs/spec/>, versions 0.4.0 to 1.1.0). Leases are shared with the node process
+//! (<https://www.cni.dev/docs/spec/>, versions 0.3.1 to 1.1.0). Leases are shared with the node process
 //! through the state directory; the node process must have started the network once.
+//!
+//! Called as `loopback`, which containerd asks for by that name before any network, it brings up `lo` and no more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -17,6 +19,7 @@ use serde_json::{Value, json};
 use crate::builtin::{RoutedConfig, RoutedNetwork};
 use crate::error::{NetworkError, Result};
 use crate::ipam::{Lease, Subnet};
+use crate::link::Links;
 use crate::nft::NftProgram;
 use crate::pod::{HostPort, PodRef, Protocol};
 
@@ -24,7 +27,10 @@ use crate::pod::{HostPort, PodRef, Protocol};
 pub const PLUGIN_TYPE: &str = "knarr";
 /// The file [`write_conflist`] writes; sorts before what others install.
 pub const CONFLIST: &str = "10-knarr.conflist";
-const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
+/// The other plug-in that runtimes look for; the reference plug-ins have one, which is as good.
+pub const LOOPBACK_TYPE: &str = "loopback";
+const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+const VERSION_LATEST: &str = VERSIONS[3];
 /// A configuration is a few hundred bytes, plus the runtime's list of attachments for GC.
 const CONFIG_LEN_MAX: u64 = 4 << 20;
 
@@ -47,7 +53,6 @@ pub struct Call {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Config {
-    cni_version: String,
     #[serde(flatten)]
     network: RoutedConfig,
     #[serde(default)]
@@ -136,10 +141,10 @@ pub async fn run(call: &Call, input: impl Read, mut output: impl Write) -> i32 {
 
 async fn serve(call: &Call, input: std::io::Result<&str>) -> Result<Option<Value>, Failure> {
     if call.command == "VERSION" {
-        return Ok(Some(json!({ "cniVersion": VERSIONS[2], "supportedVersions": VERSIONS })));
+        return Ok(Some(json!({ "cniVersion": VERSION_LATEST, "supportedVersions": VERSIONS })));
     }
-    let config = parse(input)?;
-    let version = config.cni_version.clone();
+    let input = decode(input)?;
+    let version = input["cniVersion"].as_str().unwrap_or_default().to_owned();
     let failed =
         |error: NetworkError| failure(&version, code_of(&error), "knarr pod network", error.to_string());
     if ["ADD", "CHECK"].contains(&call.command.as_str()) && call.namespace.is_empty() {
@@ -150,8 +155,12 @@ async fn serve(call: &Call, input: std::io::Result<&str>) -> Result<Option<Value
     {
         return Err(failure(&version, 4, "CNI_CONTAINERID or CNI_IFNAME is not set", String::new()));
     }
-    let network = RoutedNetwork::open(config.network, Arc::new(NftProgram)).await.map_err(failed)?;
     let namespace = PathBuf::from(&call.namespace);
+    if input["type"] == LOOPBACK_TYPE {
+        return loopback(call, &namespace, &version).await.map_err(failed);
+    }
+    let config: Config = serde_json::from_value(input).map_err(undecodable)?;
+    let network = RoutedNetwork::open(config.network, Arc::new(NftProgram)).await.map_err(failed)?;
     match call.command.as_str() {
         "ADD" => {
             let ports = host_ports(&config.runtime_config.port_mappings)
@@ -175,16 +184,40 @@ fn owner(container: &str, device: &str) -> String {
     format!("{container}/{device}")
 }
 
-fn parse(input: std::io::Result<&str>) -> Result<Config, Failure> {
-    let text =
-        input.map_err(|error| failure(VERSIONS[2], 5, "cannot read the configuration", error.to_string()))?;
-    let config: Config = serde_json::from_str(text)
-        .map_err(|error| failure(VERSIONS[2], 6, "cannot decode the configuration", error.to_string()))?;
-    if !VERSIONS.contains(&config.cni_version.as_str()) {
-        let details = format!("{} is not one of {}", config.cni_version, VERSIONS.join(", "));
-        return Err(failure(VERSIONS[2], 1, "incompatible CNI version", details));
+fn decode(input: std::io::Result<&str>) -> Result<Value, Failure> {
+    let text = input
+        .map_err(|error| failure(VERSION_LATEST, 5, "cannot read the configuration", error.to_string()))?;
+    let config: Value = serde_json::from_str(text).map_err(undecodable)?;
+    let version = config["cniVersion"].as_str().unwrap_or_default();
+    if !VERSIONS.contains(&version) {
+        let details = format!("{version} is not one of {}", VERSIONS.join(", "));
+        return Err(failure(VERSION_LATEST, 1, "incompatible CNI version", details));
     }
     Ok(config)
+}
+
+fn undecodable(error: serde_json::Error) -> Failure {
+    failure(VERSION_LATEST, 6, "cannot decode the configuration", error.to_string())
+}
+
+/// `lo` of a namespace: up, with the addresses the kernel gives it. It goes with the namespace.
+async fn loopback(call: &Call, namespace: &Path, version: &str) -> Result<Option<Value>> {
+    if call.command != "ADD" {
+        return Ok(None);
+    }
+    let links = Links::inside(namespace)?;
+    links.up(links.expect("lo").await?.index).await?;
+    let mut address = json!({ "address": "127.0.0.1/8", "interface": 0 });
+    if has_version_of_address(version) {
+        address["version"] = json!("4");
+    }
+    let device = json!({ "name": "lo", "mac": "00:00:00:00:00:00", "sandbox": call.namespace });
+    Ok(Some(json!({ "cniVersion": version, "interfaces": [device], "ips": [address], "dns": {} })))
+}
+
+/// Dropped from the specification with 1.0.0.
+fn has_version_of_address(version: &str) -> bool {
+    version.starts_with("0.")
 }
 
 fn host_ports(mappings: &[PortMapping]) -> Result<Vec<HostPort>, String> {
@@ -213,8 +246,7 @@ fn success(version: &str, call: &Call, lease: &Lease, gateways: &[IpAddr]) -> Va
                 "gateway": gateway.to_string(),
                 "interface": 1,
             });
-            // Dropped from the specification with 1.0.0.
-            if version == "0.4.0" {
+            if has_version_of_address(version) {
                 entry["version"] = json!(if ip.is_ipv4() { "4" } else { "6" });
             }
             entry
@@ -279,7 +311,7 @@ mod tests {
     #[tokio::test]
     async fn version_needs_no_configuration() {
         let (code, answer) = call("VERSION", "").await;
-        assert_eq!((code, &answer["supportedVersions"][0]), (0, &json!("0.4.0")));
+        assert_eq!((code, &answer["supportedVersions"][0]), (0, &json!("0.3.1")));
     }
 
     #[tokio::test]

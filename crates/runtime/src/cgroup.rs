@@ -21,13 +21,13 @@ const V1_CONTROLLERS: [&str; 9] =
     ["cpu", "cpuacct", "cpuset", "memory", "pids", "blkio", "devices", "freezer", "hugetlb"];
 /// Controllers switched on for children in v2.
 const V2_CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "memory", "pids", "io", "hugetlb"];
-/// Files with limits that containers may have beyond the typed ones (`unified` in CRI), by prefix.
-const UNIFIED_PREFIXES: [&str; 6] = ["cpu.", "cpuset.", "memory.", "pids.", "io.", "hugetlb."];
 
 /// The host's control groups.
 #[derive(Debug, Clone)]
 pub struct Cgroups {
     layout: Layout,
+    /// Mount points of hierarchies that we leave alone, but that other runtimes (runc) make groups in.
+    others: Vec<PathBuf>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -64,6 +64,7 @@ impl Cgroups {
     fn from_mountinfo(mountinfo: &str) -> Result<Self> {
         let mut v1: Vec<(&'static str, PathBuf)> = Vec::new();
         let mut v2 = None;
+        let mut others = Vec::new();
         for line in mountinfo.lines() {
             let Some((mount, fs)) = line.split_once(" - ") else { continue };
             let Some(point) = mount.split(' ').nth(4).filter(|point| point.starts_with(MOUNT)) else {
@@ -72,8 +73,12 @@ impl Cgroups {
             let mut fs = fs.split(' ');
             match fs.next() {
                 Some("cgroup2") if point == MOUNT => v2 = Some(PathBuf::from(point)),
+                Some("cgroup2") => others.push(PathBuf::from(point)),
                 Some("cgroup") => {
                     let options = fs.nth(1).unwrap_or_default();
+                    if !options.split(',').any(|option| V1_CONTROLLERS.contains(&option)) {
+                        others.push(PathBuf::from(point));
+                    }
                     for controller in V1_CONTROLLERS {
                         let known = v1.iter().any(|(have, _)| *have == controller);
                         if !known && options.split(',').any(|option| option == controller) {
@@ -85,8 +90,8 @@ impl Cgroups {
             }
         }
         match (v2, v1.is_empty()) {
-            (Some(root), _) => Ok(Self { layout: Layout::V2(root) }),
-            (None, false) => Ok(Self { layout: Layout::V1(v1) }),
+            (Some(root), _) => Ok(Self { layout: Layout::V2(root), others }),
+            (None, false) => Ok(Self { layout: Layout::V1(v1), others }),
             (None, true) => Err(Error::internal(format!(
                 "no control groups are mounted below {MOUNT}; mount cgroup2 there to run containers"
             ))),
@@ -108,6 +113,13 @@ impl Cgroups {
             Layout::V2(root) => vec![join(root, path)],
         };
         dirs.dedup();
+        dirs
+    }
+
+    /// The same, and also where another runtime may have made the group.
+    pub fn dirs_anywhere(&self, path: &str) -> Vec<PathBuf> {
+        let mut dirs = self.dirs(path);
+        dirs.extend(self.others.iter().map(|mount| join(mount, path)));
         dirs
     }
 
@@ -141,8 +153,19 @@ impl Cgroups {
             Layout::V1(_) => v1_writes(resources)?,
             Layout::V2(_) => v2_writes(resources)?,
         };
+        // On v2, a controller that the host keeps to itself has no files in the group.
+        let delegated = match &self.layout {
+            Layout::V2(root) if !writes.is_empty() => {
+                let file = join(root, path).join("cgroup.controllers");
+                Some(fs::read_to_string(&file).step(|| format!("read {}", file.display()))?)
+            }
+            _ => None,
+        };
+        let lacks = |controller: &str| {
+            delegated.as_ref().is_some_and(|all| !all.split_whitespace().any(|have| have == controller))
+        };
         for (controller, file, value) in writes {
-            let Some(dir) = self.dir(path, controller) else {
+            let Some(dir) = self.dir(path, controller).filter(|_| !lacks(controller)) else {
                 tracing::warn!(controller, file, "no such controller on this host, limit not applied");
                 continue;
             };
@@ -269,10 +292,11 @@ impl Cgroups {
         }
     }
 
-    /// Removes the group and all groups below it. Fails while processes live in it. Absent is a success.
+    /// Removes the group and all groups below it, whoever made them. Fails while processes live in it. Absent is a
+    /// success.
     pub fn remove(&self, path: &str) -> Result<()> {
         check_path(path)?;
-        for dir in self.dirs(path) {
+        for dir in self.dirs_anywhere(path) {
             remove_tree(&dir).step(|| format!("remove control group {}", dir.display()))?;
         }
         Ok(())
@@ -473,10 +497,12 @@ fn v2_writes(resources: &LinuxContainerResources) -> Result<Vec<Write>> {
         put("hugetlb", &format!("hugetlb.{}.max", limit.page_size), limit.limit.to_string());
     }
     for (file, value) in &resources.unified {
-        if file.contains('/') || !UNIFIED_PREFIXES.iter().any(|prefix| file.starts_with(prefix)) {
+        let controller = file.split_once('.').map_or("", |(name, _)| name);
+        let known = V2_CONTROLLERS.iter().find(|name| **name == controller && !file.contains('/'));
+        let Some(known) = known else {
             return Err(Error::invalid(format!("unified resource {file:?} is not a controller's file")));
-        }
-        put("memory", file, value.clone());
+        };
+        put(known, file, value.clone());
     }
     Ok(writes)
 }
@@ -572,6 +598,80 @@ mod tests {
             dirs,
             [Path::new("/sys/fs/cgroup/cpu,cpuacct/knarr/a"), Path::new("/sys/fs/cgroup/memory/knarr/a")]
         );
+    }
+
+    #[test]
+    fn groups_that_others_made_in_other_hierarchies_are_found() {
+        let groups = Cgroups::from_mountinfo(HYBRID).unwrap();
+        let all = groups.dirs_anywhere("/knarr/a");
+        let others = &all[groups.dirs("/knarr/a").len()..];
+        assert_eq!(
+            others,
+            [Path::new("/sys/fs/cgroup/systemd/knarr/a"), Path::new("/sys/fs/cgroup/unified/knarr/a")]
+        );
+    }
+
+    /// A v2 tree as files, as the kernel shows them.
+    #[test]
+    fn a_unified_group_is_made_limited_measured_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let groups = Cgroups { layout: Layout::V2(dir.path().to_owned()), others: Vec::new() };
+        let (parent, group) = (dir.path().join("knarr"), dir.path().join("knarr/pod"));
+        fs::create_dir_all(&group).unwrap();
+        for tree in [dir.path(), &parent] {
+            fs::write(tree.join("cgroup.subtree_control"), "cpu memory\n").unwrap();
+        }
+        for (file, content) in [
+            ("cpu.stat", "usage_usec 5\nuser_usec 3\n"),
+            ("memory.stat", "anon 100\ninactive_file 30\npgfault 7\npgmajfault 1\n"),
+            ("memory.current", "400\n"),
+            ("memory.swap.current", "8\n"),
+            ("memory.events", "low 0\noom 3\noom_kill 2\n"),
+            ("pids.current", "4\n"),
+            ("cgroup.procs", "11\n12\n"),
+            ("cgroup.controllers", "cpu memory pids\n"),
+        ] {
+            fs::write(group.join(file), content).unwrap();
+        }
+        let resources = LinuxContainerResources {
+            cpu_shares: 1024,
+            memory_limit_in_bytes: 1 << 20,
+            unified: [("memory.high".to_owned(), "1000".to_owned())].into(),
+            ..Default::default()
+        };
+        groups.create("/knarr/pod", &resources).unwrap();
+        let read = |file: &str| fs::read_to_string(group.join(file)).unwrap();
+        assert_eq!(
+            (read("cpu.weight"), read("memory.max"), read("memory.high")),
+            ("39".into(), "1048576".into(), "1000".into())
+        );
+        // A real tree has them one after the other; this file keeps the last one asked for.
+        assert_eq!(fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap(), "+hugetlb");
+        let lacking = LinuxContainerResources { cpuset_cpus: "0".into(), ..Default::default() };
+        groups.update("/knarr/pod", &lacking).unwrap();
+        assert!(!group.join("cpuset.cpus").exists(), "the host keeps that controller to itself");
+        groups.set_pids_max("/knarr/pod", Some(9)).unwrap();
+        assert_eq!(read("pids.max"), "9");
+        let want = Usage {
+            cpu_nanos: 5000,
+            memory_bytes: 400,
+            working_set_bytes: 370,
+            rss_bytes: 100,
+            page_faults: 7,
+            major_page_faults: 1,
+            memory_limit_bytes: Some(1 << 20),
+            swap_bytes: Some(8),
+            pids: 4,
+        };
+        assert_eq!(groups.usage("/knarr/pod").unwrap(), want);
+        assert_eq!((groups.oom_kills("/knarr/pod"), groups.pids("/knarr")), (2, vec![11, 12]));
+        groups.kill("/knarr/pod");
+        assert_eq!(read("cgroup.kill"), "1");
+        let escape = LinuxContainerResources {
+            unified: [("../memory.max".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        assert!(groups.update("/knarr/pod", &escape).is_err());
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod cgroup;
 mod device_filter;
 pub mod host;
 pub mod image;
+pub mod imports;
 pub mod keeper;
 pub mod remote;
 mod rootdir;

@@ -21,6 +21,7 @@ use crate::cri::v1::image_service_client::ImageServiceClient;
 use crate::cri::v1::runtime_service_client::RuntimeServiceClient;
 use crate::cri::{ContainerExit, Event, Runtime, v1};
 use crate::error::{Error, Kind, Result};
+use crate::imports::Imports;
 use crate::stream::{Duplex, ExecSession};
 
 mod websocket;
@@ -43,6 +44,7 @@ pub struct RemoteRuntime {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
     events: broadcast::Sender<Event>,
+    imports: Imports,
     /// Dropped with the last clone, which ends the task that hears events.
     _alive: Arc<watch::Sender<()>>,
 }
@@ -65,6 +67,7 @@ impl RemoteRuntime {
             runtime: limit(channel.clone()),
             images: ImageServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX),
             events: broadcast::Sender::new(EVENTS_MAX),
+            imports: Imports::new(),
             _alive: Arc::new(alive),
         };
         let version = remote.version().await.map_err(|error| {
@@ -89,6 +92,54 @@ impl RemoteRuntime {
             }
         });
         Ok(remote)
+    }
+}
+
+/// What a runtime tells of its own configuration. Empty where it does not tell.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Configuration {
+    /// Where it looks for network plug-ins, and for their configuration.
+    pub plugin_dir: Option<PathBuf>,
+    pub network_dir: Option<PathBuf>,
+    /// The image of a sandbox's first process.
+    pub sandbox_image: Option<String>,
+    /// Control groups are made by systemd.
+    pub systemd_cgroups: bool,
+}
+
+impl Configuration {
+    /// Reads what containerd tells in its verbose status.
+    fn read(info: &HashMap<String, String>) -> Configuration {
+        let config: serde_json::Value =
+            info.get("config").and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        let text = |pointer: &str| {
+            config
+                .pointer(pointer)
+                .and_then(|value| value.as_str())
+                .filter(|t| !t.is_empty())
+                .map(str::to_owned)
+        };
+        let runtime = text("/containerd/defaultRuntimeName").unwrap_or_else(|| "runc".to_owned());
+        let systemd = config.pointer(&format!("/containerd/runtimes/{runtime}/options/SystemdCgroup"));
+        Configuration {
+            plugin_dir: text("/cni/binDir").or_else(|| text("/cni/binDirs/0")).map(PathBuf::from),
+            network_dir: text("/cni/confDir").map(PathBuf::from),
+            sandbox_image: text("/sandboxImage"),
+            systemd_cgroups: systemd.and_then(|value| value.as_bool()).unwrap_or(false),
+        }
+    }
+}
+
+impl RemoteRuntime {
+    /// What the runtime tells of its configuration.
+    pub async fn configuration(&self) -> Result<Configuration> {
+        Ok(Configuration::read(&self.status(true).await?.info))
+    }
+
+    /// Announces imports that somebody else makes: until the returned value is dropped, whoever asks for an image
+    /// that is not there waits. [`Imports::arrived`] has them look again.
+    pub fn imports(&self) -> &Imports {
+        &self.imports
     }
 }
 
@@ -306,7 +357,18 @@ impl Runtime for RemoteRuntime {
     }
 
     async fn runtime_config(&self) -> Result<v1::RuntimeConfigResponse> {
-        Ok(self.runtime.clone().runtime_config(request(v1::RuntimeConfigRequest {})).await?.into_inner())
+        match self.runtime.clone().runtime_config(request(v1::RuntimeConfigRequest {})).await {
+            Ok(answer) => Ok(answer.into_inner()),
+            // Containerd before 2.0 does not tell; its configuration does.
+            Err(status) if status.code() == tonic::Code::Unimplemented => {
+                let systemd = self.configuration().await?.systemd_cgroups;
+                let driver =
+                    if systemd { v1::CgroupDriver::Systemd } else { v1::CgroupDriver::Cgroupfs } as i32;
+                let linux = v1::LinuxRuntimeConfiguration { cgroup_driver: driver };
+                Ok(v1::RuntimeConfigResponse { linux: Some(linux) })
+            }
+            Err(status) => Err(status.into()),
+        }
     }
 
     fn attaches_network(&self) -> bool {
@@ -516,7 +578,13 @@ impl Runtime for RemoteRuntime {
 
     async fn image_status(&self, image: v1::ImageSpec, verbose: bool) -> Result<v1::ImageStatusResponse> {
         let message = v1::ImageStatusRequest { image: Some(image), verbose };
-        Ok(self.images.clone().image_status(request(message)).await?.into_inner())
+        let mut arrivals = self.imports.arrivals();
+        loop {
+            let answer = self.images.clone().image_status(request(message.clone())).await?.into_inner();
+            if answer.image.is_some() || !arrivals.next().await {
+                return Ok(answer);
+            }
+        }
     }
 
     async fn remove_image(&self, image: v1::ImageSpec) -> Result<()> {
@@ -536,6 +604,24 @@ impl Runtime for RemoteRuntime {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containerd_tells_its_configuration() {
+        let config = serde_json::json!({
+            "containerd": {"defaultRuntimeName": "r", "runtimes": {"r": {"options": {"SystemdCgroup": true}}}},
+            "cni": {"binDir": "/opt/cni/bin", "confDir": "/etc/cni/net.d"},
+            "sandboxImage": "example.org/pause:1",
+        });
+        let told = Configuration::read(&[("config".to_owned(), config.to_string())].into());
+        let want = Configuration {
+            plugin_dir: Some("/opt/cni/bin".into()),
+            network_dir: Some("/etc/cni/net.d".into()),
+            sandbox_image: Some("example.org/pause:1".into()),
+            systemd_cgroups: true,
+        };
+        assert_eq!(told, want);
+        assert_eq!(Configuration::read(&HashMap::new()), Configuration::default());
+    }
 
     #[test]
     fn lists_a_second_apart_become_events() {

@@ -561,3 +561,27 @@ async fn what_a_registry_serves_must_match_its_digests() {
     let error = pull::pull(&fixture.store, &RegistryConfig::default(), &nobody, None).await.unwrap_err();
     assert_eq!(error.kind, Kind::Unavailable, "{error}");
 }
+
+#[test]
+fn a_full_disk_leaves_nothing_half_done() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let Some(fixture) = fixture() else { return };
+    let disk = fixture.dir.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let options = Some("size=1m");
+    mount(None::<&str>, &disk, Some("tmpfs"), MsFlags::empty(), options).unwrap();
+    let big = docker_archive(&[&tar_of(&[file("big", &"x".repeat(3 << 20))])], "big:1");
+    let archive = fixture.file("big.tar", &big);
+    let store = ImageStore::open(&disk.join("store"), Limits::default()).unwrap();
+    let error = archive::import(&store, &archive, None, false).unwrap_err();
+    let free = || nix::sys::statvfs::statvfs(&disk).map(|stat| stat.blocks_available()).unwrap();
+    let (left, free_after) = (store.list().len(), free());
+    let small = docker_archive(&[&tar_of(&[file("small", "x")])], "small:1");
+    let later = archive::import(&store, &fixture.file("small.tar", &small), None, false);
+    drop(store);
+    umount2(&disk, MntFlags::MNT_DETACH).unwrap();
+    assert!(error.message.contains("No space left on device"), "{error}");
+    assert_eq!(left, 0);
+    assert!(free_after > 200, "what was written is gone: {free_after} blocks of 256 are free");
+    later.expect("what fits is imported afterwards");
+}

@@ -16,6 +16,15 @@ pub const JOB: Rules = Rules {
     },
     validate: |object, errors| {
         job_spec("spec", object.at("spec").unwrap_or(&Value::Null), errors);
+        let (name, completions) = (object.name(), object.int_at("spec.completions").unwrap_or(0));
+        if object.str_at("spec.completionMode") == "Indexed" && completions > 0 {
+            // The last pod's host name must be a DNS label, or that pod could never be made.
+            let longest = format!("{name}-{}", completions - 1);
+            if !crate::names::dns_label(&longest).is_empty() {
+                let detail = format!("will not able to create pod with invalid DNS label: {longest}");
+                errors.push(field::Error::invalid("metadata.name", name, detail));
+            }
+        }
         label_selector("spec.selector", object.at("spec.selector"), errors);
         if object.at("spec.selector").is_none() {
             errors.push(field::Error::required("spec.selector", ""));
@@ -114,6 +123,11 @@ fn schedule(spec: &Value, errors: &mut Vec<field::Error>) {
 pub const CRON_JOB: Rules = Rules {
     create: |object| object.set_at("status", json!({})),
     validate: |object, errors| {
+        // Eleven characters are for the time that job names end with.
+        if object.name().len() > 52 {
+            let detail = "must be no more than 52 characters";
+            errors.push(field::Error::invalid("metadata.name", object.name(), detail));
+        }
         let spec = object.at("spec").unwrap_or(&Value::Null);
         schedule(spec, errors);
         one_of("spec", spec, "concurrencyPolicy", &["Allow", "Forbid", "Replace"], errors);

@@ -47,6 +47,7 @@ pub async fn server() -> Api {
         store: store.clone(),
         schema: Schema::builtin(),
         services: Allocator::load(store.as_ref(), "10.96.0.0/16".parse().expect("a range"), 30_000..=32_767),
+        quotas: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
     });
     bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
@@ -59,8 +60,9 @@ pub async fn server() -> Api {
         .expect("versions")
         .with_root_certificates(rustls::RootCertStore::empty())
         .with_no_client_auth();
+    // The recording server ran without service account admission; this account changes no pod.
     let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
-    let context = Context::new(User::new("admin", &["system:masters"]), "test");
+    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
     let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
     registry.create(kind, "default", account, &context).await.expect("creates");
     Api {
@@ -81,16 +83,7 @@ pub async fn send(
     headers: &[(&str, &str)],
     body: impl Into<Bytes>,
 ) -> Reply {
-    let mut request = Request::builder().method(method).uri(path);
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    let request = request.body(full(body.into())).expect("a request");
-    let peer = Peer::InProcess(User::new("admin", &["system:masters"]));
-    let answer = api.handle(request, &peer).await;
-    let (parts, body) = answer.into_parts();
-    let body = body.collect().await.expect("a body").to_bytes();
-    Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+    Client::admin(api).ask(method, path, headers, body).await
 }
 
 pub async fn get(api: &Api, path: &str) -> Reply {
@@ -99,4 +92,74 @@ pub async fn get(api: &Api, path: &str) -> Reply {
 
 pub async fn post(api: &Api, path: &str, object: &Value) -> Reply {
     send(api, "POST", path, &[("content-type", "application/json")], object.to_string()).await
+}
+
+/// One answer: status and body.
+pub type Answer = (u16, Value);
+
+/// A client with an identity.
+pub struct Client<'a> {
+    pub api: &'a Api,
+    pub peer: Peer,
+}
+
+impl<'a> Client<'a> {
+    pub fn admin(api: &'a Api) -> Self {
+        Self::named(api, "admin", &["system:masters"])
+    }
+
+    pub fn named(api: &'a Api, name: &str, groups: &[&str]) -> Self {
+        Client { api, peer: Peer::InProcess(User::new(name, groups)) }
+    }
+
+    pub async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Reply {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(full(body.into())).expect("a request");
+        let (parts, body) = self.api.handle(request, &self.peer).await.into_parts();
+        let body = body.collect().await.expect("a body").to_bytes();
+        Reply { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let reply = self.ask(method, path, headers, body.to_owned()).await;
+        let text = String::from_utf8_lossy(&reply.body);
+        (reply.status, serde_json::from_str(&text).unwrap_or_else(|_| json!({ "_text": text })))
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[], "").await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send("POST", path, &[("content-type", "application/json")], &body.to_string()).await
+    }
+
+    pub async fn put(&self, path: &str, body: &Value) -> Answer {
+        self.send("PUT", path, &[("content-type", "application/json")], &body.to_string()).await
+    }
+
+    pub async fn patch(&self, path: &str, body: &Value) -> Answer {
+        let headers = [("content-type", "application/merge-patch+json")];
+        self.send("PATCH", path, &headers, &body.to_string()).await
+    }
+
+    pub async fn delete(&self, path: &str) -> Answer {
+        self.send("DELETE", path, &[], "").await
+    }
+
+    /// Creates, and insists.
+    pub async fn create(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.post(path, body).await;
+        assert_eq!(status, 201, "{path}: {answer}");
+        answer
+    }
 }

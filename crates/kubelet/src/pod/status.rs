@@ -119,8 +119,10 @@ fn container_status(
     old: Option<&ContainerStatus>,
     list: List,
 ) -> ContainerStatus {
-    let seen: Vec<&Seen> =
-        input.observed.containers.iter().filter(|seen| seen.name() == container.name).collect();
+    // One that was made and not started yet has nothing to tell: it would be one more write on the way up.
+    let told =
+        |seen: &&Seen| seen.name() == container.name && seen.state() != v1::ContainerState::ContainerCreated;
+    let seen: Vec<&Seen> = input.observed.containers.iter().filter(told).collect();
     let mut status = ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
@@ -181,7 +183,6 @@ fn of_seen(
             out.allocated_resources =
                 container.resources.as_ref().and_then(|resources| resources.requests.clone());
         }
-        v1::ContainerState::ContainerCreated => out.state = Some(waiting("ContainerCreating", "")),
         _ => {
             out.state =
                 Some(ContainerState { terminated: Some(terminated(input, latest)), ..Default::default() });

@@ -32,6 +32,7 @@ use crate::image::archive::{self, Imported};
 use crate::image::pull::{self, RegistryConfig};
 use crate::image::reference::Reference;
 use crate::image::store::ImageStore;
+use crate::imports::{Importing, Imports};
 use crate::keeper::client::{Client, Holdings, Notice};
 use crate::keeper::protocol::{AdoptContainer, Event as KeeperEvent, Op, Running, StartContainer, Stdin};
 use crate::stream::{Duplex, ExecSession};
@@ -119,6 +120,7 @@ struct Inner {
     keeper: OnceLock<Client>,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
+    imports: Imports,
     /// Dropped with us, which ends the task that listens to the keeper.
     _alive: watch::Sender<()>,
 }
@@ -173,6 +175,7 @@ impl BuiltinRuntime {
             keeper: OnceLock::new(),
             state: Mutex::new(state),
             events: broadcast::Sender::new(EVENTS_MAX),
+            imports: Imports::new(),
         });
         let holdings = Arc::new(Adoption { inner: Arc::downgrade(&inner) });
         let (client, notices) = Client::start(keeper_socket, keeper_command, holdings).await?;
@@ -190,7 +193,15 @@ impl BuiltinRuntime {
     /// Imports an archive (OCI layout or `docker save`); see [`archive::import`].
     pub async fn import_image(&self, path: &Path, name: Option<&str>, pinned: bool) -> Result<Vec<Imported>> {
         let (images, path, name) = (self.inner.images.clone(), path.to_owned(), name.map(str::to_owned));
-        blocking(move || archive::import(&images, &path, name.as_deref(), pinned)).await
+        let imported = blocking(move || archive::import(&images, &path, name.as_deref(), pinned)).await;
+        self.inner.imports.arrived();
+        imported
+    }
+
+    /// Announces imports to come: until the returned value is dropped, whoever asks for an image that is not here
+    /// waits, because it may be among them.
+    pub fn announce_imports(&self) -> Importing {
+        self.inner.imports.announce()
     }
 
     /// Removes layers that no image and no container needs. Returns the bytes freed.
@@ -734,7 +745,13 @@ impl Runtime for BuiltinRuntime {
     }
 
     async fn image_status(&self, image: v1::ImageSpec, verbose: bool) -> Result<v1::ImageStatusResponse> {
-        let found = self.inner.images.find(&image.image);
+        let mut arrivals = self.inner.imports.arrivals();
+        let found = loop {
+            let found = self.inner.images.find(&image.image);
+            if found.is_some() || !arrivals.next().await {
+                break found;
+            }
+        };
         let mut info = HashMap::new();
         if let (true, Some(image)) = (verbose, &found) {
             let config = self.inner.images.blob(&image.id)?;

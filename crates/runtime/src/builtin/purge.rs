@@ -55,7 +55,7 @@ pub fn verify_clean(config: &Config) -> Result<Vec<Check>> {
         what: format!("processes in control group {}", config.cgroup_root),
         leftovers: cgroups.pids(&config.cgroup_root).iter().map(i32::to_string).collect(),
     }];
-    let groups = cgroups.dirs(&config.cgroup_root);
+    let groups = cgroups.dirs_anywhere(&config.cgroup_root);
     checks.push(Check {
         what: format!("control groups {}", config.cgroup_root),
         leftovers: groups.iter().filter(|dir| dir.exists()).map(|dir| dir.display().to_string()).collect(),

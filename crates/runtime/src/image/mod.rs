@@ -2,12 +2,13 @@
 //!
 //! Reading order: [`reference`] (names), [`manifest`] (the documents), `layer` (unpacking one layer safely),
 //! [`archive`] (OCI and docker archives), [`pull`] (registries), [`store`] (what is here), [`build`] (making
-//! archives).
+//! archives), [`pause`] (one that is made here).
 
 pub mod archive;
 pub mod build;
 mod layer;
 pub mod manifest;
+pub mod pause;
 pub mod pull;
 pub mod reference;
 pub mod store;
