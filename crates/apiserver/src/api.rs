@@ -601,7 +601,7 @@ impl Api {
                 if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
-                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                let unknown = self.registry.unknown_fields(call.served, &tree);
                 if let Some(field) = unknown.first() {
                     return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
                 }
@@ -778,31 +778,23 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-/// An error about the kind, naming it as the request did.
+/// An error about the resource, naming it as the request did. Errors about the object's content name the
+/// kind of the stored version, as upstream's do.
 fn in_words_of(status: &mut Status, kind: &Kind, served: &Kind) {
-    if kind.group == served.group {
+    let (ours, theirs) = (kind.resource(), served.resource());
+    if ours == theirs {
         return;
     }
-    let qualified = |kind: &Kind| match kind.group.as_str() {
-        "" => kind.kind.clone(),
-        group => format!("{}.{group}", kind.kind),
-    };
-    for (ours, theirs) in [(kind.resource(), served.resource()), (qualified(kind), qualified(served))] {
-        if let Some(rest) = status.message.strip_prefix(&format!("{ours} ")) {
-            status.message = format!("{theirs} {rest}");
+    for start in ["", "Operation cannot be fulfilled on "] {
+        let Some(rest) = status.message.strip_prefix(&format!("{start}{ours} ")) else { continue };
+        status.message = format!("{start}{theirs} {rest}");
+        if let Some(details) = &mut status.details {
+            match served.group.as_str() {
+                "" => drop(details.remove_at("group")),
+                group => details["group"] = json!(group),
+            }
         }
-        let named = format!("Operation cannot be fulfilled on {ours} ");
-        if let Some(rest) = status.message.strip_prefix(&named) {
-            status.message = format!("Operation cannot be fulfilled on {theirs} {rest}");
-        }
-    }
-    if let Some(details) = &mut status.details
-        && details.str_at("group") == kind.group
-    {
-        match served.group.as_str() {
-            "" => drop(details.remove_at("group")),
-            group => details["group"] = json!(group),
-        }
+        return;
     }
 }
 
