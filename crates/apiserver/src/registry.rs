@@ -69,6 +69,12 @@ impl Context {
         self.served.filter(|served| served.plural == kind.plural).unwrap_or(kind)
     }
 
+    /// The rules for metadata: events of the two groups are one object, but one group is more lenient.
+    fn metadata_rules(&self, kind: &Kind) -> &'static Rules {
+        let served = self.version_of(kind);
+        Rules::of(if served.is_old() { kind } else { served })
+    }
+
     pub fn warn(&self, text: impl Into<String>) {
         let (text, mut warnings) = (text.into(), self.warnings.lock());
         if !warnings.contains(&text) {
@@ -289,7 +295,7 @@ impl Registry {
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
         let mut errors = Vec::new();
-        rules::validate_metadata(kind, rules, &object, &mut errors);
+        rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
@@ -507,7 +513,7 @@ impl Registry {
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
         let mut errors = Vec::new();
-        rules::validate_metadata(kind, rules, &new, &mut errors);
+        rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
         if endpoint == Endpoint::Main {
             (rules.validate)(&new, &mut errors);

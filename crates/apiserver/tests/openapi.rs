@@ -157,6 +157,8 @@ const KNOWN: &[&str] = &[
     "/api/v1/namespaces/{namespace}/resourcequotas/{name} delete",
     "/apis/resource.k8s.io/v1/",
     "/apis/storage.k8s.io/v1/",
+    // This one answers with the object, as upstream's does; upstream's document says otherwise.
+    "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name} delete",
 ];
 
 #[tokio::test]
