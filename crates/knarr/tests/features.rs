@@ -77,6 +77,11 @@ const FEATURES: &[Feature] = &[
         &["1234\n2345\n2345 3456 4567", "1234     3456"],
     ),
     feature(
+        "image-volume",
+        "{volumes: [{name: v, image: {reference: toolbox, pullPolicy: IfNotPresent}}], containers: [{name: c, BUSYBOX, command: [sh, -c, '/v/toolbox exit 0 && echo runs; touch /v/x || echo refused'], volumeMounts: [{name: v, mountPath: /v}]}]}",
+        &["runs", "refused"],
+    ),
+    feature(
         "read-only",
         "{containers: [{name: c, BUSYBOX, securityContext: {readOnlyRootFilesystem: true}, command: [sh, -c, 'touch /x || echo refused']}]}",
         &["refused"],
@@ -117,11 +122,14 @@ const FEATURES: &[Feature] = &[
         name: "gate",
         spec: "{readinessGates: [{conditionType: example.com/ok}], containers: [{name: c, BUSYBOX, command: [sleep, '9999']}]}",
         log: &[],
-        status: &[r#""reason":"ReadinessGatesNotReady""#, r#"corresponding condition of pod readiness gate \"example.com/ok\" does not exist."#],
+        status: &[
+            r#""reason":"ReadinessGatesNotReady""#,
+            r#"corresponding condition of pod readiness gate \"example.com/ok\" does not exist."#,
+        ],
     },
     Feature {
         name: "hooks",
-        spec: "{terminationGracePeriodSeconds: 20, volumes: [{name: v, hostPath: {path: PLACE/hooks, type: DirectoryOrCreate}}], containers: [{name: c, BUSYBOX, command: [sleep, '9999'], lifecycle: {postStart: {exec: {command: [sh, -c, 'echo began > /v/began']}}, preStop: {exec: {command: [sh, -c, 'echo ended > /v/ended; kill -9 1']}}}, volumeMounts: [{name: v, mountPath: /v}]}]}",
+        spec: "{terminationGracePeriodSeconds: 3, volumes: [{name: v, hostPath: {path: PLACE/hooks, type: DirectoryOrCreate}}], containers: [{name: c, BUSYBOX, command: [sleep, '9999'], lifecycle: {postStart: {exec: {command: [sh, -c, 'echo began > /v/began']}}, preStop: {exec: {command: [sh, -c, 'echo ended > /v/ended; kill -9 1']}}}, volumeMounts: [{name: v, mountPath: /v}]}]}",
         log: &[],
         status: &[r#""ready":true"#],
     },
@@ -144,7 +152,9 @@ fn pods_get_what_they_ask_for() {
     let pod = |feature: &Feature| {
         let spec = feature.spec.replace("BUSYBOX", BUSYBOX).replace("PLACE", &place);
         let name = feature.name;
-        format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\nspec: {spec}\n")
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\nspec: {spec}\n"
+        )
     };
     c.apply(&FEATURES.iter().map(pod).collect::<String>());
     for feature in FEATURES {
@@ -154,7 +164,9 @@ fn pods_get_what_they_ask_for() {
         }
         for part in feature.status {
             let what = format!("the status of {} has {part}", feature.name);
-            c.wait_for(&what, &["get", "pod", feature.name, "-o", "jsonpath={.status}"], |o| o.contains(part));
+            c.wait_for(&what, &["get", "pod", feature.name, "-o", "jsonpath={.status}"], |o| {
+                o.contains(part)
+            });
         }
     }
     a_gate_opens(&c);
@@ -181,8 +193,16 @@ fn a_port_of_the_node_leads_to_the_pod(c: &Cluster) {
 
 fn a_container_is_added_to_look_around(c: &Cluster) {
     c.kubectl(&[
-        "debug", "gate", "--container=look", "--image=busybox", "--image-pull-policy=IfNotPresent",
-        "--target=c", "--", "sh", "-c", "ps; sleep 9999",
+        "debug",
+        "gate",
+        "--container=look",
+        "--image=busybox",
+        "--image-pull-policy=IfNotPresent",
+        "--target=c",
+        "--",
+        "sh",
+        "-c",
+        "ps; sleep 9999",
     ]);
     c.wait_for("the added container sees its target's processes", &["logs", "gate", "-c", "look"], |o| {
         o.contains("sleep 9999")
@@ -196,7 +216,19 @@ fn files_are_copied_and_output_is_attached(c: &Cluster) {
     c.kubectl(&["cp", "gate:/tmp/there", &to, "-c", "c"]);
     assert_eq!(std::fs::read_to_string(&to).unwrap(), "carried");
     let mut child = c
-        .kubectl_command(&["run", "typed", "--rm", "-i", "--image=busybox", "--image-pull-policy=IfNotPresent", "--restart=Never", "--", "sh", "-c", "read line; echo got $line"])
+        .kubectl_command(&[
+            "run",
+            "typed",
+            "--rm",
+            "-i",
+            "--image=busybox",
+            "--image-pull-policy=IfNotPresent",
+            "--restart=Never",
+            "--",
+            "sh",
+            "-c",
+            "read line; echo got $line",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
