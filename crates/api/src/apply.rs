@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::field;
 use crate::fieldset::{FieldSet, Step};
 use crate::object::Object;
 use crate::schema::{Field, ListType, Schema, Shape, TypeId};
 use crate::status::{Result, Status};
+use crate::versions;
 
 /// How many distinct `Update` managers an object keeps; the oldest beyond become `ancient-changes`.
 pub const UPDATE_MANAGERS_MAX: usize = 10;
@@ -74,7 +74,8 @@ impl Managers {
                 api_version: item.str_at("apiVersion").to_owned(),
                 subresource: item.str_at("subresource").to_owned(),
             };
-            let set = item.get("fieldsV1").map(FieldSet::from_value).unwrap_or_default();
+            let mut set = item.get("fieldsV1").map(FieldSet::from_value).unwrap_or_default();
+            versions::set_to_hub(Schema::builtin(), &manager.api_version, object, &mut set);
             entries.insert(manager, Owned { set, time: item.str_at("time").to_owned() });
         }
         Managers { entries }
@@ -88,13 +89,15 @@ impl Managers {
         let items: Vec<Value> = list
             .into_iter()
             .map(|(manager, owned)| {
+                let mut set = owned.set.clone();
+                versions::set_from_hub(Schema::builtin(), &manager.api_version, object, &mut set);
                 let mut item = json!({
                     "manager": manager.name,
                     "operation": if manager.applies { "Apply" } else { "Update" },
                     "apiVersion": manager.api_version,
                     "time": owned.time,
                     "fieldsType": "FieldsV1",
-                    "fieldsV1": owned.set.to_value(),
+                    "fieldsV1": set.to_value(),
                 });
                 if !manager.subresource.is_empty() {
                     item["subresource"] = json!(manager.subresource);
@@ -308,7 +311,7 @@ fn conflict(managers: Managers, conflicts: &[(Manager, FieldSet)]) -> Box<Status
 }
 
 /// Checks that a configuration may be applied: keyed lists name their keys, once each.
-pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<field::Error> {
+pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<String> {
     let mut errors = Vec::new();
     Walker { schema }.check_lists(&Shape::Object(type_id), None, config, "", &mut errors);
     errors
@@ -638,7 +641,7 @@ impl Walker<'_> {
         field: Option<&Field>,
         value: &Value,
         path: &str,
-        errors: &mut Vec<field::Error>,
+        errors: &mut Vec<String>,
     ) {
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
@@ -659,10 +662,10 @@ impl Walker<'_> {
                         let detail = format!(
                             "element {index}: associative list with keys has an element that omits key field {wanted:?} (and doesn't have default value)"
                         );
-                        errors.push(field::Error::required(path, detail));
+                        errors.push(format!("{path}: {detail}"));
                     }
                     if seen.contains(&step) {
-                        errors.push(field::Error::duplicate(path, item.clone()));
+                        errors.push(format!("{path}: duplicate entries for key {}", shown_key(&step)));
                     }
                     self.check_lists(inner, None, item, &format!("{path}[{index}]"), errors);
                     seen.push(step);
@@ -671,6 +674,17 @@ impl Walker<'_> {
             _ => {}
         }
     }
+}
+
+/// `[name="a"]`, as the merge library prints keys.
+fn shown_key(step: &Step) -> String {
+    let (Step::Field(text) | Step::Value(text)) = step else {
+        let Step::Key(text) = step else { return String::new() };
+        let keys: serde_json::Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+        let parts: Vec<String> = keys.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        return format!("[{}]", parts.join(","));
+    };
+    format!("[{text}]")
 }
 
 /// Equality of leaves; null and absent differ, numbers compare by value.

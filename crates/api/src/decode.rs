@@ -155,6 +155,7 @@ impl Context<'_> {
             .iter()
             .filter_map(|s| if let Segment::Field(name) = s { Some(name.clone()) } else { None })
             .collect();
+        let wanted = alias(owner, path.last().map_or("", String::as_str), wanted);
         let target = if path.is_empty() {
             format!("Go value of type {wanted}")
         } else {
@@ -183,6 +184,71 @@ fn full_path(path: &[Segment], last: &str) -> String {
     }
     text.push_str(last);
     text
+}
+
+/// Go's own names for strings of few values, by structure and field: its decoder names them in errors.
+const ALIASES: &[(&str, &str, &str)] = &[
+    ("CSIDriverSpec", "fsGroupPolicy", "v1.FSGroupPolicy"),
+    ("CSIDriverSpec", "volumeLifecycleModes", "v1.VolumeLifecycleMode"),
+    ("CertificateSigningRequestSpec", "usages", "v1.KeyUsage"),
+    ("Container", "imagePullPolicy", "v1.PullPolicy"),
+    ("Container", "terminationMessagePolicy", "v1.TerminationMessagePolicy"),
+    ("ContainerPort", "protocol", "v1.Protocol"),
+    ("CronJobSpec", "concurrencyPolicy", "v1.ConcurrencyPolicy"),
+    ("CustomResourceDefinitionSpec", "scope", "v1.ResourceScope"),
+    ("DaemonSetUpdateStrategy", "type", "v1.DaemonSetUpdateStrategyType"),
+    ("DeploymentStrategy", "type", "v1.DeploymentStrategyType"),
+    ("EndpointPort", "protocol", "v1.Protocol"),
+    ("HTTPGetAction", "scheme", "v1.URIScheme"),
+    ("JobSpec", "completionMode", "v1.CompletionMode"),
+    ("LabelSelectorRequirement", "operator", "v1.LabelSelectorOperator"),
+    ("LimitRangeItem", "type", "v1.LimitType"),
+    ("MetricSpec", "type", "v2.MetricSourceType"),
+    ("MetricTarget", "type", "v2.MetricTargetType"),
+    ("MutatingWebhook", "failurePolicy", "v1.FailurePolicyType"),
+    ("MutatingWebhook", "matchPolicy", "v1.MatchPolicyType"),
+    ("MutatingWebhook", "sideEffects", "v1.SideEffectClass"),
+    ("NetworkPolicyPort", "protocol", "v1.Protocol"),
+    ("NetworkPolicySpec", "policyTypes", "v1.PolicyType"),
+    ("NodeSelectorRequirement", "operator", "v1.NodeSelectorOperator"),
+    ("PersistentVolumeClaimSpec", "accessModes", "v1.PersistentVolumeAccessMode"),
+    ("PersistentVolumeClaimSpec", "volumeMode", "v1.PersistentVolumeMode"),
+    ("PersistentVolumeSpec", "accessModes", "v1.PersistentVolumeAccessMode"),
+    ("PersistentVolumeSpec", "persistentVolumeReclaimPolicy", "v1.PersistentVolumeReclaimPolicy"),
+    ("PersistentVolumeSpec", "volumeMode", "v1.PersistentVolumeMode"),
+    ("PodSpec", "dnsPolicy", "v1.DNSPolicy"),
+    ("PodSpec", "preemptionPolicy", "v1.PreemptionPolicy"),
+    ("PodSpec", "restartPolicy", "v1.RestartPolicy"),
+    ("ResourceQuotaSpec", "scopes", "v1.ResourceQuotaScope"),
+    ("Secret", "type", "v1.SecretType"),
+    ("ServicePort", "protocol", "v1.Protocol"),
+    ("ServiceSpec", "externalTrafficPolicy", "v1.ServiceExternalTrafficPolicy"),
+    ("ServiceSpec", "internalTrafficPolicy", "v1.ServiceInternalTrafficPolicy"),
+    ("ServiceSpec", "ipFamilies", "v1.IPFamily"),
+    ("ServiceSpec", "ipFamilyPolicy", "v1.IPFamilyPolicy"),
+    ("ServiceSpec", "sessionAffinity", "v1.ServiceAffinity"),
+    ("ServiceSpec", "type", "v1.ServiceType"),
+    ("StatefulSetSpec", "podManagementPolicy", "v1.PodManagementPolicyType"),
+    ("StatefulSetUpdateStrategy", "type", "v1.StatefulSetUpdateStrategyType"),
+    ("StorageClass", "reclaimPolicy", "v1.PersistentVolumeReclaimPolicy"),
+    ("StorageClass", "volumeBindingMode", "v1.VolumeBindingMode"),
+    ("Taint", "effect", "v1.TaintEffect"),
+    ("Toleration", "effect", "v1.TaintEffect"),
+    ("Toleration", "operator", "v1.TolerationOperator"),
+    ("TopologySpreadConstraint", "whenUnsatisfiable", "v1.UnsatisfiableConstraintAction"),
+    ("ValidatingWebhook", "failurePolicy", "v1.FailurePolicyType"),
+    ("ValidatingWebhook", "matchPolicy", "v1.MatchPolicyType"),
+    ("ValidatingWebhook", "sideEffects", "v1.SideEffectClass"),
+];
+
+fn alias(owner: &str, field: &str, wanted: String) -> String {
+    if wanted == "map[string]resource.Quantity" {
+        return "v1.ResourceList".into();
+    }
+    match ALIASES.iter().find(|(o, f, _)| *o == owner && *f == field) {
+        Some((_, _, name)) => wanted.replace("string", name),
+        None => wanted,
+    }
 }
 
 fn go_type(schema: &Schema, shape: &Shape) -> String {
@@ -265,9 +331,15 @@ impl<'a, 's> Seed<'a, 's> {
     fn time<E: de::Error>(&self, text: &str, digits: u8) -> Result<String, E> {
         match text.parse::<jiff::Timestamp>() {
             Ok(time) => Ok(crate::time::print(time, digits)),
-            Err(_) => Err(self.context.fail(format!(
-                "parsing time {text:?} as \"2006-01-02T15:04:05Z07:00\": cannot parse {text:?} as \"2006\""
-            ))),
+            Err(_) => {
+                let form = if digits == 6 {
+                    "2006-01-02T15:04:05.000000Z07:00"
+                } else {
+                    "2006-01-02T15:04:05Z07:00"
+                };
+                let why = format!("parsing time {text:?} as {form:?}: cannot parse {text:?} as \"2006\"");
+                Err(self.context.fail(why))
+            }
         }
     }
 }
@@ -404,7 +476,7 @@ fn is_dropped(field: &Field, value: &Value) -> bool {
 }
 
 /// What Go has for a null inside a list or map.
-fn zero(shape: &Shape) -> Value {
+pub(crate) fn zero(shape: &Shape) -> Value {
     match shape {
         Shape::Bool => false.into(),
         Shape::Int32 | Shape::Int64 | Shape::Double | Shape::IntOrString => 0.into(),

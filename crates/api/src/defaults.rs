@@ -4,6 +4,9 @@
 //! rules below, one function a type, run before the type's static defaults. A rule sees one value and
 //! must be idempotent: defaulting twice changes nothing.
 
+use std::sync::LazyLock;
+
+use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use crate::object::Object;
@@ -68,10 +71,14 @@ const RULES: &[(&str, Rule)] = &[
     ("core.v1.Namespace", namespace),
     ("core.v1.Node", node),
     ("core.v1.ReplicationController", replication_controller),
+    ("core.v1.NodeSpec", node_spec),
     ("core.v1.LimitRangeItem", limit_range_item),
+    ("apiextensions.v1.CustomResourceDefinitionNames", custom_names),
     ("apps.v1.DeploymentStrategy", rolling_update),
     ("apps.v1.DaemonSetUpdateStrategy", rolling_update),
     ("apps.v1.StatefulSetUpdateStrategy", rolling_update),
+    ("apps.v1.StatefulSetSpec", stateful_set_spec),
+    ("autoscaling.v2.HorizontalPodAutoscalerSpec", autoscaler_spec),
     ("batch.v1.Job", job),
     ("batch.v1.JobSpec", job_spec),
     ("networking.v1.NetworkPolicySpec", network_policy_spec),
@@ -148,6 +155,9 @@ fn container(map: &mut Map<String, Value>) {
 
 /// `Always` for `:latest` and untagged images, else `IfNotPresent`.
 fn pull_policy(image: &str) -> &'static str {
+    if !is_reference(image) {
+        return "IfNotPresent";
+    }
     let name = image.rsplit('/').next().unwrap_or(image);
     let latest = match (name.contains('@'), name.split_once(':')) {
         (true, _) => false,
@@ -155,6 +165,19 @@ fn pull_policy(image: &str) -> &'static str {
         (false, None) => true,
     };
     if latest { "Always" } else { "IfNotPresent" }
+}
+
+/// A name an image can have: what upstream cannot parse it takes to have a tag.
+fn is_reference(image: &str) -> bool {
+    static REFERENCE: LazyLock<Regex> = LazyLock::new(|| {
+        let part = "[a-z0-9]+(?:(?:[._]|__|[-]+)[a-z0-9]+)*";
+        let host = "(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\\[[a-fA-F0-9:]+\\])(?::[0-9]+)?";
+        let text = format!(
+            "^(?:{host}/)?{part}(?:/{part})*(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{{0,127}})?(?:@[a-zA-Z0-9+._-]+:[0-9a-fA-F]{{2,}})?$"
+        );
+        Regex::new(&text).expect("a constant pattern compiles")
+    });
+    image.len() <= 255 && REFERENCE.is_match(image)
 }
 
 /// A volume without a source is an `emptyDir`.
@@ -252,6 +275,61 @@ fn limit_range_item(map: &mut Map<String, Value>) {
     for (name, values) in [("default", limits), ("defaultRequest", requests)] {
         if !values.is_empty() {
             map.insert(name.into(), Value::Object(values));
+        }
+    }
+}
+
+/// `podCIDR` is the first of `podCIDRs`; either brings the other.
+fn node_spec(map: &mut Map<String, Value>) {
+    let first = map.get("podCIDRs").and_then(|list| list.get(0)).cloned();
+    match (map.get("podCIDR").filter(|c| !is_zero(c)).cloned(), first) {
+        (Some(one), None) => map.insert("podCIDRs".into(), json!([one])),
+        (None, Some(first)) => map.insert("podCIDR".into(), first),
+        _ => None,
+    };
+}
+
+/// Claims in a StatefulSet say what they are, and that they are not bound.
+fn stateful_set_spec(map: &mut Map<String, Value>) {
+    for claim in map.get_mut("volumeClaimTemplates").and_then(Value::as_array_mut).into_iter().flatten() {
+        let Value::Object(claim) = claim else { continue };
+        set(claim, "apiVersion", "v1");
+        set(claim, "kind", "PersistentVolumeClaim");
+        let status = claim.entry("status").or_insert_with(|| json!({}));
+        if let Value::Object(status) = status {
+            set(status, "phase", "Pending");
+        }
+    }
+}
+
+/// `singular` and `listKind` follow from `kind`.
+fn custom_names(map: &mut Map<String, Value>) {
+    let kind = map.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
+    if !kind.is_empty() {
+        set(map, "singular", kind.to_lowercase());
+        set(map, "listKind", format!("{kind}List"));
+    }
+}
+
+/// A behaviour that says something about one direction gets upstream's defaults for the rest.
+fn autoscaler_spec(map: &mut Map<String, Value>) {
+    if map.get("metrics").and_then(Value::as_array).is_none_or(Vec::is_empty) {
+        let metric = json!([{ "type": "Resource", "resource": { "name": "cpu",
+            "target": { "type": "Utilization", "averageUtilization": 80 } } }]);
+        map.insert("metrics".into(), metric);
+    }
+    let Some(Value::Object(behavior)) = map.get_mut("behavior") else { return };
+    let up = json!({ "stabilizationWindowSeconds": 0, "selectPolicy": "Max", "policies": [
+        { "type": "Pods", "value": 4, "periodSeconds": 15 },
+        { "type": "Percent", "value": 100, "periodSeconds": 15 } ] });
+    let down = json!({ "selectPolicy": "Max", "policies": [
+        { "type": "Percent", "value": 100, "periodSeconds": 15 } ] });
+    for (direction, default) in [("scaleUp", up), ("scaleDown", down)] {
+        let rules = behavior.entry(direction).or_insert_with(|| json!({}));
+        for (name, value) in default.as_object().into_iter().flatten() {
+            if let Value::Object(rules) = rules {
+                rules.entry(name.clone()).or_insert_with(|| value.clone());
+            }
         }
     }
 }

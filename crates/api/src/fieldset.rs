@@ -81,6 +81,29 @@ impl FieldSet {
         }
     }
 
+    /// Moves the path and everything below it to another path, as when a field has another name.
+    pub fn rename(&mut self, from: &[Step], to: &[Step]) {
+        let Some(node) = self.take(from) else { return };
+        let mut nodes = BTreeMap::new();
+        let mut steps = to.iter().rev();
+        let Some(last) = steps.next() else { return };
+        nodes.insert(last.clone(), node);
+        let moved = steps.fold(FieldSet { nodes }, |below, step| FieldSet {
+            nodes: BTreeMap::from([(step.clone(), Node { member: false, below })]),
+        });
+        self.union(&moved);
+    }
+
+    fn take(&mut self, path: &[Step]) -> Option<Node> {
+        let (first, rest) = path.split_first()?;
+        if rest.is_empty() {
+            return self.nodes.remove(first);
+        }
+        let taken = self.nodes.get_mut(first)?.below.take(rest)?;
+        self.prune();
+        Some(taken)
+    }
+
     pub fn union(&mut self, other: &FieldSet) {
         for (step, theirs) in &other.nodes {
             let ours = self.nodes.entry(step.clone()).or_default();

@@ -6,6 +6,7 @@ pub mod schema;
 
 pub mod apply;
 pub mod columns;
+pub mod cron;
 pub mod decode;
 pub mod defaults;
 pub mod fieldset;
@@ -14,6 +15,7 @@ pub mod patch;
 pub mod protobuf;
 pub mod rules;
 pub mod selector;
+pub mod versions;
 
 pub mod field;
 pub mod names;

@@ -20,6 +20,8 @@ static LABEL_VALUE_RE: LazyLock<Regex> = LazyLock::new(|| anchored(&format!("({Q
 static CONFIG_KEY_RE: LazyLock<Regex> = LazyLock::new(|| anchored("[-._a-zA-Z0-9]+"));
 static ENV_NAME_RE: LazyLock<Regex> = LazyLock::new(|| anchored("[-._a-zA-Z][-._a-zA-Z0-9]*"));
 
+static PATH_RE: LazyLock<Regex> = LazyLock::new(|| anchored(r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"));
+
 fn anchored(pattern: &str) -> Regex {
     Regex::new(&format!("^(?:{pattern})$")).expect("a constant pattern compiles")
 }
@@ -78,6 +80,31 @@ pub fn dns_subdomain(name: &str) -> Vec<String> {
             &format!(r"{DNS_LABEL}(\.{DNS_LABEL})*"),
             &["example.com"],
         ));
+    }
+    problems
+}
+
+/// RFC 1123 subdomain whose first label may be `*`: hosts of Ingresses.
+pub fn wildcard_subdomain(name: &str) -> Vec<String> {
+    match name.strip_prefix("*.") {
+        Some(rest) if SUBDOMAIN_RE.is_match(rest) && name.len() <= DNS_SUBDOMAIN_MAX => Vec::new(),
+        _ => vec![regex_error(
+            "a wildcard DNS-1123 subdomain must start with '*.', followed by a valid DNS subdomain, which must consist of lower case alphanumeric characters, '-' or '.' and end with an alphanumeric character",
+            &format!(r"\*\.{DNS_LABEL}(\.{DNS_LABEL})*"),
+            &["*.example.com"],
+        )],
+    }
+}
+
+/// `acme.io/foo`: a domain and a path.
+pub fn domain_prefixed_path(name: &str) -> Vec<String> {
+    let Some((domain, path)) = name.split_once('/').filter(|(d, p)| !d.is_empty() && !p.is_empty()) else {
+        return vec!["must be a domain-prefixed path (such as \"acme.io/foo\")".into()];
+    };
+    let mut problems = dns_subdomain(domain);
+    if !PATH_RE.is_match(path) {
+        let pattern = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+";
+        problems.push(format!("Invalid path (regex used for validation is '{pattern}')"));
     }
     problems
 }

@@ -4,7 +4,7 @@
 //! directives `$patch`, `$retainKeys`, `$setElementOrder/x` and `$deleteFromPrimitiveList/x` are honoured.
 //! See "strategic-merge-patch.md" of the Kubernetes contributor documentation.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::schema::{Field, Schema, Shape, TypeId};
 use crate::status::{Result, Status};
@@ -34,6 +34,7 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
     }
     let operations: json_patch::Patch = serde_json::from_value(parsed)
         .map_err(|e| Status::new(422, "Invalid", format!("error decoding patch: {e}")))?;
+    let operations = replace_adds(operations);
     let mut result = target.clone();
     json_patch::patch(&mut result, &operations).map_err(|error| {
         let what = match error.kind {
@@ -53,6 +54,23 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
         status
     })?;
     Ok(result)
+}
+
+/// Upstream's library replaces map entries that are not there yet; only the map must be.
+fn replace_adds(mut patch: json_patch::Patch) -> json_patch::Patch {
+    use json_patch::PatchOperation::{Add, Replace};
+    for operation in &mut patch.0 {
+        let Replace(replace) = operation else { continue };
+        let in_map = replace.path.tokens().last().is_some_and(|t| {
+            let name = t.decoded();
+            name != "-" && name.parse::<usize>().is_err()
+        });
+        if in_map {
+            *operation =
+                Add(json_patch::AddOperation { path: replace.path.clone(), value: replace.value.clone() });
+        }
+    }
+    patch
 }
 
 fn operation_name(patch: &json_patch::Patch, index: usize) -> &'static str {
@@ -210,9 +228,17 @@ impl Strategic<'_> {
         let mut patched: Vec<Value> = Vec::new();
         for item in patch {
             let Some(value) = item.get(key).cloned() else {
-                return Err(Status::bad_request(format!(
-                    "map: {item} does not contain declared merge key: {key}"
-                )));
+                let shown: Vec<String> = item
+                    .as_object()
+                    .into_iter()
+                    .flatten()
+                    .map(|(k, v)| format!("{k}:{}", v.as_str().map_or(v.to_string(), str::to_owned)))
+                    .collect();
+                return Err(Status::new(
+                    500,
+                    "",
+                    format!("map: map[{}] does not contain declared merge key: {key}", shown.join(" ")),
+                ));
             };
             let position = result.iter().position(|o| o.get(key) == Some(&value));
             if directive(&item).as_deref() == Some("delete") {
@@ -228,24 +254,20 @@ impl Strategic<'_> {
             }
             patched.push(value);
         }
-        Ok(match order {
-            Some(order) => order_by(result, order, &server_order, Some(key)),
-            None => result,
-        })
+        // Without a wish for the order, the patch's own order is the wish.
+        let own: Vec<Value> = patched.into_iter().map(|value| json!({ key: value })).collect();
+        Ok(order_by(result, order.unwrap_or(&own), &server_order, Some(key)))
     }
 }
 
 fn primitives(mut old: Vec<Value>, patch: Vec<Value>, order: Option<&[Value]>) -> Vec<Value> {
     let server_order = old.clone();
-    for item in patch {
-        if !old.contains(&item) {
-            old.push(item);
+    for item in &patch {
+        if !old.contains(item) {
+            old.push(item.clone());
         }
     }
-    match order {
-        Some(order) => order_by(old, order, &server_order, None),
-        None => old,
-    }
+    order_by(old, order.unwrap_or(&patch), &server_order, None)
 }
 
 fn reorder(items: Vec<Value>, order: &[Value], key: Option<&str>) -> Vec<Value> {
@@ -253,7 +275,8 @@ fn reorder(items: Vec<Value>, order: &[Value], key: Option<&str>) -> Vec<Value> 
     order_by(items, order, &server_order, key)
 }
 
-/// Orders by `$setElementOrder`; items only the server has stay where the server had them relative to the others.
+/// Orders by the patch; items only the server has come before the first one they preceded on the server,
+/// and after those the server did not know.
 fn order_by(items: Vec<Value>, order: &[Value], server_order: &[Value], key: Option<&str>) -> Vec<Value> {
     let identity = |item: &Value| -> Option<Value> {
         match key {
@@ -266,7 +289,7 @@ fn order_by(items: Vec<Value>, order: &[Value], server_order: &[Value], key: Opt
         items.into_iter().partition(|item| rank(order, item).is_some());
     named.sort_by_key(|item| rank(order, item));
     let mut result = Vec::with_capacity(named.len() + server_only.len());
-    let (mut left, mut right) = (named.into_iter().peekable(), server_only.into_iter().peekable());
+    let (mut left, mut right) = (server_only.into_iter().peekable(), named.into_iter().peekable());
     while let (Some(l), Some(r)) = (left.peek(), right.peek()) {
         let left_first = match (rank(server_order, l), rank(server_order, r)) {
             (Some(l), Some(r)) => l < r,
@@ -297,7 +320,7 @@ mod tests {
             json!({"spec":{"containers":[{"name":"a","image":"x","env":[{"name":"E","value":"1"}]},{"name":"b"}]}}),
             json!({"spec":{"containers":[{"name":"a","image":"y","env":[{"name":"F","value":"2"}]},{"name":"c"}]}}),
             json!({"spec":{"containers":[
-                {"name":"a","image":"y","env":[{"name":"E","value":"1"},{"name":"F","value":"2"}]},{"name":"b"},{"name":"c"}]}}),
+                {"name":"a","image":"y","env":[{"name":"F","value":"2"},{"name":"E","value":"1"}]},{"name":"c"},{"name":"b"}]}}),
         );
     }
 
@@ -321,7 +344,7 @@ mod tests {
         check(
             json!({"metadata":{"finalizers":["a","b"]}}),
             json!({"metadata":{"$deleteFromPrimitiveList/finalizers":["a"],"finalizers":["c"]}}),
-            json!({"metadata":{"finalizers":["b","c"]}}),
+            json!({"metadata":{"finalizers":["c","b"]}}),
         );
     }
 

@@ -60,6 +60,11 @@ impl Quantity {
         saturate(div_ceil(self.nanos, NANO / 1000))
     }
 
+    /// Roughly; for ratios.
+    pub fn as_f64(&self) -> f64 {
+        self.nanos as f64 / NANO as f64
+    }
+
     pub fn is_zero(&self) -> bool {
         self.nanos == 0
     }

@@ -44,6 +44,10 @@ pub struct Rules {
     pub orphans_by_default: bool,
     /// DELETE answers with the object instead of a `Status`.
     pub returns_deleted: bool,
+    /// Finalizers without a domain are no error: kinds upstream validates by its general rules alone.
+    pub lenient_finalizers: bool,
+    /// The group that errors name, where upstream's differs from the kind's.
+    pub reported_group: Option<&'static str>,
 }
 
 fn nothing(_: &mut Value) {}
@@ -66,6 +70,8 @@ impl Rules {
         time_to_live_seconds: None,
         orphans_by_default: false,
         returns_deleted: false,
+        lenient_finalizers: false,
+        reported_group: None,
     };
 
     /// The rules of a kind.
@@ -127,15 +133,19 @@ pub fn validate_metadata(kind: &Kind, rules: &Rules, object: &Value, errors: &mu
     owner_references(object, errors);
     for (index, finalizer) in object.list_at("metadata.finalizers").iter().enumerate() {
         let name = finalizer.as_str().unwrap_or_default();
-        let path = field::index("metadata.finalizers", index);
         let known = ["foregroundDeletion", "orphan", "kubernetes"].contains(&name);
-        let problems = crate::names::qualified_name(name);
-        if !problems.is_empty() {
-            problems.into_iter().for_each(|p| errors.push(field::Error::invalid(path.clone(), name, p)));
-        } else if !known && !name.contains('/') {
+        named("metadata.finalizers", name, crate::names::qualified_name, errors);
+        if !known && !name.contains('/') && !rules.lenient_finalizers {
+            let path = field::index("metadata.finalizers", index);
             let detail = "name is neither a standard finalizer name nor is it fully qualified";
             errors.push(field::Error::invalid(path, name, detail));
         }
+    }
+    let has = |name: &str| object.list_at("metadata.finalizers").iter().any(|f| f == name);
+    if has("orphan") && has("foregroundDeletion") {
+        let value = object.list_at("metadata.finalizers").to_vec();
+        let detail = "finalizer orphan and foregroundDeletion cannot be both set";
+        errors.push(field::Error::invalid("metadata.finalizers", value, detail));
     }
 }
 
@@ -281,6 +291,44 @@ pub fn label_selector(path: &str, selector: Option<&Value>, errors: &mut Errors)
                 ));
             }
         }
+    }
+}
+
+/// Every problem a name rule finds, as errors.
+pub fn named(path: &str, value: &str, rule: fn(&str) -> Vec<String>, errors: &mut Errors) {
+    errors.extend(rule(value).into_iter().map(|problem| field::Error::invalid(path, value, problem)));
+}
+
+/// The field must not be empty; true if it is not.
+pub fn required(path: &str, object: &Value, name: &str, detail: &str, errors: &mut Errors) -> bool {
+    let present = match object.at(name) {
+        None => false,
+        Some(Value::String(text)) => !text.is_empty(),
+        Some(Value::Array(items)) => !items.is_empty(),
+        Some(_) => true,
+    };
+    if !present {
+        errors.push(field::Error::required(field::child(path, name), detail));
+    }
+    present
+}
+
+/// A port as number or name.
+pub fn port_or_name(path: &str, value: &Value, errors: &mut Errors) {
+    match value {
+        Value::String(name) => named(path, name, crate::names::port_name, errors),
+        other => {
+            let number = other.as_i64().unwrap_or(0);
+            let problems = crate::names::port_number(number).into_iter();
+            errors.extend(problems.map(|p| field::Error::invalid(path, number, p)));
+        }
+    }
+}
+
+/// The field may not change once set; refused as forbidden, in upstream's words for it.
+pub fn frozen(path: &str, new: &Value, old: &Value, detail: &str, errors: &mut Errors) {
+    if new.at(path) != old.at(path) {
+        errors.push(field::Error::forbidden(path, detail));
     }
 }
 

@@ -16,12 +16,19 @@
 //!   1 replicas int32 = 1                                  static default, filled in when absent
 //!   2 protocol string ~ "TCP"                             the same, also when empty or zero
 //!   1.2 httpGet HTTPGetAction                             inside a structure that Go embeds as field 1
+//! type Deployment = apps.v1.Deployment                    a copy, with the fields that follow added or changed
+//!   - rollbackTo                                          and this one left out
 //! ```
+//!
+//! A kind may be another version of a stored one (`hub=apps/v1`): lines after it say how the two differ, see
+//! [`crate::versions`]. With `gone=1.16` it is a version that upstream has removed.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
 use serde_json::Value;
+
+use crate::versions::Version;
 
 /// Index of a type in its [`Schema`].
 pub type TypeId = u32;
@@ -31,6 +38,8 @@ pub type TypeId = u32;
 pub struct Schema {
     types: Vec<Type>,
     kinds: Vec<Kind>,
+    /// Versions that upstream has removed.
+    old_kinds: Vec<Kind>,
     by_name: HashMap<String, TypeId>,
 }
 
@@ -45,19 +54,23 @@ pub struct Type {
     pub atomic: bool,
     /// Sorted by name.
     pub fields: Vec<Field>,
+    /// Indices of the fields that have protobuf numbers, sorted by them.
+    pub wire: Vec<usize>,
 }
 
 /// One field of a type.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Field {
     pub name: String,
-    /// Protobuf field number; two where the field is inside a structure that Go embeds; none if it has none.
+    /// Protobuf field number; after those of the structures that Go embeds it in; none if it has none.
     pub tags: Vec<u32>,
     pub shape: Shape,
     pub required: bool,
     pub list: ListType,
     /// Strategic merge patch: lists merge instead of being replaced; by this key when they hold objects.
     pub merge: Option<Merge>,
+    /// A merge key without the merge strategy: nothing merges by it, clients are told of it.
+    pub sort_key: Option<String>,
     /// Strategic merge patch: keys not named in the patch's `$retainKeys` are cleared.
     pub retain_keys: bool,
     /// The map or object is owned as a whole.
@@ -109,7 +122,7 @@ pub struct Merge {
 }
 
 /// One resource: where it is served and under which names.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Kind {
     pub group: String,
     pub version: String,
@@ -123,6 +136,8 @@ pub struct Kind {
     /// Nothing is stored: the request is answered and forgotten (reviews, `bindings`).
     pub create_only: bool,
     pub type_id: TypeId,
+    /// Set if objects are stored in another version than this one.
+    pub conversion: Option<Box<Version>>,
 }
 
 impl Kind {
@@ -136,6 +151,11 @@ impl Kind {
         if self.group.is_empty() { self.plural.clone() } else { format!("{}.{}", self.plural, self.group) }
     }
 
+    /// Has upstream removed this version?
+    pub fn is_old(&self) -> bool {
+        self.conversion.as_ref().is_some_and(|v| v.lifecycle.is_some())
+    }
+
     /// Does the kind have this subresource?
     pub fn has_sub(&self, name: &str) -> bool {
         self.subresources.iter().any(|s| s == name)
@@ -143,6 +163,12 @@ impl Kind {
 }
 
 impl Type {
+    fn sort(&mut self) {
+        self.fields.sort_by(|a, b| a.name.cmp(&b.name));
+        self.wire = (0..self.fields.len()).filter(|i| !self.fields[*i].tags.is_empty()).collect();
+        self.wire.sort_by(|a, b| self.fields[*a].tags.cmp(&self.fields[*b].tags));
+    }
+
     /// The field of this name.
     pub fn field(&self, name: &str) -> Option<&Field> {
         self.fields.binary_search_by(|f| f.name.as_str().cmp(name)).ok().map(|i| &self.fields[i])
@@ -197,7 +223,7 @@ impl Schema {
                 text: line.to_owned(),
             })?;
         }
-        schema.types.iter_mut().for_each(|t| t.fields.sort_by(|a, b| a.name.cmp(&b.name)));
+        schema.types.iter_mut().for_each(Type::sort);
         Ok(schema)
     }
 
@@ -216,6 +242,31 @@ impl Schema {
 
     pub fn kinds(&self) -> &[Kind] {
         &self.kinds
+    }
+
+    /// Kinds in versions that upstream has removed, in the order of discovery.
+    pub fn old_kinds(&self) -> &[Kind] {
+        &self.old_kinds
+    }
+
+    /// The kind at group, version and plural, removed upstream or not.
+    pub fn any_resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
+        self.resource(group, version, plural).or_else(|| {
+            self.old_kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
+        })
+    }
+
+    /// The kind of this group, version and kind name, removed upstream or not.
+    pub fn any_kind(&self, group: &str, version: &str, kind: &str) -> Option<&Kind> {
+        self.kind(group, version, kind).or_else(|| {
+            self.old_kinds.iter().find(|k| k.group == group && k.version == version && k.kind == kind)
+        })
+    }
+
+    /// The version of the kind that objects are stored in: itself for most.
+    pub fn hub<'s>(&'s self, kind: &'s Kind) -> &'s Kind {
+        let Some(version) = &kind.conversion else { return kind };
+        self.resource(&version.hub_group, &version.hub_version, &kind.plural).unwrap_or(kind)
     }
 
     /// The kind served at group, version and plural.
@@ -243,7 +294,7 @@ impl Schema {
                     let full = format!("{scope}.{name}");
                     self.by_name.insert(full.clone(), self.types.len() as TypeId);
                     let atomic = words.any(|w| w == "atomic");
-                    self.types.push(Type { name, full, atomic, fields: Vec::new() });
+                    self.types.push(Type { name, full, atomic, fields: Vec::new(), wire: Vec::new() });
                 }
                 _ => {}
             }
@@ -256,9 +307,15 @@ impl Schema {
             return Ok(());
         }
         if line.starts_with("  ") {
-            let field = self.read_field(trimmed, scope)?;
             let current = scope.current.ok_or("a field outside a type")?;
-            self.types[current as usize].fields.push(field);
+            if let Some(name) = trimmed.strip_prefix("- ") {
+                self.types[current as usize].fields.retain(|f| f.name != name);
+                return Ok(());
+            }
+            let field = self.read_field(trimmed, scope)?;
+            let fields = &mut self.types[current as usize].fields;
+            fields.retain(|f| f.name != field.name);
+            fields.push(field);
             return Ok(());
         }
         let words: Vec<&str> = trimmed.split_whitespace().collect();
@@ -268,17 +325,46 @@ impl Schema {
                 *scope = Scope::new(short, group, version);
                 Ok(())
             }
-            ["type", name, ..] => {
+            ["type", name, ref rest @ ..] => {
                 scope.current = self.type_named(&format!("{}.{name}", scope.name));
-                scope.current.map(|_| ()).ok_or("a type outside a group")
+                let current = scope.current.ok_or("a type outside a group")?;
+                if let ["=", original] = rest {
+                    self.copy_type(original, current)?;
+                }
+                Ok(())
             }
             ["kind", kind, plural, reach, ref options @ ..] => {
                 let kind = self.read_kind(kind, plural, reach, options, scope)?;
-                self.kinds.push(kind);
+                if kind.is_old() {
+                    self.old_kinds.push(kind)
+                } else {
+                    self.kinds.push(kind)
+                }
                 Ok(())
+            }
+            ["move" | "move-number" | "move-text" | "default" | "derive", kind, ref rest @ ..] => {
+                let of_scope =
+                    |k: &&mut Kind| k.kind == kind && k.group == scope.group && k.version == scope.version;
+                let found = self.kinds.iter_mut().chain(&mut self.old_kinds).find(of_scope);
+                let version =
+                    found.and_then(|k| k.conversion.as_mut()).ok_or("a kind that is no other's version")?;
+                version.read_line(words[0], rest)
             }
             _ => Err("unknown line"),
         }
+    }
+
+    /// Types are copied as they stand, so the original comes first.
+    fn copy_type(&mut self, original: &str, to: TypeId) -> Result<(), &'static str> {
+        let from = self.type_named(original).ok_or("unknown type")?;
+        let (fields, atomic) = {
+            let original = &self.types[from as usize];
+            (original.fields.clone(), original.atomic)
+        };
+        let copy = &mut self.types[to as usize];
+        copy.fields = fields;
+        copy.atomic = atomic;
+        Ok(())
     }
 
     fn read_kind(
@@ -309,6 +395,7 @@ impl Schema {
             subresources: list("sub"),
             create_only: options.contains(&"verbs=create"),
             type_id: self.type_named(&format!("{}.{kind}", scope.name)).ok_or("a kind without its type")?,
+            conversion: Version::read(options)?.map(Box::new),
         })
     }
 
@@ -338,6 +425,7 @@ impl Schema {
             required: false,
             list: ListType::Atomic,
             merge: None,
+            sort_key: None,
             retain_keys: false,
             atomic: false,
             default,
@@ -350,8 +438,7 @@ impl Schema {
                 ("atomic", _) => field.atomic = true,
                 ("merge", "") => field.merge = Some(Merge { key: None }),
                 ("merge", key) => field.merge = Some(Merge { key: Some(key.to_owned()) }),
-                // A merge key without the merge strategy only matters to sorting; nothing reads it.
-                ("merge-key", _) => {}
+                ("merge-key", key) => field.sort_key = Some(key.to_owned()),
                 ("retain-keys", _) => field.retain_keys = true,
                 _ => return Err("unknown option of a field"),
             }
@@ -436,6 +523,8 @@ const TABLES: &[&str] = &[
     include_str!("../tables/resource_v1.txt"),
     include_str!("../tables/scheduling_v1.txt"),
     include_str!("../tables/storage_v1.txt"),
+    // Last: it copies types of the others.
+    include_str!("../tables/old_versions.txt"),
 ];
 
 #[cfg(test)]

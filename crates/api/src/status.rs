@@ -5,6 +5,8 @@
 use serde_json::{Value, json};
 
 use crate::field;
+use crate::object::Object;
+use crate::rules::Rules;
 use crate::schema::Kind;
 
 /// The result of anything a request may be refused for.
@@ -121,12 +123,16 @@ impl Status {
             [one] => one.clone(),
             many => format!("[{}]", many.join(", ")),
         };
-        let qualified =
-            if kind.group.is_empty() { kind.kind.clone() } else { format!("{}.{}", kind.kind, kind.group) };
+        let group = Rules::of(kind).reported_group.unwrap_or(&kind.group);
+        let qualified = if group.is_empty() { kind.kind.clone() } else { format!("{}.{group}", kind.kind) };
         let mut status =
             Status::new(422, "Invalid", format!("{qualified} {name:?} is invalid: {list}")).about(kind, name);
         let details = status.details.get_or_insert_default();
         details["kind"] = json!(kind.kind);
+        match group {
+            "" => drop(details.remove_at("group")),
+            group => details["group"] = json!(group),
+        }
         details["causes"] = errors.iter().map(field::Error::to_cause).collect();
         status
     }
@@ -153,8 +159,11 @@ impl Status {
     pub fn to_value(&self) -> Value {
         let mut value = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": self.message, "reason": self.reason, "code": self.code,
+            "message": self.message, "code": self.code,
         });
+        if !self.reason.is_empty() {
+            value["reason"] = json!(self.reason);
+        }
         if let Some(details) = &self.details {
             value["details"] = details.clone();
         }

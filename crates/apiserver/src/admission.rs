@@ -6,7 +6,7 @@ use knarr_api::object::Object;
 use knarr_api::status::{Result, Status};
 use serde_json::{Value, json};
 
-use crate::registry::{Context, Place, Registry, generate_name};
+use crate::registry::{Context, Endpoint, Place, Registry, generate_name};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Operation {
@@ -19,6 +19,8 @@ pub enum Operation {
 pub struct Attributes<'a> {
     pub registry: &'a Registry,
     pub operation: Operation,
+    /// Which face of the object is written.
+    pub endpoint: Endpoint,
     pub place: Place<'a>,
     pub old: Option<&'a Value>,
     pub context: &'a Context,
@@ -30,34 +32,48 @@ type Validate = fn(&Attributes, &Value) -> Result<()>;
 /// In this order, as upstream runs them.
 const MUTATING: &[(&str, Mutate)] = &[
     ("NamespaceLifecycle", |a, _| namespace_lifecycle(a)),
+    ("LimitRanger", crate::limit_range::apply_defaults),
     ("ServiceAccount", service_account),
+    ("TaintNodesByCondition", taint_new_nodes),
     ("Priority", priority),
     ("DefaultTolerationSeconds", default_toleration_seconds),
+    ("DefaultStorageClass", crate::classes::default_storage_class),
+    ("StorageObjectInUseProtection", protect_storage),
+    ("RuntimeClass", crate::classes::runtime_class),
+    ("DefaultIngressClass", crate::classes::default_ingress_class),
+    ("CertificateSigningRequestIdentity", request_identity),
 ];
 
-const VALIDATING: &[(&str, Validate)] = &[("NamespaceLifecycle", |a, _| protect_namespaces(a))];
+const VALIDATING: &[(&str, Validate)] = &[
+    ("NamespaceLifecycle", |a, _| protect_namespaces(a)),
+    ("LimitRanger", crate::limit_range::check),
+    ("NodeRestriction", crate::node::restrict),
+    ("PodSecurity", crate::pod_security::check),
+    ("CertificateApprovalSigningSubjectRestriction", crate::signing::check),
+    ("RBACEscalation", crate::escalation::check),
+];
 
 pub fn mutate(
     registry: &Registry,
-    operation: Operation,
+    (operation, endpoint): (Operation, Endpoint),
     place: Place,
     object: &mut Value,
     old: Option<&Value>,
     context: &Context,
 ) -> Result<()> {
-    let attributes = Attributes { registry, operation, place, old, context };
+    let attributes = Attributes { registry, operation, endpoint, place, old, context };
     MUTATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
 }
 
 pub fn validate(
     registry: &Registry,
-    operation: Operation,
+    (operation, endpoint): (Operation, Endpoint),
     place: Place,
     object: &Value,
     old: Option<&Value>,
     context: &Context,
 ) -> Result<()> {
-    let attributes = Attributes { registry, operation, place, old, context };
+    let attributes = Attributes { registry, operation, endpoint, place, old, context };
     VALIDATING.iter().try_for_each(|(_, plugin)| plugin(&attributes, object))
 }
 
@@ -90,6 +106,62 @@ fn protect_namespaces(a: &Attributes) -> Result<()> {
     let needed = ["default", "kube-system", "kube-public"].contains(&name);
     if a.operation == Operation::Delete && a.place.kind.resource() == "namespaces" && needed {
         return Err(Status::forbidden(a.place.kind, name, "this namespace may not be deleted"));
+    }
+    Ok(())
+}
+
+/// A new node takes no pods before the node lifecycle controller has seen it ready.
+fn taint_new_nodes(a: &Attributes, object: &mut Value) -> Result<()> {
+    const NOT_READY: &str = "node.kubernetes.io/not-ready";
+    if a.operation != Operation::Create || a.place.kind.resource() != "nodes" {
+        return Ok(());
+    }
+    let mut taints = object.list_at("spec.taints").to_vec();
+    if !taints.iter().any(|t| t.str_at("key") == NOT_READY && t.str_at("effect") == "NoSchedule") {
+        taints.push(json!({ "key": NOT_READY, "effect": "NoSchedule" }));
+        object.set_at("spec.taints", taints);
+    }
+    Ok(())
+}
+
+/// Claims and volumes in use outlive their deletion; the protection controllers take the finalizer away.
+fn protect_storage(a: &Attributes, object: &mut Value) -> Result<()> {
+    let finalizer = match a.place.kind.resource().as_str() {
+        "persistentvolumeclaims" => "kubernetes.io/pvc-protection",
+        "persistentvolumes" => "kubernetes.io/pv-protection",
+        _ => return Ok(()),
+    };
+    if a.operation == Operation::Create
+        && !object.list_at("metadata.finalizers").iter().any(|f| f == finalizer)
+    {
+        let mut finalizers = object.list_at("metadata.finalizers").to_vec();
+        finalizers.push(json!(finalizer));
+        object.set_at("metadata.finalizers", finalizers);
+    }
+    Ok(())
+}
+
+/// A signing request says who made it, whatever the client wrote there.
+fn request_identity(a: &Attributes, object: &mut Value) -> Result<()> {
+    let is_request = a.place.kind.resource() == "certificatesigningrequests.certificates.k8s.io";
+    if a.operation != Operation::Create || !is_request {
+        return Ok(());
+    }
+    let user = &a.context.user;
+    for name in ["username", "uid", "groups", "extra"] {
+        object.remove_at(&format!("spec.{name}"));
+    }
+    object.set_at("spec.username", user.name.clone());
+    if !user.uid.is_empty() {
+        object.set_at("spec.uid", user.uid.clone());
+    }
+    if !user.groups.is_empty() {
+        object.set_at("spec.groups", user.groups.clone());
+    }
+    if !user.extra.is_empty() {
+        let extra: serde_json::Map<String, Value> =
+            user.extra.iter().map(|(name, values)| (name.clone(), json!(values))).collect();
+        object.set_at("spec.extra", extra);
     }
     Ok(())
 }

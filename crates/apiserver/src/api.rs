@@ -1,6 +1,7 @@
 //! One request from start to end: who asks, what for, may they, then the registry, then the answer.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -11,18 +12,20 @@ use knarr_api::columns::Clock;
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
-use knarr_api::{decode, protobuf};
+use knarr_api::{decode, protobuf, versions};
 use knarr_store::{Range, ReadError};
 use serde_json::{Value, json};
 
 use crate::authn::{self, Tokens};
+use crate::discovery::Catalog;
 use crate::identity::User;
+use crate::metrics::{self, metrics};
 use crate::proxy::Dialer;
 use crate::rbac::{Action, Rbac};
 use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry, Selection};
 use crate::request::{Query, RequestInfo, Target};
-use crate::respond::{self, Answer, Body, Encoding, Form, Shape};
-use crate::{discovery, openapi, reviews, subresources, watch};
+use crate::respond::{self, Answer, Body, Form, Shape};
+use crate::{compress, discovery, health, openapi, reviews, subresources, watch, wire};
 
 /// Larger bodies are refused with 413; upstream's limit.
 pub const BODY_BYTES_MAX: usize = 3 << 20;
@@ -35,6 +38,8 @@ pub struct Api {
     pub dialer: Dialer,
     /// `host:port` that clients reach the server at.
     pub address: String,
+    /// Serve the versions that upstream has removed, as older manifests and books use them.
+    pub old_versions: bool,
 }
 
 /// Who is at the other end of the connection.
@@ -50,7 +55,10 @@ pub enum Peer {
 struct Call<'a> {
     info: &'a RequestInfo,
     target: &'a Target,
+    /// The kind in the version that is stored.
     kind: &'static Kind,
+    /// The kind in the version that is asked for.
+    served: &'static Kind,
     headers: HeaderMap,
     form: Form,
     context: Context,
@@ -75,11 +83,36 @@ impl Api {
     /// Answers a request; never fails, an error is an answer too.
     pub async fn handle(&self, request: Request<Body>, peer: &Peer) -> Answer {
         let info = RequestInfo::parse(request.method(), request.uri());
-        let form = Form::negotiate(request.headers(), &info.query);
+        let packed = compress::is_wanted(request.headers());
+        let apply = media_type(request.headers()).starts_with("application/apply-patch");
+        let started = Instant::now();
+        let in_flight = metrics().begin(&info);
+        let answer = self.answer(request, &info, peer).await;
+        drop(in_flight);
+        let answer = self.count(&info, apply, started, answer);
+        if packed { compress::answer(answer) } else { answer }
+    }
+
+    async fn answer(&self, request: Request<Body>, info: &RequestInfo, peer: &Peer) -> Answer {
+        let form = Form::negotiate(request.headers(), &info.query, info.verb == "watch");
         let fallback = form.clone().unwrap_or(Form::JSON);
         let fallback = Form { shape: Shape::Whole, ..fallback };
-        let result = self.admit(request, &info, form, peer).await;
+        let result = self.admit(request, info, form, peer).await;
         result.unwrap_or_else(|status| respond::refuse(&status, &fallback))
+    }
+
+    /// Counts the request, if it was about a resource there is.
+    fn count(&self, info: &RequestInfo, apply: bool, started: Instant, answer: Answer) -> Answer {
+        let Some(target) = &info.target else { return answer };
+        let kind = self.catalog().resource(&target.group, &target.version, &target.resource);
+        let known = kind.is_some_and(|k| target.subresource.is_empty() || k.has_sub(&target.subresource));
+        if !known {
+            return answer;
+        }
+        let labels = metrics::labels(info, target, apply);
+        let long = metrics::is_long_running(info);
+        metrics().finish(&labels, answer.status().as_u16(), (!long).then(|| started.elapsed()));
+        if long && info.verb == "watch" { metrics().hold_open(&labels, answer) } else { answer }
     }
 
     async fn admit(
@@ -108,198 +141,161 @@ impl Api {
         }
     }
 
-    /// `Impersonate-User` and `-Group`, for those who may.
+    /// `Impersonate-User`, `-Group`, `-Uid` and `-Extra-*`, for those who may: each is asked for on its own.
     fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User> {
-        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
-        let Some(name) = text("impersonate-user") else { return Ok(user) };
-        let mut groups: Vec<String> = headers
-            .get_all("impersonate-group")
-            .iter()
-            .filter_map(|v| v.to_str().ok().map(str::to_owned))
-            .collect();
-        let may = |resource, name: &str| {
-            let action = Action {
-                verb: "impersonate",
-                group: "",
-                resource,
-                subresource: "",
-                namespace: "",
-                name,
-                path: None,
-            };
-            self.rbac.allows(&user, &action)
-        };
-        if !may("users", name) || groups.iter().any(|g| !may("groups", g)) {
-            let text = format!(
-                "users {name:?} is forbidden: User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
-                user.name
-            );
-            return Err(Status::new(403, "Forbidden", text));
+        const EXTRA: &str = "impersonate-extra-";
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let mut wanted = User { name: text("impersonate-user").to_owned(), ..User::default() };
+        let values = headers.get_all("impersonate-group").iter();
+        wanted.groups = values.filter_map(|v| v.to_str().ok().map(str::to_owned)).collect();
+        wanted.uid = text("impersonate-uid").to_owned();
+        for (name, value) in headers {
+            let Some(key) = name.as_str().strip_prefix(EXTRA) else { continue };
+            let (key, value) = (percent_decode(key), value.to_str().unwrap_or_default().to_owned());
+            match wanted.extra.iter_mut().find(|(k, _)| *k == key) {
+                Some((_, values)) => values.push(value),
+                None => wanted.extra.push((key, vec![value])),
+            }
         }
-        if let Some(rest) = name.strip_prefix("system:serviceaccount:")
-            && let Some((namespace, account)) = rest.split_once(':')
-            && groups.is_empty()
+        if wanted.name.is_empty() {
+            if wanted == User::default() {
+                return Ok(user);
+            }
+            return Err(Status::internal("requested impersonation without impersonating a user"));
+        }
+        self.may_impersonate(&user, &wanted)?;
+        if let Some((namespace, account)) = account_of(&wanted.name)
+            && wanted.groups.is_empty()
         {
-            return Ok(User::service_account(namespace, account, ""));
+            wanted.groups = User::service_account(namespace, account, "").groups;
         }
-        groups.push(crate::identity::AUTHENTICATED.to_owned());
-        Ok(User { name: name.to_owned(), groups, ..User::default() })
+        let known = [crate::identity::AUTHENTICATED, crate::identity::UNAUTHENTICATED];
+        if !wanted.groups.iter().any(|g| known.contains(&g.as_str())) {
+            let anonymous = wanted.name == User::anonymous().name;
+            wanted.groups.push(known[usize::from(anonymous)].to_owned());
+        }
+        Ok(wanted)
+    }
+
+    fn may_impersonate(&self, user: &User, wanted: &User) -> Result<()> {
+        const AUTHENTICATION: &str = "authentication.k8s.io";
+        let ask = |group, resource, subresource: &str, namespace: &str, name: &str| {
+            let action =
+                Action { verb: "impersonate", group, resource, subresource, namespace, name, path: None };
+            if self.rbac.allows(user, &action) { Ok(()) } else { Err(action.forbidden(user)) }
+        };
+        match account_of(&wanted.name) {
+            Some((namespace, account)) => ask("", "serviceaccounts", "", namespace, account)?,
+            None => ask("", "users", "", "", &wanted.name)?,
+        }
+        for group in &wanted.groups {
+            ask("", "groups", "", "", group)?;
+        }
+        if !wanted.uid.is_empty() {
+            ask(AUTHENTICATION, "uids", "", "", &wanted.uid)?;
+        }
+        for (key, values) in &wanted.extra {
+            for value in values {
+                ask(AUTHENTICATION, "userextras", key, "", value)?;
+            }
+        }
+        Ok(())
     }
 
     fn authorize(&self, user: &User, info: &RequestInfo) -> Result<()> {
-        let (action, target) = match &info.target {
-            None => {
-                let verb = if info.verb.is_empty() { "get" } else { info.verb };
-                let action = Action {
-                    verb,
-                    group: "",
-                    resource: "",
-                    subresource: "",
-                    namespace: "",
-                    name: "",
-                    path: Some(&info.path),
-                };
-                (action, None)
-            }
-            Some(t) => {
-                let action = Action {
-                    verb: info.verb,
-                    group: &t.group,
-                    resource: &t.resource,
-                    subresource: &t.subresource,
-                    namespace: &t.namespace,
-                    name: &t.name,
-                    path: None,
-                };
-                (action, Some(t))
-            }
+        let verb = if info.verb.is_empty() { "get" } else { info.verb };
+        let empty =
+            Action { verb, group: "", resource: "", subresource: "", namespace: "", name: "", path: None };
+        let selected = self.selected_name(info);
+        let action = match &info.target {
+            None => Action { path: Some(&info.path), ..empty },
+            Some(t) => Action {
+                verb: info.verb,
+                group: &t.group,
+                resource: &t.resource,
+                subresource: &t.subresource,
+                namespace: &t.namespace,
+                name: if t.name.is_empty() { &selected } else { &t.name },
+                path: None,
+            },
         };
         if self.rbac.allows(user, &action) {
             return Ok(());
         }
-        let Some(t) = target else {
-            let text = format!("forbidden: User {:?} cannot {} path {:?}", user.name, info.verb, info.path);
-            let mut status = Status::new(403, "Forbidden", text);
-            status.details = Some(json!({}));
-            return Err(status);
-        };
-        let resource = if t.subresource.is_empty() {
-            t.resource.clone()
-        } else {
-            format!("{}/{}", t.resource, t.subresource)
-        };
-        let whereabouts = if t.namespace.is_empty() || t.resource == "namespaces" {
-            "at the cluster scope".to_owned()
-        } else {
-            format!("in the namespace {:?}", t.namespace)
-        };
-        let qualified =
-            if t.group.is_empty() { t.resource.clone() } else { format!("{}.{}", t.resource, t.group) };
-        let subject = if t.name.is_empty() { qualified } else { format!("{qualified} {:?}", t.name) };
-        let text = format!(
-            "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
-            user.name, info.verb, t.group
-        );
-        let mut status = Status::new(403, "Forbidden", text);
-        let mut details = json!({ "kind": t.resource });
-        if !t.name.is_empty() {
-            details["name"] = json!(t.name);
-        }
-        if !t.group.is_empty() {
-            details["group"] = json!(t.group);
-        }
-        status.details = Some(details);
-        Err(status)
+        let action = Action { name: info.target.as_ref().map_or("", |t| &t.name), ..action };
+        Err(action.forbidden(user))
+    }
+
+    /// Lists and watches of one name are allowed to who may see that object alone.
+    fn selected_name(&self, info: &RequestInfo) -> String {
+        let one = matches!(info.verb, "list" | "watch" | "deletecollection");
+        let fields = info.query.field_selector().ok().filter(|_| one);
+        fields.and_then(|f| f.exact("metadata.name").map(str::to_owned)).unwrap_or_default()
+    }
+
+    /// Everything that is served.
+    fn catalog(&self) -> Catalog {
+        Catalog { schema: self.registry.schema, old: self.old_versions }
     }
 
     // ---- paths that are no resource ----
 
     fn path(&self, request: Request<Body>, info: &RequestInfo, form: Result<Form>) -> Result<Answer> {
-        let schema = self.registry.schema;
+        let catalog = self.catalog();
         let accept = request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let segments: Vec<&str> = info.path.split('/').filter(|s| !s.is_empty()).collect();
         let aggregated = aggregated_version(accept);
         let value = match (&segments[..], aggregated) {
             (["healthz" | "livez" | "readyz", check @ ..], _) => {
-                return Ok(self.health(segments[0], check, &info.query));
+                return Ok(health::answer(segments[0], check, &info.query));
             }
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
-            (["api"], Some(version)) => return Ok(aggregated_answer(schema, true, version)),
-            (["apis"], Some(version)) => return Ok(aggregated_answer(schema, false, version)),
+            (["api"], Some(version)) => {
+                return Ok(aggregated_answer(catalog, true, version, request.headers()));
+            }
+            (["apis"], Some(version)) => {
+                return Ok(aggregated_answer(catalog, false, version, request.headers()));
+            }
             (["api"], None) => discovery::core_versions(&self.address),
-            (["apis"], None) => discovery::group_list(schema),
-            (["apis", group], _) => discovery::group(schema, group).ok_or_else(Status::no_such_resource)?,
+            (["apis"], None) => discovery::group_list(catalog),
+            (["apis", group], _) => discovery::group(catalog, group).ok_or_else(Status::no_such_resource)?,
             (["api", version], _) => {
-                discovery::resource_list(schema, "", version).ok_or_else(Status::no_such_resource)?
+                discovery::resource_list(catalog, "", version).ok_or_else(Status::no_such_resource)?
             }
             (["apis", group, version], _) => {
-                discovery::resource_list(schema, group, version).ok_or_else(Status::no_such_resource)?
+                discovery::resource_list(catalog, group, version).ok_or_else(Status::no_such_resource)?
             }
-            (["openapi", "v2"], _) => openapi::v2_document(schema),
-            (["openapi", "v3"], _) => openapi::v3_index(schema, crate::VERSION),
-            (["openapi", "v3", "api", version], _) => {
-                openapi::v3_document(schema, "", version).ok_or_else(Status::no_such_resource)?
-            }
-            (["openapi", "v3", "apis", group, version], _) => {
-                openapi::v3_document(schema, group, version).ok_or_else(Status::no_such_resource)?
+            (["openapi", "v2"], _) => return Ok(openapi::serve::v2(catalog, request.headers())),
+            (["openapi", "v3"], _) => openapi::v3_index(catalog),
+            (["openapi", "v3", rest @ ..], _) => {
+                return openapi::serve::v3(catalog, &rest.join("/"), request.headers(), &info.query);
             }
             ([".well-known", "openid-configuration"], _) => json!({
                 "issuer": self.tokens.issuer(),
-                "jwks_uri": format!("{}/openid/v1/jwks", self.tokens.issuer()),
+                "jwks_uri": format!("https://{}/openid/v1/jwks", self.address),
                 "response_types_supported": ["id_token"],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": ["ES256"],
             }),
-            (["openid", "v1", "jwks"], _) => self.tokens.key_set(),
+            (["openid", "v1", "jwks"], _) => return Ok(key_set(&self.tokens)),
             ([], _) => {
                 json!({ "paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] })
             }
             _ => return Err(Status::no_such_resource()),
         };
         let form = Form { shape: Shape::Whole, ..form.unwrap_or(Form::JSON) };
-        Ok(respond::json(200, &value, &form))
+        Ok(respond::value(200, &value, &form))
     }
 
-    /// Health in upstream's words: plain `ok`, or a list with `?verbose`.
-    fn health(&self, endpoint: &str, check: &[&str], query: &Query) -> Answer {
-        const CHECKS: [&str; 3] = ["ping", "log", "store"];
-        if let [name] = check {
-            return if CHECKS.contains(name) {
-                respond::text(200, "ok")
-            } else {
-                respond::text(404, "404 page not found\n")
-            };
-        }
-        if query.get("verbose").is_none() {
-            return respond::text(200, "ok");
-        }
-        let excluded = query.all("exclude");
-        let mut lines: String = CHECKS
-            .iter()
-            .map(|c| {
-                if excluded.iter().any(|e| e == c) {
-                    format!("[+]{c} excluded: ok\n")
-                } else {
-                    format!("[+]{c} ok\n")
-                }
-            })
-            .collect();
-        lines.push_str(&format!("{endpoint} check passed\n"));
-        respond::text(200, lines)
-    }
-
-    /// Counts of stored objects, under upstream's name.
+    /// What requests did, and counts of stored objects, under upstream's names.
     fn metrics(&self) -> String {
-        let mut text = String::from(
-            "# HELP apiserver_storage_objects Number of stored objects at the time of last check, by kind.\n# TYPE apiserver_storage_objects gauge\n",
-        );
+        let mut text = metrics().print();
+        let name = "apiserver_storage_objects";
+        metrics::heading(&mut text, name, "gauge", "Stored objects by kind.");
         for kind in self.registry.schema.kinds().iter().filter(|k| !k.create_only) {
             let count = self.registry.store.count(&crate::registry::partition(kind));
-            text.push_str(&format!(
-                "apiserver_storage_objects{{resource=\"{}\"}} {count}\n",
-                kind.resource()
-            ));
+            metrics::line(&mut text, name, &format!("resource=\"{}\"", kind.resource()), count);
         }
         text
     }
@@ -314,9 +310,10 @@ impl Api {
         form: Result<Form>,
         user: User,
     ) -> Result<Answer> {
-        let kind = self.registry.schema.resource(&target.group, &target.version, &target.resource);
-        let kind = kind.ok_or_else(Status::no_such_resource)?;
-        if !target.subresource.is_empty() && !kind.has_sub(&target.subresource) {
+        let served = self.catalog().resource(&target.group, &target.version, &target.resource);
+        let served = served.ok_or_else(Status::no_such_resource)?;
+        let kind = self.registry.schema.hub(served);
+        if !target.subresource.is_empty() && !served.has_sub(&target.subresource) {
             return Err(Status::no_such_resource());
         }
         match target.subresource.as_str() {
@@ -327,14 +324,15 @@ impl Api {
             _ => {}
         }
         let (parts, body) = request.into_parts();
-        let form = match (info.verb, form) {
-            ("watch", Err(status)) | (_, Err(status)) => return Err(status),
-            (_, Ok(form)) => form,
-        };
+        let converted = served.conversion.is_some().then_some(served);
+        let form = Form { version: converted, ..form? };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
+        context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;
         context.validation = info.query.field_validation()?;
-        let call = Call { info, target, kind, headers: parts.headers, form, context };
+        context.served = converted;
+        versions::warning(served).into_iter().for_each(|text| context.warn(text));
+        let call = Call { info, target, kind, served, headers: parts.headers, form, context };
         let body = match info.verb {
             "get" | "list" | "watch" => Bytes::new(),
             _ => read_body(body).await?,
@@ -342,7 +340,10 @@ impl Api {
         let answer = self.dispatch(&call, &parts.method, body).await;
         let warnings = std::mem::take(&mut *call.context.warnings.lock());
         let fallback = Form { shape: Shape::Whole, ..call.form.clone() };
-        let mut answer = answer.unwrap_or_else(|status| respond::refuse(&status, &fallback));
+        let mut answer = answer.unwrap_or_else(|mut status| {
+            in_words_of(&mut status, call.kind, call.served);
+            respond::refuse(&status, &fallback)
+        });
         for text in warnings {
             let value = format!("299 - {:?}", text.replace('\n', " "));
             if let Ok(value) = HeaderValue::from_str(&value) {
@@ -404,8 +405,8 @@ impl Api {
                 Ok(self.outcome(call, 200, &outcome))
             }
             ("get", "approval") => self.get(call),
-            ("update", "approval") => self.update(call, Endpoint::Status, &body).await,
-            ("patch", "approval") => self.patch(call, Endpoint::Status, &body).await,
+            ("update", "approval") => self.update(call, Endpoint::Other("approval"), &body).await,
+            ("patch", "approval") => self.patch(call, Endpoint::Other("approval"), &body).await,
             (_, _) => {
                 let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
                 Err(Status::method_not_allowed(call.kind, verb))
@@ -420,7 +421,7 @@ impl Api {
     /// A made-up object: never the stored form.
     fn show(&self, call: &Call, code: u16, value: &Value) -> Result<Answer> {
         let form = Form { shape: Shape::Whole, ..call.form.clone() };
-        Ok(respond::json(code, value, &form))
+        Ok(respond::value(code, value, &form))
     }
 
     fn outcome(&self, call: &Call, code: u16, outcome: &Outcome) -> Answer {
@@ -442,15 +443,13 @@ impl Api {
         let rules = knarr_api::rules::Rules::of(call.kind);
         for term in &fields.terms {
             if !rules.is_selectable(&term.field) {
-                let mut known = vec!["metadata.name"];
-                if call.kind.namespaced {
-                    known.push("metadata.namespace");
-                }
-                let known: Vec<String> = known.iter().map(|k| format!("{k:?}")).collect();
-                let text = if rules.selectable.is_empty() {
-                    format!("{:?} is not a known field selector: only {}", term.field, known.join(", "))
-                } else {
-                    format!("field label not supported: {}", term.field)
+                let field = &term.field;
+                let text = match call.kind.plural.as_str() {
+                    _ if rules.selectable.is_empty() => format!(
+                        "{field:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                    ),
+                    "jobs" => format!("field label {field:?} not supported for Job"),
+                    _ => format!("field label not supported: {field}"),
                 };
                 return Err(Status::bad_request(text));
             }
@@ -511,9 +510,6 @@ impl Api {
     }
 
     fn watch(&self, call: &Call) -> Result<Answer> {
-        if call.form.encoding == Encoding::Yaml {
-            return Err(Status::not_acceptable("application/json;stream=watch"));
-        }
         let request = watch::Request {
             namespace: call.namespace().to_owned(),
             selection: self.selection(call)?,
@@ -590,25 +586,29 @@ impl Api {
                 }
                 let tree = decode::yaml(body)
                     .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-                let config = self.registry.decode(call.kind, tree, &call.context)?;
-                if config.at("metadata.managedFields").is_some() {
+                let refuse = |object: &Value, why: &str| {
+                    let text = format!(
+                        "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
+                        object.namespace(),
+                        object.name(),
+                        call.kind.group,
+                        call.kind.version,
+                        call.kind.kind,
+                    );
+                    // Upstream gives this error no reason.
+                    Status::new(500, "", text)
+                };
+                if tree.at("metadata.managedFields").is_some() {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
+                let unknown = self.registry.unknown_fields(call.kind, &tree);
+                if let Some(field) = unknown.first() {
+                    return Err(refuse(&tree, &format!(".{field}: field not declared in schema")));
+                }
+                let config = self.registry.decode(call.kind, tree, &call.context)?;
                 let broken = knarr_api::apply::check_config(self.registry.schema, call.kind.type_id, &config);
                 if !broken.is_empty() {
-                    let texts: Vec<String> = broken.iter().map(ToString::to_string).collect();
-                    return Err(Status::new(
-                        500,
-                        "InternalError",
-                        format!(
-                            "failed to create typed patch object ({}/{}; {}, Kind={}): {}",
-                            call.namespace(),
-                            call.target.name,
-                            call.kind.api_version(),
-                            call.kind.kind,
-                            texts.join("\n")
-                        ),
-                    ));
+                    return Err(refuse(&config, &broken.join("\n")));
                 }
                 Ok(Edit::Apply { config, force: call.query().flag("force") })
             }
@@ -654,8 +654,8 @@ impl Api {
             let object = outcome.value();
             let mut details =
                 json!({ "name": call.target.name, "kind": call.kind.plural, "uid": object.uid() });
-            if !call.kind.group.is_empty() {
-                details["group"] = json!(call.kind.group);
+            if !call.served.group.is_empty() {
+                details["group"] = json!(call.served.group);
             }
             let value = json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details });
             return self.show(call, 200, &value);
@@ -696,13 +696,13 @@ impl Api {
                 let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
-            PROTOBUF => {
-                let tree = protobuf::decode(self.registry.schema, call.kind.type_id, body)
+            wire::MEDIA_TYPE => {
+                let tree = protobuf::decode(self.registry.schema, call.served.type_id, body)
                     .map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
             "application/json" | "" => self.registry.decode_json(call.kind, body, &call.context),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
     }
 
@@ -710,10 +710,9 @@ impl Api {
     fn tree(&self, headers: &HeaderMap, body: &Bytes) -> Result<Value> {
         match media_type(headers) {
             "application/yaml" => decode::yaml(body).map_err(|e| Status::bad_request(e.0)),
-            PROTOBUF => {
+            wire::MEDIA_TYPE => {
                 let (version, kind, _) = protobuf::envelope(body).map_err(|e| Status::bad_request(e.0))?;
-                let id = self.registry.schema.type_named(&qualified_type(&version, &kind));
-                let id = id.ok_or_else(|| {
+                let id = wire::type_of(&version, &kind).ok_or_else(|| {
                     Status::bad_request(format!("no kind {kind:?} is registered for version {version:?}"))
                 })?;
                 protobuf::decode(self.registry.schema, id, body).map_err(|e| Status::bad_request(e.0))
@@ -721,22 +720,27 @@ impl Api {
             "application/json" | "" => serde_json::from_slice(body).map_err(|e| {
                 Status::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
             }),
-            _ => Err(Status::unsupported_media_type(respond::ACCEPTED)),
+            _ => Err(Status::unsupported_media_type(respond::MEDIA_TYPES)),
         }
     }
 }
 
-const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+/// The keys that verify service account tokens; others may keep them an hour, as upstream says.
+fn key_set(tokens: &Tokens) -> Answer {
+    let body = respond::full(tokens.key_set().to_string());
+    let mut answer = respond::answer(200, "application/jwk-set+json", body);
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, max-age=3600"));
+    answer
+}
 
-/// The schema's name of a type: `policy.v1.Eviction`. Options are of the meta group whatever they claim.
-fn qualified_type(api_version: &str, kind: &str) -> String {
-    if kind.ends_with("Options") {
-        return format!("meta.v1.{kind}");
-    }
-    match api_version.split_once('/') {
-        Some((group, version)) => format!("{}.{version}.{kind}", group.split('.').next().unwrap_or_default()),
-        None => format!("core.{api_version}.{kind}"),
-    }
+/// Namespace and name of the service account a user name stands for.
+fn account_of(user: &str) -> Option<(&str, &str)> {
+    user.strip_prefix("system:serviceaccount:")?.split_once(':')
+}
+
+/// Extra keys may hold bytes that header names may not.
+fn percent_decode(text: &str) -> String {
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 async fn read_body(body: Body) -> Result<Bytes> {
@@ -774,15 +778,42 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-fn aggregated_answer(schema: &knarr_api::schema::Schema, core: bool, version: &'static str) -> Answer {
-    let value = discovery::aggregated(schema, core, version);
+/// An error about the kind, naming it as the request did.
+fn in_words_of(status: &mut Status, kind: &Kind, served: &Kind) {
+    if kind.group == served.group {
+        return;
+    }
+    let qualified = |kind: &Kind| match kind.group.as_str() {
+        "" => kind.kind.clone(),
+        group => format!("{}.{group}", kind.kind),
+    };
+    for (ours, theirs) in [(kind.resource(), served.resource()), (qualified(kind), qualified(served))] {
+        if let Some(rest) = status.message.strip_prefix(&format!("{ours} ")) {
+            status.message = format!("{theirs} {rest}");
+        }
+        let named = format!("Operation cannot be fulfilled on {ours} ");
+        if let Some(rest) = status.message.strip_prefix(&named) {
+            status.message = format!("Operation cannot be fulfilled on {theirs} {rest}");
+        }
+    }
+    if let Some(details) = &mut status.details
+        && details.str_at("group") == kind.group
+    {
+        match served.group.as_str() {
+            "" => drop(details.remove_at("group")),
+            group => details["group"] = json!(group),
+        }
+    }
+}
+
+fn aggregated_answer(catalog: Catalog, core: bool, version: &'static str, headers: &HeaderMap) -> Answer {
+    let document = discovery::aggregated(catalog, core, version).to_string();
     let content_type = match version {
         "v2beta1" => "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList",
         _ => "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
     };
-    let mut answer = respond::answer(200, content_type, respond::full(value.to_string()));
-    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
-    answer
+    let etag = openapi::digest(document.as_bytes());
+    openapi::serve::with_etag(headers, &etag, content_type, || document.into())
 }
 
 fn version() -> Value {

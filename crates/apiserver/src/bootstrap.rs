@@ -34,10 +34,14 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
         ensure(registry, "scheduling.k8s.io", "priorityclasses", "", class, &context).await?;
     }
     for (name, rules) in cluster_roles() {
-        let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+        let mut labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+        if let Some(to) = name.strip_prefix("system:aggregate-to-") {
+            labels[format!("{AGGREGATE}{to}")] = json!("true");
+        }
         let role = json!({ "metadata": { "name": name, "labels": labels }, "rules": rules });
         ensure_rules(registry, role, &context).await?;
     }
+    ensure_aggregates(registry, &context).await?;
     for (name, role, kind, subjects) in BINDINGS {
         let subjects: Vec<Value> = subjects.iter().map(|s| subject(kind, s)).collect();
         let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
@@ -66,6 +70,33 @@ async fn ensure(
         Err(status) if status.reason != "AlreadyExists" => Err(status),
         _ => Ok(()),
     }
+}
+
+/// Roles for people are the sum of all roles with a label, so that others can add to them.
+const AGGREGATE: &str = "rbac.authorization.k8s.io/aggregate-to-";
+
+/// `admin`, `edit` and `view`. Their rules are kept by the aggregation controller; the first ones are written
+/// here, so that they hold before it runs.
+async fn ensure_aggregates(registry: &Registry, context: &Context) -> Result<()> {
+    let roles = cluster_roles();
+    let mut below: Vec<Value> = Vec::new();
+    for (name, next) in [("view", "edit"), ("edit", "admin"), ("admin", "")] {
+        let own = roles.iter().find(|(n, _)| n.strip_prefix("system:aggregate-to-") == Some(name));
+        for rule in own.map(|(_, rules)| rules.clone()).unwrap_or_default() {
+            if !below.contains(&rule) {
+                below.push(rule);
+            }
+        }
+        let mut labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+        if !next.is_empty() {
+            labels[format!("{AGGREGATE}{next}")] = json!("true");
+        }
+        let selector = json!({ "matchLabels": { format!("{AGGREGATE}{name}"): "true" } });
+        let role = json!({ "metadata": { "name": name, "labels": labels }, "rules": below,
+            "aggregationRule": { "clusterRoleSelectors": [selector] } });
+        ensure(registry, "rbac.authorization.k8s.io", "clusterroles", "", role, context).await?;
+    }
+    Ok(())
 }
 
 async fn ensure_rules(registry: &Registry, role: Value, context: &Context) -> Result<()> {
@@ -119,7 +150,6 @@ const BINDINGS: &[(&str, &str, &str, &[&str])] = &[
         "Group",
         &["system:serviceaccounts"],
     ),
-    ("system:node", "system:node", "Group", &["system:nodes"]),
     ("system:node-proxier", "system:node-proxier", "User", &["system:kube-proxy"]),
     ("system:kube-scheduler", "system:kube-scheduler", "User", &["system:kube-scheduler"]),
     (
@@ -201,8 +231,7 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
         ]
     };
     let edit = || {
-        let mut rules = view();
-        rules.extend([
+        vec![
             rule(&[""], core, &WRITE),
             rule(&[""], &["secrets"], &ALL),
             rule(&[""], &["events"], &WRITE),
@@ -219,20 +248,19 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
             rule(&["networking.k8s.io"], &["ingresses", "networkpolicies"], &WRITE),
             rule(&["policy"], &["poddisruptionbudgets"], &WRITE),
             rule(&["coordination.k8s.io"], &["leases"], &ALL),
-        ]);
-        rules
+        ]
     };
     let admin = || {
-        let mut rules = edit();
-        rules.push(rule(&["rbac.authorization.k8s.io"], &["roles", "rolebindings"], &ALL));
-        rules.push(rule(&["authorization.k8s.io"], &["localsubjectaccessreviews"], &["create"]));
-        rules
+        vec![
+            rule(&["rbac.authorization.k8s.io"], &["roles", "rolebindings"], &ALL),
+            rule(&["authorization.k8s.io"], &["localsubjectaccessreviews"], &["create"]),
+        ]
     };
     vec![
         ("cluster-admin", everything()),
-        ("admin", admin()),
-        ("edit", edit()),
-        ("view", view()),
+        ("system:aggregate-to-admin", admin()),
+        ("system:aggregate-to-edit", edit()),
+        ("system:aggregate-to-view", view()),
         (
             "system:basic-user",
             vec![
@@ -273,51 +301,7 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
                 "/openid/v1/jwks/",
             ])],
         ),
-        (
-            "system:node",
-            vec![
-                rule(&[""], &["nodes"], &["create", "get", "list", "watch", "patch", "update"]),
-                rule(&[""], &["nodes/status"], &["patch", "update"]),
-                rule(&[""], &["pods"], &["get", "list", "watch", "create", "delete"]),
-                rule(&[""], &["pods/status"], &["patch", "update"]),
-                rule(&[""], &["pods/eviction", "serviceaccounts/token"], &["create"]),
-                rule(
-                    &[""],
-                    &[
-                        "configmaps",
-                        "secrets",
-                        "services",
-                        "endpoints",
-                        "namespaces",
-                        "serviceaccounts",
-                        "persistentvolumeclaims",
-                        "persistentvolumes",
-                    ],
-                    &READ,
-                ),
-                rule(&[""], &["events"], &["create", "patch", "update"]),
-                rule(&["events.k8s.io"], &["events"], &["create", "patch", "update"]),
-                rule(&["coordination.k8s.io"], &["leases"], &["create", "delete", "get", "patch", "update"]),
-                rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
-                rule(&["node.k8s.io"], &["runtimeclasses"], &READ),
-                rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
-                rule(
-                    &["authorization.k8s.io"],
-                    &["subjectaccessreviews", "localsubjectaccessreviews"],
-                    &["create"],
-                ),
-                rule(
-                    &["certificates.k8s.io"],
-                    &["certificatesigningrequests"],
-                    &["create", "get", "list", "watch"],
-                ),
-                rule(
-                    &["storage.k8s.io"],
-                    &["csinodes", "volumeattachments", "csidrivers"],
-                    &["create", "get", "list", "watch", "patch", "update", "delete"],
-                ),
-            ],
-        ),
+        ("system:node", node_rules()),
         (
             "system:node-proxier",
             vec![
@@ -371,6 +355,32 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
                 rule(&[""], &["endpoints", "services", "pods", "namespaces", "nodes"], &READ),
                 rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
             ],
+        ),
+    ]
+}
+
+/// What any node may do, whatever runs on it. What depends on its pods is decided in `node.rs`.
+pub fn node_rules() -> Vec<Value> {
+    let own = ["create", "get", "list", "watch", "patch", "update"];
+    vec![
+        rule(&[""], &["nodes"], &own),
+        rule(&[""], &["nodes/status"], &["patch", "update"]),
+        rule(&[""], &["pods"], &["get", "list", "watch", "create", "delete"]),
+        rule(&[""], &["pods/status"], &["patch", "update"]),
+        rule(&[""], &["pods/eviction"], &["create"]),
+        rule(&[""], &["services", "endpoints", "namespaces"], &READ),
+        rule(&[""], &["events"], &["create", "patch", "update"]),
+        rule(&["events.k8s.io"], &["events"], &["create", "patch", "update"]),
+        rule(&["discovery.k8s.io"], &["endpointslices"], &READ),
+        rule(&["node.k8s.io"], &["runtimeclasses"], &READ),
+        rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
+        rule(&["authorization.k8s.io"], &["subjectaccessreviews", "localsubjectaccessreviews"], &["create"]),
+        rule(&["certificates.k8s.io"], &["certificatesigningrequests"], &["create", "get", "list", "watch"]),
+        rule(&["storage.k8s.io"], &["csidrivers"], &READ),
+        rule(
+            &["resource.k8s.io"],
+            &["resourceslices"],
+            &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"],
         ),
     ]
 }

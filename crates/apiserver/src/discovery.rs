@@ -4,6 +4,28 @@
 use knarr_api::schema::{Kind, Schema};
 use serde_json::{Value, json};
 
+/// Everything that is served: the schema's kinds, and on request their old versions.
+#[derive(Debug, Clone, Copy)]
+pub struct Catalog {
+    pub schema: &'static Schema,
+    /// With the versions that upstream has removed.
+    pub old: bool,
+}
+
+impl Catalog {
+    /// All kinds; old versions come last.
+    pub fn kinds(self) -> impl Iterator<Item = &'static Kind> {
+        let old = if self.old { self.schema.old_kinds() } else { &[] };
+        self.schema.kinds().iter().chain(old)
+    }
+
+    /// The kind served at group, version and plural.
+    pub fn resource(self, group: &str, version: &str, plural: &str) -> Option<&'static Kind> {
+        let found = self.schema.any_resource(group, version, plural)?;
+        (self.old || !found.is_old()).then_some(found)
+    }
+}
+
 const VERBS: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
 /// `(verbs, kind, group of the kind, version of the kind)` of a subresource; empty names are the parent's.
@@ -33,14 +55,20 @@ fn subresource(
     }
 }
 
-fn verbs(kind: &Kind) -> Vec<&'static str> {
-    if kind.create_only { vec!["create"] } else { VERBS.to_vec() }
+/// What can be done with objects of the kind.
+pub fn verbs(kind: &Kind) -> Vec<&'static str> {
+    match kind.resource().as_str() {
+        _ if kind.create_only => vec!["create"],
+        "componentstatuses" => vec!["get", "list"],
+        "namespaces" => VERBS.into_iter().filter(|v| *v != "deletecollection").collect(),
+        _ => VERBS.to_vec(),
+    }
 }
 
 /// Groups with their versions, preferred first.
-fn groups(schema: &Schema) -> Vec<(String, Vec<String>)> {
+fn groups(catalog: Catalog) -> Vec<(String, Vec<String>)> {
     let mut groups: Vec<(String, Vec<String>)> = Vec::new();
-    for kind in schema.kinds() {
+    for kind in catalog.kinds() {
         match groups.iter_mut().find(|(group, _)| *group == kind.group) {
             Some((_, versions)) if versions.contains(&kind.version) => {}
             Some((_, versions)) => versions.push(kind.version.clone()),
@@ -48,9 +76,20 @@ fn groups(schema: &Schema) -> Vec<(String, Vec<String>)> {
         }
     }
     for (_, versions) in &mut groups {
-        versions.sort_by(|a, b| b.cmp(a));
+        versions.sort_by_cached_key(|version| std::cmp::Reverse(priority(version)));
     }
     groups
+}
+
+/// How versions are ordered: stable ones first, then beta and alpha; higher numbers before lower.
+fn priority(version: &str) -> (u8, u32, u32) {
+    let rest = version.strip_prefix('v').unwrap_or(version);
+    let (major, stage, minor) = match (rest.split_once("beta"), rest.split_once("alpha")) {
+        (Some((major, minor)), _) => (major, 1, minor),
+        (_, Some((major, minor))) => (major, 0, minor),
+        _ => (rest, 2, "0"),
+    };
+    (stage, major.parse().unwrap_or(0), minor.parse().unwrap_or(0))
 }
 
 /// `/api`.
@@ -63,14 +102,14 @@ pub fn core_versions(address: &str) -> Value {
 }
 
 /// `/apis`.
-pub fn group_list(schema: &Schema) -> Value {
-    let groups: Vec<Value> = groups(schema).iter().filter(|(g, _)| !g.is_empty()).map(group_value).collect();
+pub fn group_list(catalog: Catalog) -> Value {
+    let groups: Vec<Value> = groups(catalog).iter().filter(|(g, _)| !g.is_empty()).map(group_value).collect();
     json!({ "kind": "APIGroupList", "apiVersion": "v1", "groups": groups })
 }
 
 /// `/apis/GROUP`.
-pub fn group(schema: &Schema, name: &str) -> Option<Value> {
-    let groups = groups(schema);
+pub fn group(catalog: Catalog, name: &str) -> Option<Value> {
+    let groups = groups(catalog);
     let found = groups.iter().find(|(g, _)| g == name && !g.is_empty())?;
     let mut value = group_value(found);
     value["kind"] = json!("APIGroup");
@@ -88,9 +127,8 @@ fn group_value((name, versions): &(String, Vec<String>)) -> Value {
 }
 
 /// `/api/v1` and `/apis/GROUP/VERSION`.
-pub fn resource_list(schema: &Schema, group: &str, version: &str) -> Option<Value> {
-    let kinds: Vec<&Kind> =
-        schema.kinds().iter().filter(|k| k.group == group && k.version == version).collect();
+pub fn resource_list(catalog: Catalog, group: &str, version: &str) -> Option<Value> {
+    let kinds: Vec<&Kind> = catalog.kinds().filter(|k| k.group == group && k.version == version).collect();
     let api_version = kinds.first()?.api_version();
     let mut resources = Vec::new();
     for kind in kinds {
@@ -131,12 +169,13 @@ pub fn resource_list(schema: &Schema, group: &str, version: &str) -> Option<Valu
 }
 
 /// The aggregated form (KEP-3352) of `/api` (the core group) or `/apis` (all others).
-pub fn aggregated(schema: &Schema, core: bool, version: &str) -> Value {
-    let items: Vec<Value> = groups(schema)
+pub fn aggregated(catalog: Catalog, core: bool, version: &str) -> Value {
+    let items: Vec<Value> = groups(catalog)
         .iter()
         .filter(|(name, _)| name.is_empty() == core)
         .map(|(name, versions)| {
-            let versions: Vec<Value> = versions.iter().map(|v| aggregated_version(schema, name, v)).collect();
+            let versions: Vec<Value> =
+                versions.iter().map(|v| aggregated_version(catalog, name, v)).collect();
             let metadata = if name.is_empty() {
                 json!({ "creationTimestamp": null })
             } else {
@@ -153,8 +192,8 @@ pub fn aggregated(schema: &Schema, core: bool, version: &str) -> Value {
     })
 }
 
-fn aggregated_version(schema: &Schema, group: &str, version: &str) -> Value {
-    let kinds = schema.kinds().iter().filter(|k| k.group == group && k.version == version);
+fn aggregated_version(catalog: Catalog, group: &str, version: &str) -> Value {
+    let kinds = catalog.kinds().filter(|k| k.group == group && k.version == version);
     let scope = |kind: &Kind| if kind.namespaced { "Namespaced" } else { "Cluster" };
     let mut resources: Vec<Value> = kinds
         .map(|kind| {

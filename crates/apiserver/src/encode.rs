@@ -3,7 +3,7 @@
 //! `kind` and `apiVersion` come first and `resourceVersion` opens the metadata, so that the store can
 //! write the revision in, and lists can cut the type off, without parsing.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use knarr_api::object::Object;
@@ -58,6 +58,8 @@ pub fn decode(entry: &Entry) -> Value {
 /// What selectors look at; made once per entry, at first use.
 pub struct View {
     pub labels: Map<String, Value>,
+    /// What the object uses of quotas; made at first use.
+    pub usage: OnceLock<crate::quota::Usage>,
     fields: Vec<(&'static str, String)>,
 }
 
@@ -67,7 +69,7 @@ impl View {
             let object = decode(entry);
             let labels = object.map_at("metadata.labels").cloned().unwrap_or_default();
             let fields = rules.selectable.iter().map(|f| (*f, rules.field_value(&object, f))).collect();
-            Arc::new(View { labels, fields })
+            Arc::new(View { labels, usage: OnceLock::new(), fields })
         });
         shared.clone().downcast::<View>().expect("only this function sets the view")
     }

@@ -11,21 +11,33 @@ pub mod server;
 
 pub mod authn;
 pub mod identity;
+pub mod node;
 pub mod rbac;
 pub mod request;
 
 pub mod admission;
+pub mod classes;
 pub mod encode;
+pub mod escalation;
+pub mod limit_range;
+pub mod pod_security;
+pub mod quota;
 pub mod registry;
 pub mod reviews;
 pub mod services;
+pub mod signing;
 pub mod subresources;
 
+pub mod compress;
 pub mod discovery;
 pub mod openapi;
 pub mod proxy;
 pub mod respond;
 pub mod watch;
+pub mod wire;
+
+pub mod health;
+pub mod metrics;
 
 pub mod bootstrap;
 

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use knarr_api::object::Object;
+use knarr_api::status::Status;
 use knarr_store::{Range, Revision, Store};
 use parking_lot::RwLock;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::encode;
 use crate::identity::{MASTERS, User};
@@ -28,10 +29,50 @@ pub struct Action<'a> {
     pub path: Option<&'a str>,
 }
 
-/// The authorizer.
+impl Action<'_> {
+    /// What is to be done, and why not, in upstream's words.
+    pub fn forbidden(&self, user: &User) -> Box<Status> {
+        if let Some(path) = self.path {
+            let text = format!("forbidden: User {:?} cannot {} path {path:?}", user.name, self.verb);
+            let mut status = Status::new(403, "Forbidden", text);
+            status.details = Some(json!({}));
+            return status;
+        }
+        let resource = match self.subresource {
+            "" => self.resource.to_owned(),
+            sub => format!("{}/{sub}", self.resource),
+        };
+        let whereabouts = match self.namespace {
+            "" => "at the cluster scope".to_owned(),
+            namespace => format!("in the namespace {namespace:?}"),
+        };
+        let qualified = match self.group {
+            "" => self.resource.to_owned(),
+            group => format!("{}.{group}", self.resource),
+        };
+        let subject = if self.name.is_empty() { qualified } else { format!("{qualified} {:?}", self.name) };
+        let text = format!(
+            "{subject} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {whereabouts}",
+            user.name, self.verb, self.group
+        );
+        let mut status = Status::new(403, "Forbidden", text);
+        let mut details = json!({ "kind": self.resource });
+        if !self.name.is_empty() {
+            details["name"] = json!(self.name);
+        }
+        if !self.group.is_empty() {
+            details["group"] = json!(self.group);
+        }
+        status.details = Some(details);
+        status
+    }
+}
+
+/// The authorizer: the Node authorizer for nodes, then roles.
+#[derive(Clone)]
 pub struct Rbac {
     store: Arc<dyn Store>,
-    index: RwLock<Arc<Index>>,
+    index: Arc<RwLock<Arc<Index>>>,
 }
 
 const SOURCES: [&str; 4] = [
@@ -72,15 +113,30 @@ pub struct PolicyRule {
 
 impl Rbac {
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Rbac { store, index: RwLock::default() }
+        Rbac { store, index: Arc::default() }
     }
 
     pub fn allows(&self, user: &User, action: &Action) -> bool {
         if user.is_in(MASTERS) {
             return true;
         }
+        if crate::node::node_of(user)
+            .is_some_and(|node| crate::node::allows(self.store.as_ref(), node, action))
+        {
+            return true;
+        }
         let index = self.current();
         index.grants_of(user).any(|grant| grant.allows(action))
+    }
+
+    /// The rules of a role, as a binding in `namespace` refers to it.
+    pub fn rules_of(&self, kind: &str, namespace: &str, name: &str) -> Option<Vec<PolicyRule>> {
+        let (source, key) = match kind {
+            "ClusterRole" => (SOURCES[0], name.to_owned()),
+            _ => (SOURCES[2], encode::key(namespace, name)),
+        };
+        let role = encode::decode(&*self.store.get(source, &key)?);
+        Some(role.list_at("rules").iter().map(PolicyRule::read).collect())
     }
 
     /// Every rule that holds for the user in a namespace: what `kubectl auth can-i --list` shows.
@@ -190,7 +246,7 @@ impl PolicyRule {
         }
     }
 
-    fn allows(&self, action: &Action) -> bool {
+    pub fn allows(&self, action: &Action) -> bool {
         let has = |list: &[String], value: &str| list.iter().any(|v| v == "*" || v == value);
         if !has(&self.verbs, action.verb) {
             return false;

@@ -4,6 +4,7 @@
 //! admission. A write is: decode → rules → defaults → admission → validation → ownership → commit. Nothing
 //! is stored before everything has passed, and every change names the revision it was made from.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
 use knarr_api::status::{Result, Status};
-use knarr_api::{decode, defaults, patch, time};
+use knarr_api::{decode, defaults, patch, time, versions};
 use knarr_store::{Change, Entry, Expect, Range, ReadError, Store, Write, WriteError};
 use parking_lot::Mutex;
 use rand::Rng;
@@ -22,6 +23,8 @@ use serde_json::{Value, json};
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
 use crate::identity::User;
+use crate::quota::{self, Quotas};
+use crate::rbac::Rbac;
 use crate::request::{FieldValidation, Query};
 use crate::services::{Allocator, Reservation};
 
@@ -39,6 +42,10 @@ pub struct Context {
     pub validation: FieldValidation,
     /// Sent back as `Warning` headers.
     pub warnings: Mutex<Vec<String>>,
+    /// Judges what the user may grant to others; `None` for the server's own writes.
+    pub rbac: Option<Rbac>,
+    /// The version the request is in, if objects of its kind are stored in another.
+    pub served: Option<&'static Kind>,
 }
 
 impl Context {
@@ -49,7 +56,17 @@ impl Context {
             dry_run: false,
             validation: FieldValidation::Warn,
             warnings: Mutex::default(),
+            rbac: None,
+            served: None,
         }
+    }
+
+    /// The version in which the request speaks of this kind.
+    pub fn version_of<'k>(&self, kind: &'k Kind) -> &'k Kind
+    where
+        'static: 'k,
+    {
+        self.served.filter(|served| served.plural == kind.plural).unwrap_or(kind)
     }
 
     pub fn warn(&self, text: impl Into<String>) {
@@ -186,6 +203,7 @@ pub struct Registry {
     pub store: Arc<dyn Store>,
     pub schema: &'static Schema,
     pub services: Allocator,
+    pub quotas: Quotas,
     /// The time of day; a test or the simulation may pass its own.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -266,16 +284,17 @@ impl Registry {
             object.remove_at("status");
         }
         (rules.create)(&mut object);
+        versions::apply_defaults(context.version_of(kind), &mut object);
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
-        admission::mutate(self, Operation::Create, place, &mut object, None, context)?;
+        admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, rules, &object, &mut errors);
         (rules.validate)(&object, &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
         }
-        admission::validate(self, Operation::Create, place, &object, None, context)?;
+        admission::validate(self, (Operation::Create, Endpoint::Main), place, &object, None, context)?;
         (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
         let reservation = self.services.reserve(self, kind, &mut object, None)?;
         Ok((object, reservation))
@@ -288,6 +307,9 @@ impl Registry {
         reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
+        let namespace = object.namespace().to_owned();
+        let place = Place { kind, namespace: &namespace, name: object.name() };
+        let pass = quota::judge(self, place, &object, None).await?;
         if context.dry_run {
             return Ok(Outcome::Shown(object));
         }
@@ -303,6 +325,7 @@ impl Registry {
             other => write_failed(&other),
         })?;
         reservation.keep();
+        quota::settle(self, &namespace, pass).await;
         Ok(Outcome::Stored(committed.entry))
     }
 
@@ -433,12 +456,18 @@ impl Registry {
         let now = self.now();
         let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
         let mut applied = None;
+        let served = context.version_of(kind);
         let mut new = match edit {
             Edit::Replace(object) => object.clone(),
-            Edit::JsonPatch(body) => self.decode_patched(kind, patch::json(&old, body)?, context)?,
-            Edit::MergePatch(body) => self.decode_patched(kind, patch::merge(&old, body)?, context)?,
+            Edit::JsonPatch(body) => {
+                self.decode_patched(kind, patch::json(&shown_in(served, &old), body)?, context)?
+            }
+            Edit::MergePatch(body) => {
+                self.decode_patched(kind, patch::merge(&shown_in(served, &old), body)?, context)?
+            }
             Edit::StrategicPatch(body) => {
-                let patched = patch::strategic(self.schema, kind.type_id, &old, body)?;
+                let shown = shown_in(served, &old);
+                let patched = patch::strategic(self.schema, served.type_id, &shown, body)?;
                 self.decode_patched(kind, patched, context)?
             }
             Edit::Apply { config, force } => {
@@ -447,13 +476,15 @@ impl Registry {
                     config.set_at("metadata.name", place.name);
                 }
                 let merged = apply::merge(self.schema, kind.type_id, &old, &config, write, *force)?;
-                let object = self.decode_patched(kind, merged.object.clone(), context)?;
+                let decoded = decode::value(self.schema, kind.type_id, merged.object.clone());
+                let object = self.finish_decode(kind, decoded, context)?;
                 applied = Some(merged);
                 object
             }
             Edit::With(make) => make(&old)?,
         };
-        let unconditional = self.check_identity(place, &new, &old, rules)?;
+        let replaced = matches!(edit, Edit::Replace(_));
+        let unconditional = self.check_identity(place, &new, &old, rules, replaced)?;
         carry_system_metadata(&mut new, &old);
         match endpoint {
             Endpoint::Main => {
@@ -466,10 +497,15 @@ impl Registry {
                 keep_all_but_status(&mut new, &old);
                 (rules.update_status)(&mut new, &old);
             }
+            Endpoint::Other("approval") => {
+                keep_all_but_status(&mut new, &old);
+                knarr_api::kinds::core::keep(&mut new, &old, "status.certificate");
+            }
             Endpoint::Other(_) => {}
         }
+        versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
-        admission::mutate(self, Operation::Update, place, &mut new, Some(&old), context)?;
+        admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, rules, &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
@@ -480,7 +516,7 @@ impl Registry {
         if !errors.is_empty() {
             return Err(Status::invalid(kind, place.name, &errors));
         }
-        admission::validate(self, Operation::Update, place, &new, Some(&old), context)?;
+        admission::validate(self, (Operation::Update, endpoint), place, &new, Some(&old), context)?;
         if endpoint == Endpoint::Main {
             (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
         }
@@ -495,6 +531,10 @@ impl Registry {
         if same_but_for_times(&new, &old) {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
+        let pass = match endpoint {
+            Endpoint::Main => Some(quota::judge(self, place, &new, Some(&old)).await?),
+            _ => None,
+        };
         if context.dry_run {
             return Ok(Attempt::Done(Outcome::Shown(new)));
         }
@@ -513,6 +553,14 @@ impl Registry {
         match written {
             Ok(committed) => {
                 reservation.keep();
+                match pass {
+                    Some(pass) => quota::settle(self, place.namespace, pass).await,
+                    // A pod that ends frees what it used.
+                    None if quota::usage(kind, &new) != quota::usage(kind, &old) => {
+                        quota::released(self, place.namespace).await;
+                    }
+                    None => {}
+                }
                 Ok(Attempt::Done(Outcome::Stored(committed.entry)))
             }
             Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
@@ -527,18 +575,33 @@ impl Registry {
         self.decode(kind, tree, context)
     }
 
-    /// Decodes a tree as the kind, judging unknown fields as the request asks.
+    /// Decodes a tree as the kind, in the version of the request, judging unknown fields as the request asks.
+    /// The result is in the stored version.
     pub fn decode(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
-        check_type(kind, &tree)?;
-        let decoded = decode::value(self.schema, kind.type_id, tree);
-        self.finish_decode(kind, decoded, context)
+        let served = context.version_of(kind);
+        check_type(served, &tree)?;
+        let decoded = decode::value(self.schema, served.type_id, tree);
+        let mut value = self.finish_decode(served, decoded, context)?;
+        versions::to_hub(self.schema, served, &mut value);
+        Ok(value)
+    }
+
+    /// Paths of fields the kind does not have.
+    pub fn unknown_fields(&self, kind: &Kind, tree: &Value) -> Vec<String> {
+        let decoded = decode::value(self.schema, kind.type_id, tree.clone());
+        let issues = decoded.map(|d| d.issues).unwrap_or_default().into_iter();
+        issues
+            .filter_map(|i| Some(i.strip_prefix("unknown field \"")?.trim_end_matches('"').to_owned()))
+            .collect()
     }
 
     /// Decodes JSON bytes as the kind.
     pub fn decode_json(&self, kind: &Kind, bytes: &[u8], context: &Context) -> Result<Value> {
-        let decoded = decode::json(self.schema, kind.type_id, bytes);
-        let value = self.finish_decode(kind, decoded, context)?;
-        check_type(kind, &value)?;
+        let served = context.version_of(kind);
+        let decoded = decode::json(self.schema, served.type_id, bytes);
+        let mut value = self.finish_decode(served, decoded, context)?;
+        check_type(served, &value)?;
+        versions::to_hub(self.schema, served, &mut value);
         Ok(value)
     }
 
@@ -575,9 +638,17 @@ impl Registry {
     }
 
     /// Names, uid and resourceVersion must be those of the stored object; true if no revision was named.
-    fn check_identity(&self, place: Place, new: &Value, old: &Value, rules: &Rules) -> Result<bool> {
+    fn check_identity(
+        &self,
+        place: Place,
+        new: &Value,
+        old: &Value,
+        rules: &Rules,
+        replaced: bool,
+    ) -> Result<bool> {
         check_name(place, new)?;
-        if !new.uid().is_empty() && new.uid() != old.uid() {
+        // A replacement's uid is a precondition; a patched uid is a field that may not change.
+        if replaced && !new.uid().is_empty() && new.uid() != old.uid() {
             let why = format!(
                 "Precondition failed: UID in precondition: {}, UID in object meta: {}",
                 new.uid(),
@@ -613,7 +684,7 @@ impl Registry {
             let entry = self.get(place)?;
             let old = encode::decode(&entry);
             check_preconditions(place, &old, options)?;
-            admission::validate(self, Operation::Delete, place, &old, Some(&old), context)?;
+            admission::validate(self, (Operation::Delete, Endpoint::Main), place, &old, Some(&old), context)?;
             let Some(new) = self.mark_deleted(place.kind, &old, options) else {
                 return Ok((Outcome::Stored(entry), false));
             };
@@ -634,7 +705,12 @@ impl Registry {
                 self.store.commit(write).await
             };
             match written {
-                Ok(committed) => return Ok((Outcome::Stored(committed.entry), gone)),
+                Ok(committed) => {
+                    if gone {
+                        quota::released(self, place.namespace).await;
+                    }
+                    return Ok((Outcome::Stored(committed.entry), gone));
+                }
                 Err(WriteError::Changed(_)) => {}
                 Err(WriteError::NotFound) => return Err(place.not_found()),
                 Err(other) => return Err(write_failed(&other)),
@@ -803,9 +879,19 @@ pub struct Page {
     pub counted: bool,
 }
 
-/// Where a kind's objects are kept. Events of both groups are one kind.
+/// Where a kind's objects are kept; the kind is the stored version.
 pub fn partition(kind: &Kind) -> String {
-    if kind.kind == "Event" { "events".into() } else { kind.resource() }
+    kind.resource()
+}
+
+/// The object as the version of the request shows it.
+fn shown_in<'o>(served: &Kind, object: &'o Value) -> Cow<'o, Value> {
+    if served.conversion.is_none() {
+        return Cow::Borrowed(object);
+    }
+    let mut shown = object.clone();
+    versions::from_hub(served, &mut shown);
+    Cow::Owned(shown)
 }
 
 /// The key prefix of a namespace; everything without one.
@@ -831,7 +917,7 @@ fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) ->
     Manager {
         applies,
         name: context.manager.clone(),
-        api_version: kind.api_version(),
+        api_version: context.version_of(kind).api_version(),
         subresource: endpoint.subresource().to_owned(),
     }
 }
@@ -872,7 +958,7 @@ fn check_type(kind: &Kind, object: &Value) -> Result<()> {
         return Ok(());
     }
     let (group, bare) = version.split_once('/').unwrap_or(("", version));
-    if Schema::builtin().kind(group, bare, name).is_none() {
+    if Schema::builtin().any_kind(group, bare, name).is_none() {
         return Err(Status::bad_request(format!(
             "{name} in version {bare:?} cannot be handled as a {}: no kind {name:?} is registered for version {version:?} in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
             kind.kind
@@ -915,7 +1001,6 @@ fn carry_system_metadata(new: &mut Value, old: &Value) {
     }
     for name in [
         "namespace",
-        "uid",
         "creationTimestamp",
         "deletionTimestamp",
         "deletionGracePeriodSeconds",
@@ -924,6 +1009,9 @@ fn carry_system_metadata(new: &mut Value, old: &Value) {
         "selfLink",
     ] {
         knarr_api::kinds::core::keep(new, old, &format!("metadata.{name}"));
+    }
+    if new.uid().is_empty() {
+        knarr_api::kinds::core::keep(new, old, "metadata.uid");
     }
     // `managedFields: [{}]` asks for a reset and is understood later; anything else is the server's.
     let reset = matches!(new.list_at("metadata.managedFields"), [one] if one.as_object().is_some_and(|m| m.is_empty()));
@@ -985,16 +1073,26 @@ fn is_finished(object: &Value) -> bool {
 }
 
 fn check_preconditions(place: Place, object: &Value, options: &DeleteOptions) -> Result<()> {
-    for (name, wanted, path) in [
-        ("UID", &options.uid, "metadata.uid"),
-        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion"),
+    for (name, wanted, path, fate) in [
+        ("UID", &options.uid, "metadata.uid", "deleted and then recreated"),
+        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion", "modified"),
     ] {
         let have = object.str_at(path);
         if let Some(wanted) = wanted.as_deref().filter(|w| *w != have) {
             let why = format!(
-                "Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {have}"
+                "the {name} in the precondition ({wanted}) does not match the {name} in record ({have}). The object might have been {fate}"
             );
-            return Err(Status::conflict(place.kind, place.name, why));
+            // Upstream names the kind here, not the resource.
+            let kind = place.kind;
+            let named = if kind.group.is_empty() {
+                kind.kind.clone()
+            } else {
+                format!("{}.{}", kind.kind, kind.group)
+            };
+            let mut status = Status::conflict(kind, place.name, "");
+            status.message = format!("Operation cannot be fulfilled on {named} {:?}: {why}", place.name);
+            status.details.get_or_insert_default()["kind"] = json!(kind.kind);
+            return Err(status);
         }
     }
     Ok(())

@@ -1,29 +1,36 @@
 //! Answers: content negotiation, and the forms an object or list can take on the way out.
 //!
-//! JSON of whole objects is what is stored, so it is passed on as it is. Tables, partial metadata and YAML
-//! are made per request.
+//! JSON of whole objects is what is stored, so it is passed on as it is. Tables, partial metadata, YAML and
+//! protobuf are made per request.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use futures::stream;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use http_body::Frame;
-use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use http_body::{Frame, SizeHint};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use knarr_api::columns::{Clock, Columns};
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
+use knarr_api::versions;
 use serde_json::{Value, json};
 
-use crate::encode;
+use crate::{encode, wire};
 
 /// The body of every answer.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 pub type Answer = Response<Body>;
 
-/// Forms of answers.
-pub const OFFERED: &str = "application/json, application/yaml";
-/// Forms of bodies.
-pub const ACCEPTED: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// Forms of answers and of bodies.
+pub const MEDIA_TYPES: &str = "application/json, application/yaml, application/vnd.kubernetes.protobuf";
+/// Forms of watches.
+pub const STREAM_TYPES: &str =
+    "application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch";
+/// More clauses of one `Accept` header are not looked at.
+const ACCEPT_CLAUSES_MAX: usize = 32;
 
 /// The form the client asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,12 +38,15 @@ pub struct Form {
     pub encoding: Encoding,
     pub shape: Shape,
     pub pretty: bool,
+    /// The version to show objects in, if they are stored in another.
+    pub version: Option<&'static Kind>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Encoding {
     Json,
     Yaml,
+    Protobuf,
 }
 
 /// What of the object is shown.
@@ -62,10 +72,11 @@ pub enum Include {
 }
 
 impl Form {
-    pub const JSON: Form = Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false };
+    pub const JSON: Form =
+        Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false, version: None };
 
-    /// Picks the first form of the `Accept` header that the server has.
-    pub fn negotiate(headers: &HeaderMap, query: &crate::request::Query) -> Result<Form> {
+    /// Picks the form of the `Accept` header that the server has and the client likes best.
+    pub fn negotiate(headers: &HeaderMap, query: &crate::request::Query, stream: bool) -> Result<Form> {
         let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("*/*");
         let pretty = match query.get("pretty") {
             Some(value) => matches!(value, "" | "1" | "true"),
@@ -79,34 +90,28 @@ impl Form {
             Some("Object") => Include::Object,
             _ => Include::Metadata,
         };
-        for clause in accept.split(',') {
-            let mut parts = clause.split(';').map(str::trim);
-            let encoding = match parts.next().unwrap_or_default() {
-                "application/json" | "*/*" | "application/*" | "" => Encoding::Json,
-                "application/yaml" => Encoding::Yaml,
-                _ => continue,
-            };
-            let parameters: Vec<(&str, &str)> = parts.filter_map(|p| p.split_once('=')).collect();
-            let find = |name: &str| parameters.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
-            let version = find("v").unwrap_or("v1").to_owned();
-            let shape = match find("as") {
-                None => Shape::Whole,
-                _ if find("g").is_some_and(|g| g != "meta.k8s.io") => continue,
-                _ if !matches!(version.as_str(), "v1" | "v1beta1") => continue,
-                Some("Table") => Shape::Table { version, include },
-                Some("PartialObjectMetadata" | "PartialObjectMetadataList") => Shape::Partial { version },
-                Some(_) => continue,
-            };
-            return Ok(Form { encoding, shape, pretty });
-        }
-        Err(Status::not_acceptable(OFFERED))
+        let mut clauses: Vec<Clause> =
+            accept.split(',').take(ACCEPT_CLAUSES_MAX).map(Clause::parse).collect();
+        // Stable: equal clauses keep the client's order.
+        clauses.sort_by(|a, b| b.quality.total_cmp(&a.quality));
+        let chosen = clauses.iter().find_map(|clause| clause.form(include, pretty, stream));
+        chosen.ok_or_else(|| Status::not_acceptable(if stream { STREAM_TYPES } else { MEDIA_TYPES }))
     }
 
     pub fn content_type(&self) -> &'static str {
         match self.encoding {
             Encoding::Json => "application/json",
             Encoding::Yaml => "application/yaml",
+            Encoding::Protobuf => wire::MEDIA_TYPE,
         }
+    }
+
+    /// A stored object in the version to show.
+    pub fn in_version(&self, mut object: Value) -> Value {
+        if let Some(kind) = self.version {
+            versions::from_hub(kind, &mut object);
+        }
+        object
     }
 
     /// True if stored bytes are already the answer.
@@ -114,8 +119,10 @@ impl Form {
         *self == Form::JSON
     }
 
-    pub fn encode(&self, value: &Value) -> Bytes {
+    /// The value in this form; `None` if it has no protobuf form.
+    pub fn encode(&self, value: &Value) -> Option<Bytes> {
         let text = match (self.encoding, self.pretty) {
+            (Encoding::Protobuf, _) => return wire::body(value).map(Bytes::from),
             (Encoding::Yaml, _) => serde_yaml_ng::to_string(value).expect("trees encode"),
             (Encoding::Json, true) => {
                 let mut text = serde_json::to_string_pretty(value).expect("trees encode");
@@ -124,7 +131,56 @@ impl Form {
             }
             (Encoding::Json, false) => value.to_string(),
         };
-        Bytes::from(text)
+        Some(Bytes::from(text))
+    }
+}
+
+/// One clause of an `Accept` header.
+struct Clause<'h> {
+    media_type: &'h str,
+    parameters: Vec<(&'h str, &'h str)>,
+    quality: f32,
+}
+
+impl<'h> Clause<'h> {
+    fn parse(text: &'h str) -> Self {
+        let mut parts = text.split(';').map(str::trim);
+        let media_type = parts.next().unwrap_or_default();
+        let parameters: Vec<(&str, &str)> = parts.filter_map(|p| p.split_once('=')).collect();
+        let quality = parameters.iter().find(|(n, _)| *n == "q").and_then(|(_, v)| v.parse().ok());
+        Clause { media_type, parameters, quality: quality.unwrap_or(1.0) }
+    }
+
+    fn find(&self, name: &str) -> Option<&'h str> {
+        self.parameters.iter().find(|(n, _)| *n == name).map(|(_, v)| *v)
+    }
+
+    /// The form this clause stands for, if the server has it.
+    fn form(&self, include: Include, pretty: bool, stream: bool) -> Option<Form> {
+        let encoding = match self.media_type {
+            "application/json" | "*/*" | "application/*" | "" => Encoding::Json,
+            "application/yaml" if !stream => Encoding::Yaml,
+            wire::MEDIA_TYPE => Encoding::Protobuf,
+            _ => return None,
+        };
+        if self.find("stream").is_some_and(|s| s != "watch" || !stream) {
+            return None;
+        }
+        let version = self.find("v").unwrap_or("v1").to_owned();
+        let transforms =
+            self.find("g").is_none_or(|g| g == "meta.k8s.io") && matches!(version.as_str(), "v1" | "v1beta1");
+        let shape = match self.find("as") {
+            None => Shape::Whole,
+            Some("Table") if transforms && encoding != Encoding::Protobuf => {
+                Shape::Table { version, include }
+            }
+            Some("PartialObjectMetadata" | "PartialObjectMetadataList") if transforms => {
+                Shape::Partial { version }
+            }
+            Some(_) => return None,
+        };
+        let pretty = self.find("pretty").map_or(pretty, |p| p == "1");
+        Some(Form { encoding, shape, pretty, version: None })
     }
 }
 
@@ -133,10 +189,38 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A body of pieces that already exist: nothing is copied together.
+/// A body of pieces that already exist: nothing is copied together, and its length is known.
 pub fn pieces(chunks: Vec<Bytes>) -> Body {
-    let frames = chunks.into_iter().map(|chunk| Ok(Frame::data(chunk)));
-    StreamBody::new(stream::iter(frames)).boxed_unsync()
+    let left = chunks.iter().map(|c| c.len() as u64).sum();
+    Pieces { chunks: chunks.into(), left }.boxed_unsync()
+}
+
+struct Pieces {
+    chunks: VecDeque<Bytes>,
+    /// Bytes to come.
+    left: u64,
+}
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<std::result::Result<Frame<Bytes>, std::io::Error>>> {
+        let chunk = self.chunks.pop_front();
+        self.left -= chunk.as_ref().map_or(0, |c| c.len() as u64);
+        Poll::Ready(chunk.map(|c| Ok(Frame::data(c))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
 }
 
 pub fn answer(code: u16, content_type: &'static str, body: Body) -> Answer {
@@ -153,12 +237,16 @@ pub fn text(code: u16, body: impl Into<Bytes>) -> Answer {
     response
 }
 
-pub fn json(code: u16, value: &Value, form: &Form) -> Answer {
-    answer(code, form.content_type(), full(form.encode(value)))
+/// A value in the form asked for; refused if it has none in protobuf.
+pub fn value(code: u16, value: &Value, form: &Form) -> Answer {
+    match form.encode(value) {
+        Some(bytes) => answer(code, form.content_type(), full(bytes)),
+        None => refuse(&Status::not_acceptable("application/json, application/yaml"), &Form::JSON),
+    }
 }
 
 pub fn refuse(status: &Status, form: &Form) -> Answer {
-    let mut response = json(status.code, &status.to_value(), form);
+    let mut response = value(status.code, &status.to_value(), form);
     let seconds = status.details.as_ref().and_then(|d| d.int_at("retryAfterSeconds"));
     if let Some(value) = seconds.and_then(|s| HeaderValue::from_str(&s.to_string()).ok()) {
         response.headers_mut().insert(header::RETRY_AFTER, value);
@@ -174,19 +262,19 @@ pub fn object(code: u16, kind: &Kind, bytes: &Bytes, form: &Form, clock: Clock) 
     if form.is_stored_form() {
         return answer(code, form.content_type(), full(bytes.clone()));
     }
-    let value: Value = serde_json::from_slice(bytes).expect("answers are json");
-    json(code, &shaped(kind, value, &form.shape, clock, true), form)
+    let object: Value = serde_json::from_slice(bytes).expect("answers are json");
+    value(code, &shaped(kind, object, form, clock, true), form)
 }
 
 /// An object as a whole, a one-row table, or its metadata.
-pub fn shaped(kind: &Kind, value: Value, shape: &Shape, clock: Clock, headings: bool) -> Value {
-    match shape {
-        Shape::Whole => value,
+pub fn shaped(kind: &Kind, value: Value, form: &Form, clock: Clock, headings: bool) -> Value {
+    match &form.shape {
+        Shape::Whole => form.in_version(value),
         Shape::Partial { version } => partial(&value, version),
         Shape::Table { version, include } => {
             let columns = Columns::of(kind);
             let revision = value.str_at("metadata.resourceVersion").to_owned();
-            let rows = vec![row(&columns, value, *include, version, clock)];
+            let rows = vec![row(&columns, value, *include, version, form, clock)];
             table(version, &columns, rows, json!({ "resourceVersion": revision }), headings)
         }
     }
@@ -200,12 +288,12 @@ pub fn partial(value: &Value, version: &str) -> Value {
     })
 }
 
-fn row(columns: &Columns, value: Value, include: Include, version: &str, clock: Clock) -> Value {
+fn row(columns: &Columns, value: Value, include: Include, version: &str, form: &Form, clock: Clock) -> Value {
     let cells = columns.cells(&value, clock);
     match include {
         Include::None => json!({ "cells": cells }),
         Include::Metadata => json!({ "cells": cells, "object": partial(&value, version) }),
-        Include::Object => json!({ "cells": cells, "object": value }),
+        Include::Object => json!({ "cells": cells, "object": form.in_version(value) }),
     }
 }
 
@@ -237,14 +325,19 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             chunks.push(Bytes::from_static(b"]}\n"));
             answer(200, form.content_type(), pieces(chunks))
         }
+        Shape::Whole if form.encoding == Encoding::Protobuf && form.version.is_none() => {
+            answer(200, form.content_type(), pieces(wire::list(kind, &metadata, items)))
+        }
         shape => {
             let parse =
                 |bytes: &Bytes| -> Value { serde_json::from_slice(bytes).expect("stored bytes are json") };
-            let value = match shape {
+            let whole = match shape {
                 Shape::Table { version, include } => {
                     let columns = Columns::of(kind);
-                    let rows =
-                        items.iter().map(|i| row(&columns, parse(i), *include, version, clock)).collect();
+                    let rows = items
+                        .iter()
+                        .map(|i| row(&columns, parse(i), *include, version, form, clock))
+                        .collect();
                     table(version, &columns, rows, metadata, true)
                 }
                 Shape::Partial { version } => json!({
@@ -255,12 +348,12 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
                 }),
                 Shape::Whole => json!({
                     "kind": format!("{}List", kind.kind),
-                    "apiVersion": kind.api_version(),
+                    "apiVersion": form.version.unwrap_or(kind).api_version(),
                     "metadata": metadata,
-                    "items": items.iter().map(parse).collect::<Vec<_>>(),
+                    "items": items.iter().map(|i| form.in_version(parse(i))).collect::<Vec<_>>(),
                 }),
             };
-            json(200, &value, form)
+            value(200, &whole, form)
         }
     }
 }
@@ -270,19 +363,56 @@ mod tests {
     use super::*;
 
     fn negotiate(accept: &str) -> Result<Form> {
+        negotiate_for(accept, false)
+    }
+
+    fn negotiate_for(accept: &str, stream: bool) -> Result<Form> {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, accept.parse().expect("a header"));
-        Form::negotiate(&headers, &crate::request::Query::default())
+        Form::negotiate(&headers, &crate::request::Query::default(), stream)
     }
 
     #[test]
-    fn the_first_form_the_server_has_is_taken() {
+    fn the_best_liked_form_the_server_has_is_taken() {
         assert_eq!(negotiate("application/json"), Ok(Form::JSON));
-        assert_eq!(negotiate("application/vnd.kubernetes.protobuf, application/json"), Ok(Form::JSON));
+        let encoding = |accept: &str| negotiate(accept).map(|f| f.encoding);
+        assert_eq!(encoding("application/vnd.kubernetes.protobuf, application/json"), Ok(Encoding::Protobuf));
+        assert_eq!(encoding("application/json;q=0.5,application/yaml"), Ok(Encoding::Yaml));
+        assert_eq!(encoding("text/html,*/*;q=0.8"), Ok(Encoding::Json));
         let table =
             negotiate("application/json;as=Table;v=v1;g=meta.k8s.io,application/json").expect("has it");
         assert_eq!(table.shape, Shape::Table { version: "v1".into(), include: Include::Metadata });
-        assert_eq!(negotiate("application/yaml").expect("has it").encoding, Encoding::Yaml);
-        assert_eq!(negotiate("text/html").expect_err("has not").code, 406);
+        let refused = negotiate("text/html").expect_err("has not");
+        assert_eq!(
+            (refused.code, refused.message.as_str()),
+            (
+                406,
+                "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf"
+            )
+        );
+    }
+
+    #[test]
+    fn tables_are_not_protobuf_but_partial_metadata_may_be() {
+        let table = "application/vnd.kubernetes.protobuf;as=Table;v=v1;g=meta.k8s.io";
+        assert_eq!(negotiate(table).expect_err("has not").code, 406);
+        let both = format!("{table},application/json");
+        assert_eq!(negotiate(&both), Ok(Form::JSON));
+        let partial =
+            negotiate("application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;v=v1;g=meta.k8s.io");
+        assert_eq!(partial.expect("has it").shape, Shape::Partial { version: "v1".into() });
+    }
+
+    #[test]
+    fn watches_stream_json_and_protobuf() {
+        let encoding = |accept: &str| negotiate_for(accept, true).map(|f| f.encoding);
+        assert_eq!(encoding("application/vnd.kubernetes.protobuf;stream=watch"), Ok(Encoding::Protobuf));
+        assert_eq!(encoding("application/json;stream=watch"), Ok(Encoding::Json));
+        let refused = encoding("application/yaml").expect_err("no such stream");
+        assert_eq!(
+            refused.message,
+            "only the following media types are accepted: application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch"
+        );
+        assert!(negotiate("application/json;stream=watch").is_err());
     }
 }

@@ -204,12 +204,14 @@ impl Allocator {
         };
         object.set_at("spec.clusterIP", chosen.clone());
         object.set_at("spec.clusterIPs", json!([chosen]));
+        // A headless service without selector may be of any family its endpoints are.
+        let any = chosen == "None" && object.map_at("spec.selector").is_none_or(|s| s.is_empty());
         if object.at("spec.ipFamilies").is_none() {
-            object.set_at("spec.ipFamilies", json!(["IPv4"]));
+            let dual = any && object.str_at("spec.ipFamilyPolicy") != "SingleStack";
+            object.set_at("spec.ipFamilies", if dual { json!(["IPv4", "IPv6"]) } else { json!(["IPv4"]) });
         }
         if object.str_at("spec.ipFamilyPolicy").is_empty() {
-            // A headless service without selector may be of any family its endpoints are.
-            object.set_at("spec.ipFamilyPolicy", "SingleStack");
+            object.set_at("spec.ipFamilyPolicy", if any { "RequireDualStack" } else { "SingleStack" });
         }
     }
 

@@ -177,36 +177,106 @@ pub async fn evict(
     let options = DeleteOptions::read(eviction.at("deleteOptions").unwrap_or(&empty), &Default::default())?;
     let pod = registry.get(place)?;
     let pod = crate::encode::decode(&pod);
-    let running = !pod.str_at("spec.nodeName").is_empty()
-        && !matches!(pod.str_at("status.phase"), "Succeeded" | "Failed" | "Pending");
-    if running && let Some(budget) = exhausted_budget(registry, place.namespace, &pod) {
-        let mut status = Status::too_many_requests(
-            "Cannot evict pod as it would violate the pod's disruption budget.",
-            10,
-        );
-        let current = budget.int_at("status.currentHealthy").unwrap_or(0);
-        let desired = budget.int_at("status.desiredHealthy").unwrap_or(0);
-        let message = format!(
-            "The disruption budget {} needs {desired} healthy pods and has {current} currently",
-            budget.name()
-        );
-        status.details = Some(
-            json!({ "retryAfterSeconds": 10, "causes": [{ "reason": "DisruptionBudget", "message": message }] }),
-        );
-        return Err(status);
+    crate::node::restrict_eviction(&context.user, place.kind, &pod)?;
+    let ended = matches!(pod.str_at("status.phase"), "Succeeded" | "Failed" | "Pending" | "");
+    if !ended && pod.at("metadata.deletionTimestamp").is_none() {
+        take_disruption(registry, place, &pod, context).await?;
     }
     registry.delete(place, &options, context).await?;
     Ok(success(201))
 }
 
-fn exhausted_budget(registry: &Registry, namespace: &str, pod: &Value) -> Option<Value> {
+/// Pods evicted and not yet seen gone by the disruption controller; more wait.
+const DISRUPTED_PODS_MAX: usize = 2000;
+
+/// Takes one of the disruptions the pod's budget still allows, before the pod goes.
+async fn take_disruption(
+    registry: &Registry,
+    place: Place<'_>,
+    pod: &Value,
+    context: &Context,
+) -> Result<()> {
+    let budget = match &budgets_of(registry, place.namespace, pod)[..] {
+        [] => return Ok(()),
+        [one] => one.clone(),
+        _ => {
+            let why = "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.";
+            return Err(Status::internal(why));
+        }
+    };
+    let ready = pod
+        .list_at("status.conditions")
+        .iter()
+        .any(|c| c.str_at("type") == "Ready" && c.str_at("status") == "True");
+    let (healthy, desired) = (
+        budget.int_at("status.currentHealthy").unwrap_or(0),
+        budget.int_at("status.desiredHealthy").unwrap_or(0),
+    );
+    let always = budget.str_at("spec.unhealthyPodEvictionPolicy") == "AlwaysAllow";
+    let served = budget.int_at("status.observedGeneration").unwrap_or(0) > 0;
+    if !ready && (always || (served && desired > 0 && healthy >= desired)) {
+        return Ok(());
+    }
+    let kind =
+        registry.schema.resource("policy", "v1", "poddisruptionbudgets").expect("budgets are built in");
+    let now = registry.now();
+    let take = |budget: &Value| -> Result<Value> {
+        if budget.int_at("status.observedGeneration").unwrap_or(0)
+            < budget.int_at("metadata.generation").unwrap_or(0)
+        {
+            let why =
+                format!("The disruption budget {} is still being processed by the server.", budget.name());
+            return Err(would_violate(&why));
+        }
+        let pods = budget.map_at("status.disruptedPods").cloned().unwrap_or_default();
+        if pods.len() > DISRUPTED_PODS_MAX {
+            let why = format!(
+                "DisruptedPods map too big - too many evictions not confirmed by PDB controller: {}",
+                pods.len()
+            );
+            return Err(Status::forbidden(kind, budget.name(), why));
+        }
+        let allowed = budget.int_at("status.disruptionsAllowed").unwrap_or(0);
+        if allowed <= 0 {
+            let healthy = budget.int_at("status.currentHealthy").unwrap_or(0);
+            let desired = budget.int_at("status.desiredHealthy").unwrap_or(0);
+            let why = format!(
+                "The disruption budget {} needs {desired} healthy pods and has {healthy} currently",
+                budget.name()
+            );
+            return Err(would_violate(&why));
+        }
+        let mut new = budget.clone();
+        let mut pods = pods;
+        pods.insert(place.name.to_owned(), json!(now));
+        new.set_at("status.disruptionsAllowed", allowed - 1);
+        new.set_at("status.disruptedPods", Value::Object(pods));
+        new.remove_at("metadata.resourceVersion");
+        Ok(new)
+    };
+    let at = Place { kind, namespace: place.namespace, name: budget.name() };
+    registry.modify(at, Endpoint::Status, &Edit::With(&take), context).await.map(|_| ())
+}
+
+fn would_violate(why: &str) -> Box<Status> {
+    let text = "Cannot evict pod as it would violate the pod's disruption budget.";
+    let mut status = Status::too_many_requests(text, 10);
+    status.details = Some(
+        json!({ "retryAfterSeconds": 10, "causes": [{ "reason": "DisruptionBudget", "message": why }] }),
+    );
+    status
+}
+
+fn budgets_of(registry: &Registry, namespace: &str, pod: &Value) -> Vec<Value> {
     let range = knarr_store::Range { prefix: crate::registry::prefix(namespace), ..Default::default() };
-    let listing = registry.store.list("poddisruptionbudgets.policy", &range).ok()?;
+    let listing = registry.store.list("poddisruptionbudgets.policy", &range);
     let labels = pod.map_at("metadata.labels");
-    let budgets = listing.entries.iter().map(|e| crate::encode::decode(e));
+    let entries = listing.map(|l| l.entries).unwrap_or_default();
+    let budgets = entries.iter().map(|e| crate::encode::decode(e));
+    // An absent selector selects nothing, an empty one everything.
     budgets
-        .filter(|b| LabelSelector::from_value(b.at("spec.selector")).matches(labels))
-        .find(|b| b.int_at("status.disruptionsAllowed").unwrap_or(0) <= 0)
+        .filter(|b| b.at("spec.selector").is_some_and(|s| LabelSelector::from_value(Some(s)).matches(labels)))
+        .collect()
 }
 
 /// Adds ephemeral containers: nothing else may change, and none may go.

@@ -4,6 +4,7 @@
 //! bookmarks tell idle clients how far they are; a client that falls behind the history is told `410`.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,10 +20,11 @@ use rand::Rng;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::encode;
+use crate::metrics::metrics;
 use crate::registry::{Registry, Selection, partition, prefix};
 use crate::request::Query;
-use crate::respond::{Answer, Form, Shape, answer, shaped};
+use crate::respond::{Answer, Encoding, Form, Shape, answer, shaped};
+use crate::{encode, wire};
 
 /// How often an idle watcher is told where it stands.
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
@@ -100,16 +102,26 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
 }
 
 fn content_type(form: &Form) -> &'static str {
-    match form.shape {
-        Shape::Whole => "application/json",
-        _ => "application/json;stream=watch",
+    match (form.encoding, &form.shape) {
+        (Encoding::Protobuf, _) => "application/vnd.kubernetes.protobuf;stream=watch",
+        (_, Shape::Whole) => "application/json",
+        (_, _) => "application/json;stream=watch",
     }
 }
 
 /// A watch that could not start says so in the stream, as upstream does.
 fn closed_with(status: &Status, form: &Form) -> Answer {
-    let chunk = Bytes::from(format!("{}\n", json!({ "type": "ERROR", "object": status.to_value() })));
+    let mut chunk = Vec::new();
+    event(&mut chunk, "ERROR", &status.to_value(), form);
     answer(200, content_type(form), crate::respond::full(chunk))
+}
+
+/// Appends an event about any value.
+fn event(out: &mut Vec<u8>, name: &str, object: &Value, form: &Form) {
+    match form.encoding {
+        Encoding::Protobuf => out.extend(wire::event(name, object).unwrap_or_default()),
+        _ => out.extend(format!("{}\n", json!({ "type": name, "object": object })).bytes()),
+    }
 }
 
 pub fn read_failed(error: &ReadError) -> Box<Status> {
@@ -190,15 +202,14 @@ impl Stream {
                     }
                     Wake::Events(Err(error)) => {
                         self.state = State::Ended;
-                        let status = read_failed(&error).to_value();
-                        return Some(Bytes::from(format!(
-                            "{}\n",
-                            json!({ "type": "ERROR", "object": status })
-                        )));
+                        let mut out = Vec::new();
+                        event(&mut out, "ERROR", &read_failed(&error).to_value(), &self.form);
+                        return Some(out.into());
                     }
                     Wake::Events(Ok(events)) => {
                         let mut out = Vec::new();
                         events.iter().for_each(|event| self.event(&mut out, event));
+                        metrics().watch_events.fetch_add(events.len() as u64, Relaxed);
                         if !out.is_empty() {
                             return Some(out.into());
                         }
@@ -248,19 +259,19 @@ impl Stream {
     }
 
     fn write(&mut self, out: &mut Vec<u8>, name: &str, bytes: &Bytes) {
-        out.extend(br#"{"type":""#);
-        out.extend(name.as_bytes());
-        out.extend(br#"","object":"#);
-        if self.form.shape == Shape::Whole {
+        if self.form.is_stored_form() {
+            out.extend(br#"{"type":""#);
+            out.extend(name.as_bytes());
+            out.extend(br#"","object":"#);
             out.extend(bytes.iter());
-        } else {
-            let value: Value = serde_json::from_slice(bytes).expect("stored bytes are json");
-            let clock = Clock { now: (self.registry.clock)() };
-            let shown = shaped(self.kind, value, &self.form.shape, clock, self.headings);
-            self.headings = false;
-            out.extend(shown.to_string().bytes());
+            out.extend(b"}\n");
+            return;
         }
-        out.extend(b"}\n");
+        let value: Value = serde_json::from_slice(bytes).expect("stored bytes are json");
+        let clock = Clock { now: (self.registry.clock)() };
+        let shown = shaped(self.kind, value, &self.form, clock, self.headings);
+        self.headings = false;
+        event(out, name, &shown, &self.form);
     }
 
     fn bookmark(&self, out: &mut Vec<u8>, revision: Revision, initial_end: bool) {
@@ -270,7 +281,8 @@ impl Stream {
         }
         let object = match &self.form.shape {
             Shape::Whole => {
-                json!({ "kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": metadata })
+                let api_version = self.form.version.unwrap_or(self.kind).api_version();
+                json!({ "kind": self.kind.kind, "apiVersion": api_version, "metadata": metadata })
             }
             Shape::Partial { version } => {
                 json!({ "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata })
@@ -279,6 +291,6 @@ impl Stream {
                 json!({ "kind": "Table", "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata, "columnDefinitions": null, "rows": [] })
             }
         };
-        out.extend(format!("{}\n", json!({ "type": "BOOKMARK", "object": object })).bytes());
+        event(out, "BOOKMARK", &object, &self.form);
     }
 }

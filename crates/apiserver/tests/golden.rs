@@ -4,63 +4,27 @@
 //! The recordings are large and lie outside the repository; without them the test says so and ends. What
 //! must never get worse is written down as floors: the shares of equal statuses and equal answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::LazyLock;
 
 use http::Request;
 use http_body_util::BodyExt;
 use knarr_api::object::Object;
 use knarr_api::schema::Schema;
 use knarr_apiserver::api::{Api, Peer};
-use knarr_apiserver::authn::Tokens;
-use knarr_apiserver::bootstrap;
 use knarr_apiserver::identity::User;
-use knarr_apiserver::proxy::Dialer;
-use knarr_apiserver::rbac::Rbac;
-use knarr_apiserver::registry::{Context, Registry};
 use knarr_apiserver::respond::full;
-use knarr_apiserver::services::Allocator;
-use knarr_store::engine::Memory;
-use knarr_store::{Embedded, Options, Store};
+use regex::Regex;
 use serde_json::{Value, json};
 
-async fn server() -> Api {
-    let store: Arc<dyn Store> =
-        Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
-    let registry = Arc::new(Registry {
-        store: store.clone(),
-        schema: Schema::builtin(),
-        services: Allocator::load(store.as_ref(), "10.96.0.0/16".parse().expect("a range"), 30_000..=32_767),
-        clock: Arc::new(jiff::Timestamp::now),
-    });
-    bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
-    let key = rcgen::KeyPair::generate().expect("a key");
-    let tokens =
-        Tokens::new("https://issuer", key.serialize_pem().as_bytes(), key.public_key_raw()).expect("tokens");
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let client = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
-    // The recording server ran without service account admission; this account changes no pod.
-    let account = json!({ "metadata": { "name": "default" }, "automountServiceAccountToken": false });
-    let context = Context::new(User::new("admin", &["system:masters"]), "golden");
-    let kind = registry.schema.resource("", "v1", "serviceaccounts").expect("built in");
-    registry.create(kind, "default", account, &context).await.expect("creates");
-    Api {
-        rbac: Rbac::new(store),
-        registry,
-        tokens: Arc::new(tokens),
-        dialer: Dialer::new(Arc::new(client)),
-        address: "192.0.2.2:6443".into(),
-    }
-}
+mod common;
+use common::server;
 
 fn recordings(file: &str) -> Option<Vec<Value>> {
-    let root =
-        PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).join("../../../shared/reference/golden");
+    let here = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?);
+    let mut roots = here.ancestors().map(|dir| dir.join("shared/reference/golden"));
+    let root = roots.find(|root| root.is_dir())?;
     let text = std::fs::read_to_string(root.join(file)).ok()?;
     Some(text.lines().map(|line| serde_json::from_str(line).expect("a recording is json")).collect())
 }
@@ -111,6 +75,8 @@ struct Tally {
     all: usize,
     same_status: usize,
     same_answer: usize,
+    /// Different, and in the reviewed list.
+    accepted: usize,
     differences: BTreeMap<String, (usize, String)>,
 }
 
@@ -119,18 +85,42 @@ impl Tally {
         self.all += 1;
         let recorded = pair.int_at("status").unwrap_or(0);
         let expected = &pair["answer"];
-        let what = if i64::from(status) != recorded {
+        let same_status = i64::from(status) == recorded;
+        let what = if !same_status {
             format!("status {recorded} became {status} ({})", expected.str_at("reason"))
         } else {
-            self.same_status += 1;
-            match first_difference(expected, answer, "") {
+            let found = if recorded < 300 {
+                first_difference(expected, answer, "")
+            } else {
+                refusal_difference(expected, answer)
+            };
+            match found {
                 None => {
+                    self.same_status += 1;
                     self.same_answer += 1;
                     return;
                 }
                 Some(path) => format!("differs at {path}"),
             }
         };
+        let line = format!(
+            "{} | {what} | want {} | have {}",
+            pair.str_at("case"),
+            expected.str_at("message"),
+            answer.str_at("message")
+        );
+        self.same_status += usize::from(same_status || is_accepted(&line));
+        if is_accepted(&line) {
+            self.same_answer += 1;
+            self.accepted += 1;
+            return;
+        }
+        if let Some(path) = std::env::var_os("GOLDEN_DUMP") {
+            use std::io::Write;
+            let line = json!({ "what": what, "pair": pair, "status": status, "have": answer });
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            writeln!(file.expect("the dump opens"), "{line}").expect("the dump is written");
+        }
         let example = format!(
             "{} {} | {}\n      want {}\n      have {}",
             pair.str_at("method"),
@@ -145,8 +135,8 @@ impl Tally {
 
     fn report(&self, name: &str) {
         println!(
-            "{name}: {} requests, {} statuses equal, {} answers equal",
-            self.all, self.same_status, self.same_answer
+            "{name}: {} requests, {} statuses and {} answers as they should be, {} of them other than recorded",
+            self.all, self.same_status, self.same_answer, self.accepted
         );
         let mut list: Vec<_> = self.differences.iter().collect();
         list.sort_by_key(|(_, (count, _))| std::cmp::Reverse(*count));
@@ -156,6 +146,53 @@ impl Tally {
             println!("  {count:4} {what}\n      {example}");
         }
     }
+}
+
+/// The reviewed list: where v1.36 rightly differs from the recorded v1.24. A line is a regular expression
+/// over `case | what | want message | have message`, a tab, and the reason.
+fn is_accepted(line: &str) -> bool {
+    static LIST: LazyLock<Vec<Regex>> = LazyLock::new(|| {
+        let lines = include_str!("golden.accepted").lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
+        lines
+            .map(|l| {
+                let (pattern, reason) = l.split_once('\t').expect("a pattern, a tab, a reason");
+                assert!(!reason.trim().is_empty(), "no reason for {pattern}");
+                Regex::new(pattern).expect("a regular expression")
+            })
+            .collect()
+    });
+    LIST.iter().any(|pattern| pattern.is_match(line))
+}
+
+/// Refusals are equal when reason and causes are, and the message where it shows no Go value.
+fn refusal_difference(expected: &Value, have: &Value) -> Option<String> {
+    if expected.at("_text").is_some() {
+        return first_difference(expected, have, "");
+    }
+    if expected.str_at("reason") != have.str_at("reason") {
+        return Some(".reason".into());
+    }
+    let causes = |answer: &Value| -> BTreeSet<(String, String)> {
+        let list = answer.list_at("details.causes").iter();
+        list.map(|c| (c.str_at("field").to_owned(), c.str_at("reason").to_owned())).collect()
+    };
+    if causes(expected) != causes(have) {
+        return Some(".details.causes".into());
+    }
+    let (want, is) = (expected.str_at("message"), have.str_at("message"));
+    let masked = want.contains("<uid>") || want.contains("<ip>") || want.contains("<port>");
+    if !masked && !shows_go_value(want) && want != is {
+        return Some(".message".into());
+    }
+    None
+}
+
+/// `v1.LabelSelector{…}`, `map[string]string(nil)`, `[]string{…}`: v1.36 prints JSON there.
+fn shows_go_value(text: &str) -> bool {
+    static GO: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(\w+\.\w+|map\[\w+\]\w+|\[\][\w.]+)(\{|\(nil\))|\(0xc0").expect("a constant")
+    });
+    GO.is_match(text)
 }
 
 fn brief(value: &Value) -> String {
@@ -244,15 +281,15 @@ async fn run(file: &str, floor_status: usize, floor_answer: usize) {
 
 #[tokio::test]
 async fn rich_objects_are_answered_as_upstream_did() {
-    run("rich.jsonl", 795, 650).await;
+    run("rich.jsonl", 998, 997).await;
 }
 
 #[tokio::test]
 async fn fixtures_are_answered_as_upstream_did() {
-    run("fixtures.jsonl", 910, 800).await;
+    run("fixtures.jsonl", 999, 997).await;
 }
 
 #[tokio::test]
 async fn sequences_are_answered_as_upstream_did() {
-    run("seq.jsonl", 905, 550).await;
+    run("seq.jsonl", 1000, 1000).await;
 }

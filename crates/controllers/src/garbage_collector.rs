@@ -134,7 +134,9 @@ impl Collector {
         let all = discovery.groups().flat_map(|group| group.recommended_resources());
         Ok(all
             .filter(|(resource, capabilities)| {
-                let ignored = IGNORED.contains(&(resource.group.as_str(), resource.plural.as_str()));
+                // `extensions` shows objects of other groups once more.
+                let ignored = resource.group == "extensions"
+                    || IGNORED.contains(&(resource.group.as_str(), resource.plural.as_str()));
                 let needed = [verbs::DELETE, verbs::LIST, verbs::WATCH];
                 !ignored && needed.iter().all(|verb| capabilities.supports_operation(verb))
             })

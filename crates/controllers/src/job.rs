@@ -462,10 +462,16 @@ fn condition(type_: &str, status: &str, reason: &str, message: &str, context: &C
     }
 }
 
+/// How the job ended: whether it succeeded; `None` while it has not ended.
+pub fn outcome(job: &Job) -> Option<bool> {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.clone());
+    let failed = || util::is_true(&conditions, "Failed").then_some(false);
+    util::is_true(&conditions, "Complete").then_some(true).or_else(failed)
+}
+
 /// Complete or failed, for good.
 fn is_finished(job: &Job) -> bool {
-    let conditions = job.status.as_ref().and_then(|status| status.conditions.clone());
-    util::is_true(&conditions, "Complete") || util::is_true(&conditions, "Failed")
+    outcome(job).is_some()
 }
 
 #[cfg(test)]

@@ -17,8 +17,11 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod cluster_role_aggregation;
+mod cronjob;
 mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 mod endpointslice;
 mod garbage_collector;
@@ -31,6 +34,7 @@ mod root_ca;
 mod service;
 mod service_account;
 mod statefulset;
+mod volume_protection;
 
 #[cfg(test)]
 mod harness;

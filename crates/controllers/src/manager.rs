@@ -16,6 +16,8 @@ const LOOPS: &[(&str, Start)] = &[
     ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
     ("job-ttl", crate::job::start_ttl),
+    ("cronjob", crate::cronjob::start),
+    ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
     ("namespace", crate::namespace::start),
@@ -24,6 +26,9 @@ const LOOPS: &[(&str, Start)] = &[
     ("node-lifecycle", crate::node_lifecycle::start),
     ("taint-eviction", crate::node_lifecycle::start_eviction),
     ("pod-gc", crate::pod_gc::start),
+    ("pvc-protection", crate::volume_protection::start),
+    ("pv-protection", crate::volume_protection::start_volumes),
+    ("clusterrole-aggregation", crate::cluster_role_aggregation::start),
     // Last, so that it shares the typed watches of those above.
     ("garbage-collector", crate::garbage_collector::start),
 ];

@@ -102,8 +102,10 @@ impl Namespaces {
         let deletable: Vec<_> = discovery
             .groups()
             .flat_map(|group| group.recommended_resources())
-            .filter(|(_, capabilities)| {
-                capabilities.scope == Scope::Namespaced
+            .filter(|(resource, capabilities)| {
+                // `extensions` shows objects of other groups once more.
+                resource.group != "extensions"
+                    && capabilities.scope == Scope::Namespaced
                     && capabilities.supports_operation(verbs::DELETE)
                     && capabilities.supports_operation(verbs::LIST)
             })

@@ -45,6 +45,7 @@ fn server() -> Arc<Server> {
     let registry = Registry {
         services: Allocator::load(&*store, range, 30000..=32767),
         schema: knarr_api::schema::Schema::builtin(),
+        quotas: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
         store: store.clone(),
     };

@@ -54,6 +54,7 @@ impl Server {
             store: store.clone(),
             schema: Schema::builtin(),
             services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            quotas: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
@@ -68,6 +69,7 @@ impl Server {
             tokens: Arc::new(tokens),
             dialer: Dialer::new(dialing),
             address: advertised.to_string(),
+            old_versions: settings.legacy_api,
         });
         let (serve, stop) = (server::serve(api.clone(), listener, tls), shutdown.clone());
         tasks.spawn(async move {

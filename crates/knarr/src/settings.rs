@@ -39,10 +39,18 @@ pub struct Settings {
     pub images: Vec<PathBuf>,
     /// No node: the control plane alone.
     pub server_only: bool,
+    /// API versions that upstream has removed are served too.
+    #[serde(default = "yes")]
+    pub legacy_api: bool,
     /// Name of the context in the kubeconfig.
     pub context: String,
     /// The kubeconfig that `up` merged the context into, to take it out again.
     pub kubeconfig: Option<PathBuf>,
+}
+
+/// Clusters made before the setting was there have it on.
+fn yes() -> bool {
+    true
 }
 
 impl Default for Settings {
@@ -62,6 +70,7 @@ impl Default for Settings {
             container_runtime_endpoint: None,
             images: Vec::new(),
             server_only: false,
+            legacy_api: true,
             context: "knarr".into(),
             kubeconfig: None,
         }

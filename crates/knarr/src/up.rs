@@ -57,6 +57,9 @@ pub struct UpArgs {
     /// The control plane alone, without a node.
     #[arg(long)]
     pub server_only: bool,
+    /// Serve API versions that upstream has removed, as older manifests use them [default: true].
+    #[arg(long, action = clap::ArgAction::Set)]
+    pub legacy_api: Option<bool>,
     /// Name of the context in the kubeconfig [default: knarr].
     #[arg(long)]
     pub context: Option<String>,
@@ -78,7 +81,17 @@ impl UpArgs {
         macro_rules! take {
             ($($field:ident),*) => { $(if let Some(value) = &self.$field { settings.$field = value.clone(); })* };
         }
-        take!(run_dir, port, kubelet_port, node_name, node_ip, cluster_cidr, service_cidr, context);
+        take!(
+            run_dir,
+            port,
+            kubelet_port,
+            node_name,
+            node_ip,
+            cluster_cidr,
+            service_cidr,
+            legacy_api,
+            context
+        );
         if let Some(cidr) = &self.cluster_cidr {
             settings.node_cidr = first_range(cidr)?;
         }

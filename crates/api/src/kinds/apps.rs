@@ -15,7 +15,7 @@ pub const DEPLOYMENT: Rules = Rules {
     update_status,
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        workload(spec, true, errors);
+        workload(spec, "deployment", errors);
         for name in ["minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
             non_negative("spec", spec, name, errors);
         }
@@ -64,28 +64,35 @@ fn surge_and_unavailable(at: &str, rolling: &Value, cap: bool, errors: &mut Erro
         let path = child(at, name);
         match int_or_percent(value) {
             None => {
-                let detail = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')";
-                errors.push(field::Error::invalid(path, value.clone(), detail));
+                errors.push(field::Error::invalid(path, value.clone(), BAD_PERCENT));
             }
             Some((number, _)) if number < 0 => {
                 errors.push(field::Error::invalid(path, value.clone(), "must be greater than or equal to 0"));
             }
-            Some((number, true)) if number > 100 && cap && name == "maxUnavailable" => {
+            Some((number, true)) if number > 100 && (!cap || name == "maxUnavailable") => {
                 errors.push(field::Error::invalid(path, value.clone(), "must not be greater than 100%"));
             }
             Some(_) => {}
         }
     }
-    let zero = |name: &str| rolling.at(name).and_then(int_or_percent).is_some_and(|(n, _)| n == 0);
+    // A text that is no percentage counts as zero upstream.
+    let zero = |name: &str| rolling.at(name).is_none_or(|v| int_or_percent(v).is_none_or(|(n, _)| n == 0));
     if zero("maxUnavailable") && zero("maxSurge") {
         let value = rolling.at("maxUnavailable").cloned().unwrap_or(json!(0));
-        let detail = "may not be 0 when `maxSurge` is 0";
-        errors.push(field::Error::invalid(child(at, "maxUnavailable"), value, detail));
+        if cap {
+            let detail = "may not be 0 when `maxSurge` is 0";
+            errors.push(field::Error::invalid(child(at, "maxUnavailable"), value, detail));
+        } else {
+            let detail = "cannot be 0 when maxSurge is 0";
+            errors.push(field::Error::required(child(at, "maxUnavailable"), detail));
+        }
     }
 }
 
+pub const BAD_PERCENT: &str = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')";
+
 /// The number, and whether it is a percentage.
-fn int_or_percent(value: &Value) -> Option<(i64, bool)> {
+pub fn int_or_percent(value: &Value) -> Option<(i64, bool)> {
     match value {
         Value::Number(n) => n.as_i64().map(|n| (n, false)),
         Value::String(s) => s.strip_suffix('%')?.parse().ok().map(|n| (n, true)),
@@ -99,11 +106,10 @@ pub const REPLICA_SET: Rules = Rules {
     update_status,
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        workload(spec, true, errors);
+        workload(spec, "deployment", errors);
         non_negative("spec", spec, "minReadySeconds", errors);
     },
     validate_update: |new, old, errors| immutable("spec.selector", new, old, errors),
-    selectable: &["status.replicas"],
     ..Rules::DEFAULT
 };
 
@@ -119,7 +125,9 @@ pub const REPLICATION_CONTROLLER: Rules = Rules {
             None => errors.push(field::Error::required("spec.selector", "")),
             Some(selector) => {
                 let chosen = LabelSelector::from_labels(Some(selector));
-                template_matches(spec, &chosen, errors);
+                if spec.at("template").is_some() {
+                    template_matches(spec, &chosen, errors);
+                }
             }
         }
         if spec.at("template").is_none() {
@@ -133,13 +141,38 @@ pub const REPLICATION_CONTROLLER: Rules = Rules {
     ..Rules::DEFAULT
 };
 
+const TEMPLATE_GENERATION: &str = "deprecated.daemonset.template.generation";
+
+/// How often the template changed, kept in an annotation since `apps/v1` has no field for it.
+fn set_template_generation(object: &mut Value, generation: i64) {
+    let mut annotations = object.map_at("metadata.annotations").cloned().unwrap_or_default();
+    annotations.insert(TEMPLATE_GENERATION.into(), json!(generation.to_string()));
+    object.set_at("metadata.annotations", Value::Object(annotations));
+}
+
+fn template_generation(object: &Value) -> i64 {
+    let annotations = object.map_at("metadata.annotations");
+    let text = annotations.and_then(|a| a.get(TEMPLATE_GENERATION)).and_then(Value::as_str);
+    text.and_then(|t| t.parse().ok()).unwrap_or(0)
+}
+
 pub const DAEMON_SET: Rules = Rules {
-    create: |object| object.set_at("status", json!({})),
-    update: |new, old| keep(new, old, "status"),
+    create: |object| {
+        object.set_at("status", json!({}));
+        set_template_generation(object, 1);
+    },
+    update: |new, old| {
+        keep(new, old, "status");
+        let changed = new.at("spec.template") != old.at("spec.template");
+        let before = template_generation(old);
+        if before > 0 || changed {
+            set_template_generation(new, before + i64::from(changed));
+        }
+    },
     update_status,
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        workload(spec, false, errors);
+        workload(spec, "daemonset", errors);
         for name in ["minReadySeconds", "revisionHistoryLimit"] {
             non_negative("spec", spec, name, errors);
         }
@@ -147,7 +180,7 @@ pub const DAEMON_SET: Rules = Rules {
             "OnDelete" => {}
             "RollingUpdate" => {
                 let rolling = spec.at("updateStrategy.rollingUpdate").unwrap_or(&Value::Null);
-                surge_and_unavailable("spec.updateStrategy.rollingUpdate", rolling, true, errors);
+                surge_and_unavailable("spec.updateStrategy.rollingUpdate", rolling, false, errors);
             }
             other => errors.push(field::Error::not_supported(
                 "spec.updateStrategy.type",
@@ -166,8 +199,59 @@ pub const STATEFUL_SET: Rules = Rules {
     update_status,
     validate: |object, errors| {
         let spec = object.at("spec").unwrap_or(&Value::Null);
-        workload(spec, true, errors);
-        one_of("spec", spec, "podManagementPolicy", &["OrderedReady", "Parallel"], errors);
+        let policies = ["OrderedReady", "Parallel"];
+        if !policies.contains(&spec.str_at("podManagementPolicy")) {
+            let detail = format!("must be '{}' or '{}'", policies[0], policies[1]);
+            let value = spec.str_at("podManagementPolicy");
+            errors.push(field::Error::invalid("spec.podManagementPolicy", value, detail));
+        }
+        let strategy = spec.at("updateStrategy").unwrap_or(&Value::Null);
+        match strategy.str_at("type") {
+            "" => errors.push(field::Error::required("spec.updateStrategy", "")),
+            "OnDelete" => {
+                if strategy.at("rollingUpdate").is_some() {
+                    let detail = "only allowed for updateStrategy 'RollingUpdate'";
+                    errors.push(field::Error::invalid(
+                        "spec.updateStrategy.rollingUpdate",
+                        Value::Null,
+                        detail,
+                    ));
+                }
+            }
+            "RollingUpdate" => {
+                let at = "spec.updateStrategy.rollingUpdate";
+                let rolling = strategy.at("rollingUpdate").unwrap_or(&Value::Null);
+                non_negative(at, rolling, "partition", errors);
+            }
+            _ => {
+                let detail = "must be 'RollingUpdate' or 'OnDelete'";
+                errors.push(field::Error::invalid("spec.updateStrategy", strategy.clone(), detail));
+            }
+        }
+        non_negative("spec", spec, "minReadySeconds", errors);
+        non_negative("spec.ordinals", spec.at("ordinals").unwrap_or(&Value::Null), "start", errors);
+        let retention = spec.at("persistentVolumeClaimRetentionPolicy").unwrap_or(&Value::Null);
+        for name in ["whenDeleted", "whenScaled"] {
+            one_of(
+                "spec.persistentVolumeClaimRetentionPolicy",
+                retention,
+                name,
+                &["Delete", "Retain"],
+                errors,
+            );
+        }
+        // Containers mount the claims by the names of their templates.
+        let mut whole = spec.clone();
+        let mut volumes = spec.list_at("template.spec.volumes").to_vec();
+        let claims = spec.list_at("volumeClaimTemplates").iter().map(|c| c.name().to_owned());
+        let own: Vec<String> = volumes.iter().map(|v| v.str_at("name").to_owned()).collect();
+        volumes.extend(
+            claims.filter(|name| !own.contains(name)).map(|name| json!({ "name": name, "emptyDir": {} })),
+        );
+        if !volumes.is_empty() && whole.at("template.spec").is_some() {
+            whole.set_at("template.spec.volumes", volumes);
+        }
+        workload(&whole, "statefulset", errors);
     },
     validate_update: |new, old, errors| {
         let mut munged = new.at("spec").cloned().unwrap_or(Value::Null);
@@ -193,7 +277,12 @@ pub const STATEFUL_SET: Rules = Rules {
 
 pub const CONTROLLER_REVISION: Rules = Rules {
     generation: false,
-    validate: |object, errors| non_negative("", object, "revision", errors),
+    validate: |object, errors| {
+        if object.at("data").is_none() {
+            errors.push(field::Error::required("data", "data is mandatory"));
+        }
+        non_negative("", object, "revision", errors);
+    },
     validate_update: |new, old, errors| immutable("data", new, old, errors),
     ..Rules::DEFAULT
 };
@@ -205,20 +294,32 @@ fn update_status(new: &mut Value, old: &Value) {
 }
 
 /// Replicas, selector and template of a workload.
-fn workload(spec: &Value, replicas: bool, errors: &mut Errors) {
-    if replicas {
+fn workload(spec: &Value, kind: &str, errors: &mut Errors) {
+    if kind != "daemonset" {
         non_negative("spec", spec, "replicas", errors);
     }
     match spec.at("selector") {
-        None => errors.push(field::Error::required("spec.selector", "")),
+        None => {
+            errors.push(field::Error::required("spec.selector", ""));
+            // No selector selects nothing, so no template matches it; upstream says both.
+            template_mismatch(spec, errors);
+        }
         Some(selector) => {
+            let before = errors.len();
             label_selector("spec.selector", Some(selector), errors);
+            let bad = errors.len() > before;
             let chosen = LabelSelector::from_value(Some(selector));
-            if chosen.is_everything() {
-                let detail = "empty selector is invalid for deployment";
+            if bad {
+                if kind != "daemonset" {
+                    let detail = if kind == "statefulset" { "" } else { "invalid label selector" };
+                    errors.push(field::Error::invalid("spec.selector", selector.clone(), detail));
+                }
+            } else if chosen.is_everything() {
+                let detail = format!("empty selector is invalid for {kind}");
                 errors.push(field::Error::invalid("spec.selector", selector.clone(), detail));
+            } else {
+                template_matches(spec, &chosen, errors);
             }
-            template_matches(spec, &chosen, errors);
         }
     }
     validate_template("spec.template", spec.at("template").unwrap_or(&Value::Null), errors);
@@ -228,10 +329,14 @@ fn workload(spec: &Value, replicas: bool, errors: &mut Errors) {
 fn template_matches(spec: &Value, selector: &LabelSelector, errors: &mut Errors) {
     let labels = spec.map_at("template.metadata.labels");
     if !selector.matches(labels) {
-        let value = labels.cloned().map_or(Value::Null, Value::Object);
-        let detail = "`selector` does not match template `labels`";
-        errors.push(field::Error::invalid("spec.template.metadata.labels", value, detail));
+        template_mismatch(spec, errors);
     }
+}
+
+fn template_mismatch(spec: &Value, errors: &mut Errors) {
+    let value = spec.at("template.metadata.labels").cloned().unwrap_or(Value::Null);
+    let detail = "`selector` does not match template `labels`";
+    errors.push(field::Error::invalid("spec.template.metadata.labels", value, detail));
 }
 
 fn always_restarts(spec: &Value, errors: &mut Errors) {

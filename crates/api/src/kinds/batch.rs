@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::cron::{self, Schedule};
 use crate::field;
 use crate::kinds::pod;
 use crate::object::Object;
@@ -15,6 +16,15 @@ pub const JOB: Rules = Rules {
     },
     validate: |object, errors| {
         job_spec("spec", object.at("spec").unwrap_or(&Value::Null), errors);
+        let (name, completions) = (object.name(), object.int_at("spec.completions").unwrap_or(0));
+        if object.str_at("spec.completionMode") == "Indexed" && completions > 0 {
+            // The last pod's host name must be a DNS label, or that pod could never be made.
+            let longest = format!("{name}-{}", completions - 1);
+            if !crate::names::dns_label(&longest).is_empty() {
+                let detail = format!("will not able to create pod with invalid DNS label: {longest}");
+                errors.push(field::Error::invalid("metadata.name", name, detail));
+            }
+        }
         label_selector("spec.selector", object.at("spec.selector"), errors);
         if object.at("spec.selector").is_none() {
             errors.push(field::Error::required("spec.selector", ""));
@@ -90,13 +100,36 @@ fn job_spec(path: &str, spec: &Value, errors: &mut Errors) {
     }
 }
 
+fn schedule(spec: &Value, errors: &mut Vec<field::Error>) {
+    let (schedule, zone) = (spec.str_at("schedule"), spec.str_at("timeZone"));
+    if schedule.is_empty() {
+        errors.push(field::Error::required("spec.schedule", ""));
+    } else if schedule.contains("TZ") {
+        let detail = "cannot use TZ or CRON_TZ in schedule, use timeZone field instead";
+        errors.push(field::Error::invalid("spec.schedule", schedule, detail));
+    } else if let Err(why) = Schedule::parse(schedule, None) {
+        errors.push(field::Error::invalid("spec.schedule", schedule, why));
+    }
+    if spec.at("timeZone").is_some_and(|zone| !zone.is_null()) && !cron::is_time_zone(zone) {
+        let detail = if zone.is_empty() {
+            "timeZone must be nil or non-empty string".to_owned()
+        } else {
+            format!("unknown time zone {zone}")
+        };
+        errors.push(field::Error::invalid("spec.timeZone", zone, detail));
+    }
+}
+
 pub const CRON_JOB: Rules = Rules {
     create: |object| object.set_at("status", json!({})),
     validate: |object, errors| {
-        let spec = object.at("spec").unwrap_or(&Value::Null);
-        if spec.str_at("schedule").is_empty() {
-            errors.push(field::Error::required("spec.schedule", ""));
+        // Eleven characters are for the time that job names end with.
+        if object.name().len() > 52 {
+            let detail = "must be no more than 52 characters";
+            errors.push(field::Error::invalid("metadata.name", object.name(), detail));
         }
+        let spec = object.at("spec").unwrap_or(&Value::Null);
+        schedule(spec, errors);
         one_of("spec", spec, "concurrencyPolicy", &["Allow", "Forbid", "Replace"], errors);
         for name in ["startingDeadlineSeconds", "successfulJobsHistoryLimit", "failedJobsHistoryLimit"] {
             non_negative("spec", spec, name, errors);

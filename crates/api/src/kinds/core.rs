@@ -6,7 +6,7 @@ use crate::field;
 use crate::names;
 use crate::object::Object;
 use crate::quantity::Quantity;
-use crate::rules::{Errors, Rules, immutable, labels, one_of};
+use crate::rules::{Errors, Rules, immutable, named, one_of};
 
 /// All values of a ConfigMap or Secret together may not be larger.
 const DATA_BYTES_MAX: usize = 1 << 20;
@@ -28,7 +28,8 @@ pub const CONFIG_MAP: Rules = Rules {
             }
         }
         if total > DATA_BYTES_MAX {
-            errors.push(field::Error::too_long("", DATA_BYTES_MAX));
+            // Upstream's root path prints so.
+            errors.push(field::Error::too_long("[]", DATA_BYTES_MAX));
         }
     },
     validate_update: validate_immutable_data,
@@ -80,6 +81,12 @@ fn validate_secret(object: &Value, errors: &mut Errors) {
         "kubernetes.io/tls" => &["tls.crt", "tls.key"],
         _ => &[],
     };
+    for key in [".dockercfg", ".dockerconfigjson"].iter().filter(|k| required.contains(*k)) {
+        let Some(value) = data.and_then(|d| d.get(*key)).and_then(Value::as_str) else { continue };
+        if let Some(detail) = bad_json(value) {
+            errors.push(field::Error::invalid(field::key("data", key), "<secret contents redacted>", detail));
+        }
+    }
     for key in required.iter().filter(|k| !data.is_some_and(|d| d.contains_key(**k))) {
         errors.push(field::Error::required(field::key("data", key), ""));
     }
@@ -89,6 +96,26 @@ fn validate_secret(object: &Value, errors: &mut Errors) {
         if annotations.and_then(|a| a.get("kubernetes.io/service-account.name")).is_none() {
             errors.push(field::Error::required(at, ""));
         }
+    }
+}
+
+/// Why base64 text holds no JSON, in Go's words.
+fn bad_json(encoded: &str) -> Option<String> {
+    use base64::Engine;
+    let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
+    let error = serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).err()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let bad = text
+        .lines()
+        .nth(error.line().saturating_sub(1))
+        .and_then(|l| l.chars().nth(error.column().saturating_sub(1)));
+    match (error.is_eof(), bytes.get(error.column().saturating_sub(1)), bad) {
+        (true, _, _) => Some("unexpected end of JSON input".into()),
+        // Go goes by bytes, and shows the byte as if it were a character.
+        (false, Some(byte), _) => {
+            Some(format!("invalid character {:?} looking for beginning of value", char::from(*byte)))
+        }
+        (false, None, _) => Some("unexpected end of JSON input".into()),
     }
 }
 
@@ -141,8 +168,16 @@ pub const NODE: Rules = Rules {
     generation: false,
     create_on_update: false,
     validate: |object, errors| {
+        for (index, cidr) in object.list_at("spec.podCIDRs").iter().enumerate() {
+            let text = cidr.as_str().unwrap_or_default();
+            if crate::kinds::networking::Cidr::parse(text).is_none() {
+                let at = field::index("spec.podCIDRs", index);
+                errors.push(field::Error::invalid(at, json!([text]), crate::kinds::networking::BAD_CIDR));
+            }
+        }
         for (index, taint) in object.list_at("spec.taints").iter().enumerate() {
-            let at = field::index("spec.taints", index);
+            // Upstream names the metadata here.
+            let at = field::index("metadata.taints", index);
             for problem in names::qualified_name(taint.str_at("key")) {
                 errors.push(field::Error::invalid(field::child(&at, "key"), taint.str_at("key"), problem));
             }
@@ -174,6 +209,7 @@ pub const NODE: Rules = Rules {
 };
 
 pub const EVENT: Rules = Rules {
+    lenient_finalizers: true,
     generation: false,
     create_on_update: true,
     time_to_live_seconds: Some(3600),
@@ -211,8 +247,16 @@ pub const EVENT: Rules = Rules {
     ..Rules::DEFAULT
 };
 
-pub const EVENTS_EVENT: Rules =
-    Rules { generation: false, create_on_update: true, time_to_live_seconds: Some(3600), ..Rules::DEFAULT };
+/// Upstream reports errors of both groups' events as the core group's.
+pub const EVENTS_EVENT: Rules = Rules {
+    generation: false,
+    create_on_update: true,
+    time_to_live_seconds: Some(3600),
+    reported_group: Some(""),
+    selectable: EVENT.selectable,
+    selectable_value: EVENT.selectable_value,
+    ..Rules::DEFAULT
+};
 
 pub const LEASE: Rules = Rules {
     generation: false,
@@ -254,6 +298,12 @@ pub const ENDPOINTS: Rules = Rules {
             }
             for (j, port) in subset.list_at("ports").iter().enumerate() {
                 let at = field::index(&field::child(&at, "ports"), j);
+                let name = port.str_at("name");
+                if !name.is_empty() {
+                    named(&field::child(&at, "name"), name, names::dns_label, errors);
+                } else if subset.list_at("ports").len() > 1 {
+                    errors.push(field::Error::required(field::child(&at, "name"), ""));
+                }
                 let number = port.int_at("port").unwrap_or(0);
                 for problem in names::port_number(number) {
                     errors.push(field::Error::invalid(field::child(&at, "port"), number, problem));
@@ -278,11 +328,33 @@ pub const ENDPOINT_SLICE: Rules = Rules {
                 errors.push(field::Error::required(at, "must contain at least 1 address"));
                 continue;
             }
-            for (j, address) in
-                addresses.iter().enumerate().filter(|_| object.str_at("addressType") != "FQDN")
-            {
-                ip(&field::index(&at, j), address.as_str().unwrap_or_default(), errors);
+            for (j, address) in addresses.iter().enumerate() {
+                let (at, text) = (field::index(&at, j), address.as_str().unwrap_or_default());
+                match object.str_at("addressType") {
+                    "FQDN" => named(&at, text, names::dns_subdomain, errors),
+                    _ => ip(&at, text, errors),
+                }
             }
+            let at = field::index("endpoints", i);
+            for (name, rule) in [
+                ("nodeName", names::dns_subdomain as fn(&str) -> Vec<String>),
+                ("hostname", names::dns_label),
+            ] {
+                if let Some(value) = endpoint.at(name).and_then(Value::as_str) {
+                    named(&field::child(&at, name), value, rule, errors);
+                }
+            }
+        }
+        for (i, port) in object.list_at("ports").iter().enumerate() {
+            let at = field::index("ports", i);
+            let name = port.str_at("name");
+            if !name.is_empty() {
+                named(&field::child(&at, "name"), name, names::dns_label, errors);
+            }
+            if object.list_at("ports")[..i].iter().any(|p| p.str_at("name") == name) {
+                errors.push(field::Error::duplicate(field::child(&at, "name"), name));
+            }
+            one_of(&at, port, "protocol", &["SCTP", "TCP", "UDP"], errors);
         }
     },
     validate_update: |new, old, errors| immutable("addressType", new, old, errors),
@@ -299,37 +371,96 @@ pub fn ip(path: &str, text: &str, errors: &mut Errors) {
 
 pub const LIMIT_RANGE: Rules = Rules {
     generation: false,
+    // Upstream names the nameless by their uid.
+    create: |object| {
+        if object.name().is_empty() && object.str_at("metadata.generateName").is_empty() {
+            let uid = object.uid().to_owned();
+            object.set_at("metadata.name", uid);
+        }
+    },
     validate: |object, errors| {
+        let mut types = std::collections::HashSet::new();
         for (index, item) in object.list_at("spec.limits").iter().enumerate() {
-            let at = field::index("spec.limits", index);
-            for (low, high) in [
-                ("min", "max"),
-                ("min", "default"),
-                ("default", "max"),
-                ("min", "defaultRequest"),
-                ("defaultRequest", "max"),
-                ("defaultRequest", "default"),
-            ] {
-                for (name, value) in item.map_at(low).into_iter().flatten() {
-                    let (Some(a), Some(b)) =
-                        (quantity(Some(value)), quantity(item.at(high).and_then(|h| h.get(name))))
-                    else {
-                        continue;
-                    };
-                    if a > b {
-                        let detail = format!("{low} value {a} is greater than {high} value {b}");
-                        errors.push(field::Error::invalid(
-                            format!("{at}.{low}[{name}]"),
-                            value.clone(),
-                            detail,
-                        ));
-                    }
-                }
+            limit_range_item(&field::index("spec.limits", index), item, errors);
+            if !types.insert(item.str_at("type")) {
+                let at = field::index("spec.limits", index) + ".type";
+                errors.push(field::Error::duplicate(at, item.str_at("type")));
             }
         }
     },
     ..Rules::DEFAULT
 };
+
+fn limit_range_item(at: &str, item: &Value, errors: &mut Errors) {
+    let kind = item.str_at("type");
+    let type_at = field::child(at, "type");
+    let before = errors.len();
+    named(&type_at, kind, names::qualified_name, errors);
+    if errors.len() == before
+        && !kind.contains('/')
+        && !["Container", "Pod", "PersistentVolumeClaim"].contains(&kind)
+    {
+        let detail = "must be a standard limit type or fully qualified";
+        errors.push(field::Error::invalid(type_at, kind, detail));
+    }
+    let value = |list: &str, name: &str| quantity(item.at(list).and_then(|l| l.get(name)));
+    if kind == "Pod" {
+        for name in ["default", "defaultRequest"].iter().filter(|n| item.map_at(n).is_some()) {
+            let detail = "may not be specified when `type` is 'Pod'";
+            errors.push(field::Error::forbidden(field::child(at, name), detail));
+        }
+    }
+    if kind == "PersistentVolumeClaim"
+        && value("min", "storage").is_none()
+        && value("max", "storage").is_none()
+    {
+        let detail = "either minimum or maximum storage value is required, but neither was provided";
+        errors.push(field::Error::required(field::child(at, "limits"), detail));
+    }
+    for (low, high, field, text) in LIMIT_ORDER {
+        for name in item.map_at(low).into_iter().flatten().map(|(name, _)| name) {
+            let (Some(a), Some(b)) = (value(low, name), value(high, name)) else { continue };
+            if a > b {
+                let detail = text.replacen("{}", &a.to_string(), 1).replacen("{}", &b.to_string(), 1);
+                let shown = item.at(field).and_then(|f| f.get(name)).cloned().unwrap_or(Value::Null);
+                errors.push(field::Error::invalid(field::key(&field::child(at, field), name), shown, detail));
+            }
+        }
+    }
+    for (name, ratio) in item.map_at("maxLimitRequestRatio").into_iter().flatten() {
+        limit_ratio(at, item, name, ratio, errors);
+    }
+}
+
+/// Which may not be greater than which, the field at fault, and upstream's words.
+const LIMIT_ORDER: [(&str, &str, &str, &str); 6] = [
+    ("min", "max", "min", "min value {} is greater than max value {}"),
+    ("min", "defaultRequest", "defaultRequest", "min value {} is greater than default request value {}"),
+    ("defaultRequest", "max", "defaultRequest", "default request value {} is greater than max value {}"),
+    (
+        "defaultRequest",
+        "default",
+        "defaultRequest",
+        "default request value {} is greater than default limit value {}",
+    ),
+    ("min", "default", "default", "min value {} is greater than default value {}"),
+    ("default", "max", "default", "default value {} is greater than max value {}"),
+];
+
+fn limit_ratio(at: &str, item: &Value, name: &str, ratio: &Value, errors: &mut Errors) {
+    let number = |list: &str| quantity(item.at(list).and_then(|l| l.get(name))).map(|q| q.as_f64());
+    let path = field::key(&field::child(at, "maxLimitRequestRatio"), name);
+    let Some(wanted) = quantity(Some(ratio)).map(|q| q.as_f64()) else { return };
+    if wanted < 1.0 {
+        let detail = format!("ratio {wanted} is less than 1");
+        errors.push(field::Error::invalid(path.clone(), ratio.clone(), detail));
+    }
+    let (Some(least), Some(most)) = (number("min"), number("max")) else { return };
+    if wanted > most / least {
+        let detail = format!("ratio {wanted} is greater than max/min = {:.6}", most / least);
+        errors.push(field::Error::invalid(path, ratio.clone(), detail));
+    }
+}
 
 /// The quantity, if there is one.
 pub fn quantity(value: Option<&Value>) -> Option<Quantity> {
@@ -345,10 +476,56 @@ pub const RESOURCE_QUOTA: Rules = Rules {
                 errors.push(field::Error::invalid(at, value.clone(), "must be greater than or equal to 0"));
             }
         }
+        quota_scopes(object, errors);
     },
+    create: |object| object.set_at("status", json!({})),
+    update_status: |new, old| keep(new, old, "spec"),
+    returns_deleted: true,
     validate_update: |new, old, errors| immutable("spec.scopes", new, old, errors),
     ..Rules::DEFAULT
 };
+
+const SCOPES: [&str; 7] = [
+    "BestEffort",
+    "CrossNamespacePodAffinity",
+    "NotBestEffort",
+    "NotTerminating",
+    "PriorityClass",
+    "Terminating",
+    "VolumeAttributesClass",
+];
+
+fn quota_scopes(object: &Value, errors: &mut Errors) {
+    for scope in
+        object.list_at("spec.scopes").iter().filter(|s| !SCOPES.contains(&s.as_str().unwrap_or_default()))
+    {
+        errors.push(field::Error::invalid("spec.scopes", scope.clone(), "unsupported scope"));
+    }
+    for item in object.list_at("spec.scopeSelector.matchExpressions") {
+        let at = "spec.scopeSelector.matchExpressions";
+        let (scope, values) = (item.str_at("scopeName"), item.list_at("values"));
+        if !SCOPES.contains(&scope) {
+            errors.push(field::Error::invalid(format!("{at}.scopeName"), scope, "unsupported scope"));
+        }
+        match item.str_at("operator") {
+            "In" | "NotIn" if values.is_empty() => errors.push(field::Error::required(
+                format!("{at}.values"),
+                "must be at least one value when `operator` is 'In' or 'NotIn' for scope selector",
+            )),
+            "Exists" | "DoesNotExist" if !values.is_empty() => errors.push(field::Error::invalid(
+                format!("{at}.values"),
+                values.to_vec(),
+                "must be no value when `operator` is 'Exist' or 'DoesNotExist' for scope selector",
+            )),
+            "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
+            other => errors.push(field::Error::invalid(
+                format!("{at}.operator"),
+                other,
+                "not a valid selector operator",
+            )),
+        }
+    }
+}
 
 pub const PRIORITY_CLASS: Rules = Rules {
     validate: |object, errors| {
@@ -369,36 +546,6 @@ pub const PRIORITY_CLASS: Rules = Rules {
                 errors.push(field::Error::forbidden(name, "may not be changed in an update."));
             }
         }
-    },
-    ..Rules::DEFAULT
-};
-
-pub const PERSISTENT_VOLUME: Rules = Rules {
-    generation: false,
-    returns_deleted: true,
-    validate: |object, errors| {
-        if object.list_at("spec.accessModes").is_empty() {
-            errors.push(field::Error::required("spec.accessModes", ""));
-        }
-        if object.map_at("spec.capacity").is_none_or(|c| c.is_empty()) {
-            errors.push(field::Error::required("spec.capacity", ""));
-        }
-    },
-    ..Rules::DEFAULT
-};
-
-pub const PERSISTENT_VOLUME_CLAIM: Rules = Rules {
-    generation: false,
-    returns_deleted: true,
-    create: |object| object.set_at("status", json!({ "phase": "Pending" })),
-    validate: |object, errors| {
-        if object.list_at("spec.accessModes").is_empty() {
-            errors.push(field::Error::required("spec.accessModes", "at least 1 access mode is required"));
-        }
-        if object.at("spec.resources.requests.storage").is_none() {
-            errors.push(field::Error::required("spec.resources[storage]", ""));
-        }
-        labels("spec.selector.matchLabels", object.at("spec.selector.matchLabels"), errors);
     },
     ..Rules::DEFAULT
 };

@@ -8,7 +8,9 @@ use crate::field::{self, child, index};
 use crate::kinds::core::{keep, quantity};
 use crate::names;
 use crate::object::Object;
-use crate::rules::{Errors, Rules, annotations, labels, non_negative, one_of};
+use crate::rules::{
+    Errors, Rules, annotations, label_selector, labels, named, non_negative, one_of, required,
+};
 
 pub const POD: Rules = Rules {
     create: |object| {
@@ -50,6 +52,7 @@ pub const POD: Rules = Rules {
 };
 
 pub const POD_TEMPLATE: Rules = Rules {
+    returns_deleted: true,
     validate: |object, errors| {
         validate_template("template", object.at("template").unwrap_or(&Value::Null), errors);
     },
@@ -92,9 +95,9 @@ pub fn qos_class(pod: &Value) -> &'static str {
 
 /// A pod template: labels, annotations and spec.
 pub fn validate_template(path: &str, template: &Value, errors: &mut Errors) {
-    let metadata = child(path, "metadata");
-    labels(&child(&metadata, "labels"), template.at("metadata.labels"), errors);
-    annotations(&child(&metadata, "annotations"), template.at("metadata.annotations"), errors);
+    // Upstream leaves "metadata" out of these two paths.
+    labels(&child(path, "labels"), template.at("metadata.labels"), errors);
+    annotations(&child(path, "annotations"), template.at("metadata.annotations"), errors);
     let spec = template.at("spec").unwrap_or(&Value::Null);
     pod_spec(&child(path, "spec"), spec, errors);
     if !spec.list_at("ephemeralContainers").is_empty() {
@@ -116,7 +119,7 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
             validate_container(&at, container, init, &volumes, &mut names, errors);
         }
     }
-    one_of(path, spec, "restartPolicy", &["Always", "Never", "OnFailure"], errors);
+    one_of(path, spec, "restartPolicy", &["Always", "OnFailure", "Never"], errors);
     one_of(path, spec, "dnsPolicy", &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"], errors);
     non_negative(path, spec, "terminationGracePeriodSeconds", errors);
     if let Some(seconds) =
@@ -144,9 +147,222 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
     for (i, toleration) in spec.list_at("tolerations").iter().enumerate() {
         validate_toleration(&index(&child(path, "tolerations"), i), toleration, errors);
     }
+    validate_affinity(&child(path, "affinity"), spec.at("affinity").unwrap_or(&Value::Null), errors);
+    for (i, alias) in spec.list_at("hostAliases").iter().enumerate() {
+        let address = alias.str_at("ip");
+        crate::kinds::core::ip(&format!("{}.ip", index(&child(path, "hostAliases"), i)), address, errors);
+        for name in alias.list_at("hostnames") {
+            let name = name.as_str().unwrap_or_default();
+            named(&child(path, "hostAliases.hostnames"), name, names::dns_subdomain, errors);
+        }
+    }
+    topology_spread(path, spec, errors);
+    security_ids(&child(path, "securityContext"), spec.at("securityContext"), errors);
+    host_ports(path, spec, errors);
+    validate_ephemeral(path, spec, &volumes, &mut names, errors);
 }
 
-fn validate_toleration(at: &str, toleration: &Value, errors: &mut Errors) {
+fn validate_ephemeral(
+    path: &str,
+    spec: &Value,
+    volumes: &HashSet<String>,
+    names: &mut HashSet<String>,
+    errors: &mut Errors,
+) {
+    for (i, container) in spec.list_at("ephemeralContainers").iter().enumerate() {
+        let at = index(&child(path, "ephemeralContainers"), i);
+        validate_container(&at, container, false, volumes, names, errors);
+        let target = container.str_at("targetContainerName");
+        let known = ["containers", "initContainers"];
+        let exists = known.iter().any(|list| spec.list_at(list).iter().any(|c| c.name_is(target)));
+        if !target.is_empty() && !exists {
+            errors.push(field::Error::not_found(child(&at, "targetContainerName"), target));
+        }
+        for name in ["ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle"] {
+            if container.at(name).is_some() {
+                errors.push(field::Error::forbidden(
+                    child(&at, name),
+                    "cannot be set for an Ephemeral Container",
+                ));
+            }
+        }
+        if container.map_at("resources").is_some_and(|r| !r.is_empty()) {
+            let detail = "cannot be set for an Ephemeral Container";
+            errors.push(field::Error::forbidden(child(&at, "resources"), detail));
+        }
+    }
+}
+
+trait Named {
+    fn name_is(&self, name: &str) -> bool;
+}
+
+impl Named for Value {
+    fn name_is(&self, name: &str) -> bool {
+        self.str_at("name") == name
+    }
+}
+
+/// A port of the node belongs to one container of the pod.
+fn host_ports(path: &str, spec: &Value, errors: &mut Errors) {
+    let mut seen = HashSet::new();
+    for (i, container) in spec.list_at("containers").iter().enumerate() {
+        for (j, port) in container.list_at("ports").iter().enumerate() {
+            let Some(number) = port.int_at("hostPort").filter(|n| *n != 0) else { continue };
+            let text = format!("{}/{}/{number}", port.str_at("protocol"), port.str_at("hostIP"));
+            let at = index(&child(&index(&child(path, "containers"), i), "ports"), j);
+            if !seen.insert(text.clone()) {
+                errors.push(field::Error::duplicate(child(&at, "hostPort"), text));
+            }
+            let inside = port.int_at("containerPort").unwrap_or(0);
+            if spec.bool_at("hostNetwork") && number != inside {
+                let detail = "must match `containerPort` when `hostNetwork` is true";
+                errors.push(field::Error::invalid(child(&at, "hostPort"), number, detail));
+            }
+        }
+    }
+}
+
+fn topology_spread(path: &str, spec: &Value, errors: &mut Errors) {
+    let constraints = spec.list_at("topologySpreadConstraints");
+    for (i, constraint) in constraints.iter().enumerate() {
+        let at = index(&child(path, "topologySpreadConstraints"), i);
+        let skew = constraint.int_at("maxSkew").unwrap_or(0);
+        if skew <= 0 {
+            errors.push(field::Error::invalid(child(&at, "maxSkew"), skew, "must be greater than zero"));
+        }
+        required(&at, constraint, "topologyKey", "can not be empty", errors);
+        let when = constraint.str_at("whenUnsatisfiable");
+        if !["DoNotSchedule", "ScheduleAnyway"].contains(&when) {
+            let supported = ["DoNotSchedule", "ScheduleAnyway"];
+            errors.push(field::Error::not_supported(child(&at, "whenUnsatisfiable"), when, &supported));
+        }
+        let pair = |c: &Value| (c.str_at("topologyKey").to_owned(), c.str_at("whenUnsatisfiable").to_owned());
+        if constraints[..i].iter().any(|c| pair(c) == pair(constraint)) {
+            let (key, when) = pair(constraint);
+            let text = format!("{{{key}, {when}}}");
+            errors.push(field::Error::duplicate(child(&at, "{topologyKey, whenUnsatisfiable}"), text));
+        }
+        for name in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {
+            one_of(&at, constraint, name, &["Honor", "Ignore"], errors);
+        }
+        label_selector(&child(&at, "labelSelector"), constraint.at("labelSelector"), errors);
+    }
+}
+
+fn validate_affinity(at: &str, affinity: &Value, errors: &mut Errors) {
+    const REQUIRED: &str = "requiredDuringSchedulingIgnoredDuringExecution";
+    const PREFERRED: &str = "preferredDuringSchedulingIgnoredDuringExecution";
+    let weight = |at: &str, item: &Value, errors: &mut Errors| {
+        let number = item.int_at("weight").unwrap_or(0);
+        if !(1..=100).contains(&number) {
+            let detail = "must be in the range 1-100";
+            errors.push(field::Error::invalid(child(at, "weight"), number, detail));
+        }
+    };
+    if let Some(node) = affinity.at("nodeAffinity") {
+        let at = child(at, "nodeAffinity");
+        if let Some(selector) = node.at(REQUIRED) {
+            node_selector(&child(&at, REQUIRED), selector, errors);
+        }
+        for (i, item) in node.list_at(PREFERRED).iter().enumerate() {
+            let at = index(&child(&at, PREFERRED), i);
+            weight(&at, item, errors);
+            node_selector_term(
+                &child(&at, "preference"),
+                item.at("preference").unwrap_or(&Value::Null),
+                errors,
+            );
+        }
+    }
+    for name in ["podAffinity", "podAntiAffinity"] {
+        let Some(pods) = affinity.at(name) else { continue };
+        let at = child(at, name);
+        for (i, term) in pods.list_at(REQUIRED).iter().enumerate() {
+            pod_affinity_term(&index(&child(&at, REQUIRED), i), term, errors);
+        }
+        for (i, item) in pods.list_at(PREFERRED).iter().enumerate() {
+            let at = index(&child(&at, PREFERRED), i);
+            weight(&at, item, errors);
+            let term = item.at("podAffinityTerm").unwrap_or(&Value::Null);
+            pod_affinity_term(&child(&at, "podAffinityTerm"), term, errors);
+        }
+    }
+}
+
+fn pod_affinity_term(at: &str, term: &Value, errors: &mut Errors) {
+    for name in ["labelSelector", "namespaceSelector"] {
+        label_selector(&child(at, name), term.at(name), errors);
+    }
+    for namespace in term.list_at("namespaces") {
+        let namespace = namespace.as_str().unwrap_or_default();
+        named(&child(at, "namespace"), namespace, names::dns_label, errors);
+    }
+    if required(at, term, "topologyKey", "can not be empty", errors) {
+        named(&child(at, "topologyKey"), term.str_at("topologyKey"), names::qualified_name, errors);
+    }
+}
+
+/// `core.NodeSelector`.
+pub fn node_selector(at: &str, selector: &Value, errors: &mut Errors) {
+    let terms = selector.list_at("nodeSelectorTerms");
+    let at = child(at, "nodeSelectorTerms");
+    if terms.is_empty() {
+        errors.push(field::Error::required(at, "must have at least one node selector term"));
+        return;
+    }
+    for (i, term) in terms.iter().enumerate() {
+        node_selector_term(&index(&at, i), term, errors);
+    }
+}
+
+fn node_selector_term(at: &str, term: &Value, errors: &mut Errors) {
+    for (i, item) in term.list_at("matchExpressions").iter().enumerate() {
+        let at = index(&child(at, "matchExpressions"), i);
+        let (values, path) = (item.list_at("values"), child(&at, "values"));
+        match item.str_at("operator") {
+            "In" | "NotIn" if values.is_empty() => {
+                let detail = "must be specified when `operator` is 'In' or 'NotIn'";
+                errors.push(field::Error::required(path, detail));
+            }
+            "Exists" | "DoesNotExist" if !values.is_empty() => {
+                let detail = "may not be specified when `operator` is 'Exists' or 'DoesNotExist'";
+                errors.push(field::Error::forbidden(path, detail));
+            }
+            "Gt" | "Lt" if values.len() != 1 => {
+                let detail = "must be specified single value when `operator` is 'Lt' or 'Gt'";
+                errors.push(field::Error::required(path, detail));
+            }
+            "In" | "NotIn" | "Exists" | "DoesNotExist" | "Gt" | "Lt" => {}
+            other => {
+                let path = child(&at, "operator");
+                errors.push(field::Error::invalid(path, other, "not a valid selector operator"));
+            }
+        }
+        named(&child(&at, "key"), item.str_at("key"), names::qualified_name, errors);
+    }
+    for (i, item) in term.list_at("matchFields").iter().enumerate() {
+        let at = index(&child(at, "matchFields"), i);
+        match item.str_at("operator") {
+            "In" | "NotIn" if item.list_at("values").len() != 1 => {
+                let detail =
+                    "must be only one value when `operator` is 'In' or 'NotIn' for node field selector";
+                errors.push(field::Error::required(child(&at, "values"), detail));
+            }
+            "In" | "NotIn" => {}
+            other => {
+                let path = child(&at, "operator");
+                errors.push(field::Error::invalid(path, other, "not a valid selector operator"));
+            }
+        }
+        if item.str_at("key") != "metadata.name" {
+            let detail = "not a valid field selector key";
+            errors.push(field::Error::invalid(child(&at, "key"), item.str_at("key"), detail));
+        }
+    }
+}
+
+pub fn validate_toleration(at: &str, toleration: &Value, errors: &mut Errors) {
     let key = toleration.str_at("key");
     if !key.is_empty() {
         for problem in names::qualified_name(key) {
@@ -178,6 +394,7 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
     let mut seen = HashSet::new();
     for (i, volume) in spec.list_at("volumes").iter().enumerate() {
         let (at, name) = (index(path, i), volume.str_at("name"));
+        let before = errors.len();
         if name.is_empty() {
             errors.push(field::Error::required(child(&at, "name"), ""));
         } else {
@@ -185,7 +402,7 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
                 errors.push(field::Error::invalid(child(&at, "name"), name, problem));
             }
         }
-        if !name.is_empty() && !seen.insert(name.to_owned()) {
+        if seen.contains(name) {
             errors.push(field::Error::duplicate(child(&at, "name"), name));
         }
         let sources: Vec<&String> =
@@ -199,6 +416,10 @@ fn validate_volumes(path: &str, spec: &Value, errors: &mut Errors) -> HashSet<St
             }),
         }
         volume_source(&at, volume, errors);
+        // A broken volume cannot be mounted; upstream says that too.
+        if errors.len() == before && !name.is_empty() {
+            seen.insert(name.to_owned());
+        }
     }
     seen
 }
@@ -221,10 +442,35 @@ fn volume_source(at: &str, volume: &Value, errors: &mut Errors) {
             errors.push(field::Error::invalid(format!("{at}.{source}.defaultMode"), mode, detail));
         }
     }
+    for source in ["secret", "configMap", "downwardAPI"] {
+        let Some(items) = volume.get(source).map(|s| s.list_at("items")) else { continue };
+        for (i, item) in items.iter().enumerate() {
+            let at = index(&format!("{at}.{source}.items"), i);
+            key_to_path(&at, item, source == "downwardAPI", errors);
+        }
+    }
     if let Some(path) =
         volume.get("hostPath").map(|h| h.str_at("path")).filter(|p| p.split('/').any(|s| s == ".."))
     {
         errors.push(field::Error::invalid(format!("{at}.hostPath.path"), path, "must not contain '..'"));
+    }
+}
+
+fn key_to_path(at: &str, item: &Value, downward: bool, errors: &mut Errors) {
+    if !downward {
+        required(at, item, "key", "", errors);
+    }
+    let path = item.str_at("path");
+    if required(at, item, "path", "", errors) {
+        if path.starts_with('/') {
+            errors.push(field::Error::invalid(child(at, "path"), path, "must be a relative path"));
+        } else if path.split('/').any(|s| s == "..") {
+            errors.push(field::Error::invalid(child(at, "path"), path, "must not contain '..'"));
+        }
+    }
+    if let Some(mode) = item.int_at("mode").filter(|m| !(0..=0o777).contains(m)) {
+        let detail = "must be a number between 0 and 0777 (octal), both inclusive";
+        errors.push(field::Error::invalid(child(at, "mode"), mode, detail));
     }
 }
 
@@ -243,9 +489,9 @@ fn validate_container(
         for problem in names::dns_label(name) {
             errors.push(field::Error::invalid(child(at, "name"), name, problem));
         }
-        if !names_seen.insert(name.to_owned()) {
-            errors.push(field::Error::duplicate(child(at, "name"), name));
-        }
+    }
+    if !names_seen.insert(name.to_owned()) {
+        errors.push(field::Error::duplicate(child(at, "name"), name));
     }
     let image = container.str_at("image");
     if image.is_empty() {
@@ -260,6 +506,7 @@ fn validate_container(
     validate_env(at, container, errors);
     validate_mounts(at, container, volumes, errors);
     validate_resources(&child(at, "resources"), container.at("resources"), errors);
+    security_ids(&child(at, "securityContext"), container.at("securityContext"), errors);
     let sidecar = init && container.str_at("restartPolicy") == "Always";
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
         let Some(value) = container.at(probe) else { continue };
@@ -284,6 +531,16 @@ fn validate_container(
                 &["exec", "httpGet", "tcpSocket", "sleep"],
                 errors,
             );
+        }
+    }
+}
+
+fn security_ids(at: &str, context: Option<&Value>, errors: &mut Errors) {
+    for name in ["runAsUser", "runAsGroup", "fsGroup"] {
+        let Some(id) = context.and_then(|c| c.int_at(name)) else { continue };
+        if !(0..=i64::from(i32::MAX)).contains(&id) {
+            let detail = "must be between 0 and 2147483647, inclusive";
+            errors.push(field::Error::invalid(child(at, name), id, detail));
         }
     }
 }
@@ -346,6 +603,9 @@ fn validate_env(at: &str, container: &Value, errors: &mut Errors) {
                 "may not have more than one field specified at a time",
             ));
         }
+        if let Some(reference) = source.at("fieldRef") {
+            field_reference(&child(&from, "fieldRef"), reference, errors);
+        }
         for reference in ["configMapKeyRef", "secretKeyRef"] {
             let Some(value) = source.at(reference) else { continue };
             let at = child(&from, reference);
@@ -356,6 +616,51 @@ fn validate_env(at: &str, container: &Value, errors: &mut Errors) {
                 errors.push(field::Error::required(child(&at, "key"), ""));
             }
         }
+    }
+}
+
+const ENV_FIELDS: [&str; 8] = [
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.podIP",
+    "status.podIPs",
+];
+
+/// `fieldRef` of an environment variable.
+fn field_reference(at: &str, reference: &Value, errors: &mut Errors) {
+    required(at, reference, "apiVersion", "", errors);
+    let path = reference.str_at("fieldPath");
+    if !required(at, reference, "fieldPath", "", errors) {
+        return;
+    }
+    let subscripted = ["metadata.annotations['", "metadata.labels['"];
+    if let Some(prefix) = subscripted.iter().find(|p| path.starts_with(**p)) {
+        let key = path[prefix.len()..].strip_suffix("']").unwrap_or_default();
+        let key = if prefix.contains("annotations") { key.to_lowercase() } else { key.to_owned() };
+        named(&child(at, "fieldPath"), &key, names::qualified_name, errors);
+        return;
+    }
+    let known = ENV_FIELDS.contains(&path) || path == "status.hostIPs";
+    if known {
+        return;
+    }
+    // Fields that may be selected on convert, and are then refused as unsupported here.
+    let converts = [
+        "metadata.labels",
+        "metadata.annotations",
+        "spec.restartPolicy",
+        "spec.schedulerName",
+        "status.phase",
+    ];
+    if converts.contains(&path) {
+        errors.push(field::Error::not_supported(child(at, "fieldPath"), path, &ENV_FIELDS));
+    } else {
+        let detail = format!("error converting fieldPath: field label not supported: {path}");
+        errors.push(field::Error::invalid(child(at, "fieldPath"), path, detail));
     }
 }
 
@@ -455,7 +760,10 @@ fn validate_handler(at: &str, handler: &Value, kinds: &[&str], errors: &mut Erro
                     .into_iter()
                     .for_each(|p| errors.push(field::Error::invalid(path.clone(), name.as_str(), p)));
             }
-            _ => errors.push(field::Error::required(path, "")),
+            // Go's zero is a port like any other.
+            _ => names::port_number(0)
+                .into_iter()
+                .for_each(|p| errors.push(field::Error::invalid(path.clone(), 0, p))),
         }
         one_of(&child(at, kind), action, "scheme", &["HTTP", "HTTPS"], errors);
     }

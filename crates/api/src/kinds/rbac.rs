@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::field;
 use crate::names;
 use crate::object::Object;
-use crate::rules::{Errors, Rules};
+use crate::rules::{Errors, Rules, label_selector, named};
 
 pub const ROLE: Rules = Rules {
     name: names::path_segment,
@@ -13,6 +13,14 @@ pub const ROLE: Rules = Rules {
     create_on_update: true,
     validate: |object, errors| {
         let cluster = object.namespace().is_empty();
+        for (index, selector) in object.list_at("aggregationRule.clusterRoleSelectors").iter().enumerate() {
+            let at = field::index("aggregationRule.clusterRoleSelectors", index);
+            let before = errors.len();
+            label_selector(&at, Some(selector), errors);
+            if errors.len() > before {
+                errors.push(field::Error::invalid(at, selector.clone(), "invalid label selector."));
+            }
+        }
         for (index, rule) in object.list_at("rules").iter().enumerate() {
             policy_rule(&field::index("rules", index), rule, cluster, errors);
         }
@@ -93,6 +101,9 @@ fn validate_subject(at: &str, subject: &Value, cluster: bool, errors: &mut Error
     let group = subject.str_at("apiGroup");
     match subject.str_at("kind") {
         "ServiceAccount" => {
+            if !subject.str_at("name").is_empty() {
+                named(&field::child(at, "name"), subject.str_at("name"), names::dns_subdomain, errors);
+            }
             if !group.is_empty() {
                 errors.push(field::Error::not_supported(field::child(at, "apiGroup"), group, &[""]));
             }

@@ -76,7 +76,6 @@ fn keep_allocations(new: &mut Value, old: &Value) {
 fn validate(object: &Value, errors: &mut Errors) {
     let spec = object.at("spec").unwrap_or(&Value::Null);
     let kind = spec.str_at("type");
-    one_of("spec", spec, "type", &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"], errors);
     one_of("spec", spec, "sessionAffinity", &["ClientIP", "None"], errors);
     one_of("spec", spec, "externalTrafficPolicy", &["Cluster", "Local"], errors);
     one_of("spec", spec, "internalTrafficPolicy", &["Cluster", "Local"], errors);
@@ -86,7 +85,12 @@ fn validate(object: &Value, errors: &mut Errors) {
     if ports.is_empty() && !headless && kind != "ExternalName" {
         errors.push(field::Error::required("spec.ports", ""));
     }
+    one_of("spec", spec, "type", &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"], errors);
     if kind == "ExternalName" {
+        if !spec.list_at("clusterIPs").is_empty() || !spec.str_at("clusterIP").is_empty() {
+            let detail = "may not be set for ExternalName services";
+            errors.push(field::Error::forbidden("spec.clusterIPs", detail));
+        }
         let name = spec.str_at("externalName");
         if name.is_empty() {
             errors.push(field::Error::required("spec.externalName", ""));
@@ -115,7 +119,35 @@ fn validate(object: &Value, errors: &mut Errors) {
             errors.push(field::Error::invalid(at, seconds, "must be greater than 0 and less than 86400"));
         }
     }
+    source_ranges(spec, errors);
+    if !spec.str_at("externalTrafficPolicy").is_empty() && !matches!(kind, "NodePort" | "LoadBalancer") {
+        let reachable = kind == "ClusterIP" && !spec.list_at("externalIPs").is_empty();
+        if !reachable {
+            let detail = "may only be set for externally-accessible services";
+            let value = spec.str_at("externalTrafficPolicy");
+            errors.push(field::Error::invalid("spec.externalTrafficPolicy", value, detail));
+        }
+    }
     validate_ports(ports, errors);
+}
+
+fn source_ranges(spec: &Value, errors: &mut Errors) {
+    let ranges = spec.list_at("loadBalancerSourceRanges");
+    // Upstream's path has the capital.
+    let at = "spec.LoadBalancerSourceRanges";
+    if ranges.is_empty() {
+        return;
+    }
+    if spec.str_at("type") != "LoadBalancer" {
+        errors.push(field::Error::forbidden(at, "may only be used when `type` is 'LoadBalancer'"));
+    }
+    for (i, range) in ranges.iter().enumerate() {
+        let text = range.as_str().unwrap_or_default().trim();
+        if crate::kinds::networking::Cidr::parse(text).is_none() {
+            let path = index(at, i);
+            errors.push(field::Error::invalid(path, text, crate::kinds::networking::BAD_CIDR));
+        }
+    }
 }
 
 fn validate_ports(ports: &[Value], errors: &mut Errors) {
@@ -153,7 +185,17 @@ fn validate_ports(ports: &[Value], errors: &mut Errors) {
                     errors.push(field::Error::invalid(child(&at, "targetPort"), name.as_str(), problem));
                 }
             }
+            // Go's zero, where neither port is given.
+            _ if port.at("port").is_none() => {
+                for problem in names::port_number(0) {
+                    errors.push(field::Error::invalid(child(&at, "targetPort"), 0, problem));
+                }
+            }
             _ => {}
+        }
+        let protocol = port.str_at("appProtocol");
+        if !protocol.is_empty() {
+            crate::rules::named(&child(&at, "appProtocol"), protocol, names::qualified_name, errors);
         }
         if !pairs.insert((number, port.str_at("protocol").to_owned())) {
             let value = json!({ "port": number, "protocol": port.str_at("protocol") });

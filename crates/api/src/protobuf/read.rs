@@ -1,66 +1,15 @@
-//! Kubernetes' protobuf bodies (`application/vnd.kubernetes.protobuf`), read by the schema's field numbers.
-//!
-//! The form is an envelope, `k8s\0` and a `runtime.Unknown`, around a proto2 message. Go writes every field
-//! that is no pointer, zero or not, so zeros are dropped here unless the field is known to be a pointer:
-//! then zero means zero. Unknown field numbers are skipped, as protobuf asks.
+//! Reading messages by the schema's field numbers.
 
 use base64::Engine;
 use serde_json::{Map, Value, json};
 
+use super::{DEPTH_MAX, bad, is_dropped, unions, utf8};
 use crate::decode::DecodeError;
-use crate::schema::{Field, Schema, Shape, TypeId};
+use crate::schema::{Field, Schema, Shape, Type, TypeId};
 use crate::time;
 
-/// What every body starts with.
-pub const MAGIC: &[u8] = b"k8s\0";
-/// Messages nest no deeper; the schema itself is finite but for JSON schemas of custom resources.
-const DEPTH_MAX: usize = 64;
-
-/// Reads a body: `apiVersion`, `kind` and the object's own bytes.
-pub fn envelope(bytes: &[u8]) -> Result<(String, String, &[u8]), DecodeError> {
-    let body = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("the body does not start with k8s\\0"))?;
-    let (mut api_version, mut kind, mut raw) = (String::new(), String::new(), &body[..0]);
-    for field in Fields(body) {
-        match field? {
-            (1, Wire::Bytes(meta)) => {
-                for part in Fields(meta) {
-                    match part? {
-                        (1, Wire::Bytes(text)) => api_version = utf8(text)?,
-                        (2, Wire::Bytes(text)) => kind = utf8(text)?,
-                        _ => {}
-                    }
-                }
-            }
-            (2, Wire::Bytes(bytes)) => raw = bytes,
-            _ => {}
-        }
-    }
-    Ok((api_version, kind, raw))
-}
-
-/// Decodes a body as an object of the type, with `apiVersion` and `kind` from its envelope.
-pub fn decode(schema: &Schema, type_id: TypeId, bytes: &[u8]) -> Result<Value, DecodeError> {
-    let (api_version, kind, raw) = envelope(bytes)?;
-    let mut map = Map::new();
-    Reader { schema }.message(type_id, None, raw, 0, &mut map)?;
-    for (name, text) in [("apiVersion", api_version), ("kind", kind)] {
-        if !text.is_empty() {
-            map.insert(name.into(), text.into());
-        }
-    }
-    Ok(Value::Object(map))
-}
-
-fn bad(why: &str) -> DecodeError {
-    DecodeError(format!("protobuf: {why}"))
-}
-
-fn utf8(bytes: &[u8]) -> Result<String, DecodeError> {
-    String::from_utf8(bytes.to_vec()).map_err(|_| bad("a string is no UTF-8"))
-}
-
 /// A field's value on the wire.
-enum Wire<'b> {
+pub(super) enum Wire<'b> {
     Varint(u64),
     Fixed64(u64),
     Fixed32(u32),
@@ -68,7 +17,7 @@ enum Wire<'b> {
 }
 
 /// Iterates over the fields of a message.
-struct Fields<'b>(&'b [u8]);
+pub(super) struct Fields<'b>(pub(super) &'b [u8]);
 
 impl<'b> Fields<'b> {
     fn varint(&mut self) -> Result<u64, DecodeError> {
@@ -123,16 +72,16 @@ impl<'b> Iterator for Fields<'b> {
     }
 }
 
-struct Reader<'s> {
-    schema: &'s Schema,
+pub(super) struct Reader<'s> {
+    pub(super) schema: &'s Schema,
 }
 
 impl Reader<'_> {
-    /// Reads a message into `out`; within an embedded structure of Go, `inside` is that structure's number.
-    fn message(
+    /// Reads a message into `out`; within structures that Go embeds, `inside` holds their numbers.
+    pub(super) fn message(
         &self,
         id: TypeId,
-        inside: Option<u32>,
+        inside: &[u32],
         bytes: &[u8],
         depth: usize,
         out: &mut Map<String, Value>,
@@ -143,17 +92,13 @@ impl Reader<'_> {
         let structure = self.schema.type_of(id);
         for item in Fields(bytes) {
             let (number, wire) = item?;
-            let tags: &[u32] = match inside {
-                Some(outer) => &[outer, number],
-                None => &[number],
-            };
+            let tags = [inside, &[number]].concat();
             if let Some(field) = structure.fields.iter().find(|f| f.tags == tags) {
-                self.field(field, wire, depth, out)?;
-            } else if inside.is_none()
-                && structure.fields.iter().any(|f| f.tags.len() == 2 && f.tags[0] == number)
+                self.field(structure, field, wire, depth, out)?;
+            } else if structure.fields.iter().any(|f| f.tags.starts_with(&tags))
                 && let Wire::Bytes(inner) = wire
             {
-                self.message(id, Some(number), inner, depth + 1, out)?;
+                self.message(id, &tags, inner, depth + 1, out)?;
             }
         }
         Ok(())
@@ -161,6 +106,7 @@ impl Reader<'_> {
 
     fn field(
         &self,
+        owner: &Type,
         field: &Field,
         wire: Wire,
         depth: usize,
@@ -188,16 +134,23 @@ impl Reader<'_> {
                 for part in Fields(entry) {
                     match part? {
                         (1, Wire::Bytes(text)) => key = utf8(text)?,
+                        (2, Wire::Bytes(bytes)) if unions::of(owner, field).is_some() => {
+                            let union = unions::of(owner, field).expect("just asked");
+                            value = Some(union.read(self, bytes, depth)?);
+                        }
                         (2, wire) => value = self.map_value(inner, wire, depth)?,
                         _ => {}
                     }
                 }
                 let map = out.entry(&field.name).or_insert_with(|| json!({}));
-                map[key] = value.unwrap_or_else(|| json!(""));
+                map[key] = value.unwrap_or_else(|| crate::decode::zero(inner));
             }
             shape => {
-                let value = self.value(shape, wire, depth)?;
-                if let Some(value) = value.filter(|v| !is_dropped(field, v)) {
+                let value = match (unions::of(owner, field), &wire) {
+                    (Some(union), Wire::Bytes(bytes)) => Some(union.read(self, bytes, depth)?),
+                    _ => self.value(shape, wire, depth)?,
+                };
+                if let Some(value) = value.filter(|v| !is_dropped(owner, field, v)) {
                     out.insert(field.name.clone(), value);
                 }
             }
@@ -231,7 +184,7 @@ impl Reader<'_> {
             }
             (Shape::Object(id), Wire::Bytes(bytes)) => {
                 let mut map = Map::new();
-                self.message(*id, None, bytes, depth + 1, &mut map)?;
+                self.message(*id, &[], bytes, depth + 1, &mut map)?;
                 Value::Object(map)
             }
             (Shape::Time, Wire::Bytes(bytes)) => return timestamp(bytes, 0),
@@ -287,116 +240,4 @@ fn int_or_string(message: &[u8]) -> Result<Value, DecodeError> {
         }
     }
     Ok(if is_string { text.into() } else { number.into() })
-}
-
-/// Zeros that Go writes only because the field is no pointer.
-fn is_dropped(field: &Field, value: &Value) -> bool {
-    let zero = match value {
-        Value::Bool(false) => true,
-        Value::Number(n) => n.as_f64() == Some(0.0),
-        Value::String(s) => s.is_empty(),
-        _ => false,
-    };
-    zero && !field.required && !POINTERS.contains(&field.name.as_str())
-}
-
-/// Fields that are pointers upstream, where false, zero and empty mean what they say.
-const POINTERS: &[&str] = &[
-    "activeDeadlineSeconds",
-    "allocateLoadBalancerNodePorts",
-    "allowPrivilegeEscalation",
-    "allowVolumeExpansion",
-    "attachRequired",
-    "automountServiceAccountToken",
-    "averageUtilization",
-    "backoffLimit",
-    "backoffLimitPerIndex",
-    "blockOwnerDeletion",
-    "collisionCount",
-    "completions",
-    "controller",
-    "defaultMode",
-    "deletionGracePeriodSeconds",
-    "enableServiceLinks",
-    "expirationSeconds",
-    "failedJobsHistoryLimit",
-    "fsGroup",
-    "gracePeriodSeconds",
-    "hostProcess",
-    "hostUsers",
-    "immutable",
-    "leaseDurationSeconds",
-    "leaseTransitions",
-    "manualSelector",
-    "maxFailedIndexes",
-    "minDomains",
-    "minReplicas",
-    "mode",
-    "optional",
-    "orphanDependents",
-    "parallelism",
-    "partition",
-    "podInfoOnMount",
-    "priority",
-    "privileged",
-    "progressDeadlineSeconds",
-    "readOnlyRootFilesystem",
-    "ready",
-    "replicas",
-    "requiresRepublish",
-    "revisionHistoryLimit",
-    "runAsGroup",
-    "runAsNonRoot",
-    "runAsUser",
-    "seLinuxMount",
-    "serving",
-    "setHostnameAsFQDN",
-    "shareProcessNamespace",
-    "stabilizationWindowSeconds",
-    "started",
-    "startingDeadlineSeconds",
-    "storageCapacity",
-    "storageClassName",
-    "successfulJobsHistoryLimit",
-    "suspend",
-    "terminating",
-    "terminationGracePeriodSeconds",
-    "tolerationSeconds",
-    "ttlSecondsAfterFinished",
-];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A config map as Go writes it: `metadata.name: a`, `data: {k: v}`, and fields that are only zero.
-    fn config_map() -> Vec<u8> {
-        let meta = [&[0x0a, 1, b'a'][..], &[0x12, 0, 0x1a, 0], &[0x42, 0], &[0x38, 0]].concat();
-        let entry = [0x0a, 1, b'k', 0x12, 1, b'v'];
-        let object = [&[0x0a, meta.len() as u8][..], &meta, &[0x12, entry.len() as u8], &entry].concat();
-        let kind = [&[0x0a, 2][..], b"v1", &[0x12, 9], b"ConfigMap"].concat();
-        [MAGIC, &[0x0a, kind.len() as u8], &kind, &[0x12, object.len() as u8], &object].concat()
-    }
-
-    #[test]
-    fn an_object_is_read_without_gos_zeros() {
-        let schema = Schema::builtin();
-        let id = schema.resource("", "v1", "configmaps").expect("served").type_id;
-        let value = decode(schema, id, &config_map()).expect("decodes");
-        assert_eq!(
-            value,
-            json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a"},"data":{"k":"v"}})
-        );
-    }
-
-    #[test]
-    fn every_prefix_of_a_body_is_refused_or_read_but_never_panics() {
-        let schema = Schema::builtin();
-        let id = schema.resource("", "v1", "configmaps").expect("served").type_id;
-        let body = config_map();
-        for len in 0..body.len() {
-            drop(decode(schema, id, &body[..len]));
-        }
-        assert!(decode(schema, id, b"{}").is_err());
-    }
 }
