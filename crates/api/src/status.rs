@@ -23,11 +23,13 @@ pub struct Status {
     pub message: String,
     /// `details`: name, group, kind, causes, `retryAfterSeconds`; absent where upstream has none.
     pub details: Option<Value>,
+    /// A token to go on with in spite of the refusal, for lists whose snapshot is gone.
+    pub continue_token: Option<String>,
 }
 
 impl Status {
     pub fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Box<Status> {
-        Box::new(Status { code, reason, message: message.into(), details: None })
+        Box::new(Status { code, reason, message: message.into(), details: None, continue_token: None })
     }
 
     fn about(mut self: Box<Self>, kind: &Kind, name: &str) -> Box<Self> {
@@ -137,6 +139,19 @@ impl Status {
         status
     }
 
+    /// Options of a request that contradict each other or the kind of request.
+    pub fn invalid_options(kind: &str, errors: &[field::Error]) -> Box<Status> {
+        let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        let list = match &texts[..] {
+            [one] => one.clone(),
+            many => format!("[{}]", many.join(", ")),
+        };
+        let mut status = Status::new(422, "Invalid", format!("{kind}.meta.k8s.io \"\" is invalid: {list}"));
+        let causes: Vec<Value> = errors.iter().map(field::Error::to_cause).collect();
+        status.details = Some(json!({ "group": "meta.k8s.io", "kind": kind, "causes": causes }));
+        status
+    }
+
     pub fn too_many_requests(message: impl Into<String>, retry_after_seconds: u32) -> Box<Status> {
         let mut status = Status::new(429, "TooManyRequests", message);
         status.details = Some(json!({ "retryAfterSeconds": retry_after_seconds }));
@@ -163,6 +178,9 @@ impl Status {
         });
         if !self.reason.is_empty() {
             value["reason"] = json!(self.reason);
+        }
+        if let Some(token) = &self.continue_token {
+            value["metadata"]["continue"] = json!(token);
         }
         if let Some(details) = &self.details {
             value["details"] = details.clone();

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, header};
 use http_body_util::{BodyExt, Limited};
 use knarr_api::columns::Clock;
+use knarr_api::field;
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
@@ -459,6 +460,7 @@ impl Api {
 
     fn list(&self, call: &Call) -> Result<Answer> {
         let query = call.query();
+        check_list_options(query)?;
         let selection = self.selection(call)?;
         let mut range =
             Range { limit: query.number("limit")?.unwrap_or(0).max(0) as usize, ..Range::default() };
@@ -486,21 +488,27 @@ impl Api {
             if exact == Some("Exact") || (exact.is_none() && range.limit > 0) {
                 range.at = Some(revision);
             }
-        } else if exact.is_some() && version.is_empty() {
-            let text = "ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided";
-            return Err(Status::new(422, "Invalid", text));
         }
-        let page = self.registry.list(call.kind, call.namespace(), &selection, range).map_err(|error| match error {
-            ReadError::Compacted { .. } if query.get("continue").is_some() => Status::expired(
-                "The provided continue parameter is too old to display a consistent list result. You must start a new list without the continue parameter.",
-            ),
-            other => watch::read_failed(&other),
-        })?;
+        let page =
+            self.registry.list(call.kind, call.namespace(), &selection, range).map_err(
+                |error| match error {
+                    ReadError::Compacted { .. } if query.get("continue").is_some() => {
+                        let mut status = Status::expired(CONTINUE_EXPIRED);
+                        let after = query
+                            .get("continue")
+                            .and_then(|token| read_continue(token).ok())
+                            .map(|(_, key)| key);
+                        status.continue_token = after.map(|key| write_continue(None, &key));
+                        status
+                    }
+                    other => watch::read_failed(&other),
+                },
+            )?;
         let mut metadata = json!({ "resourceVersion": page.revision.to_string() });
         if page.remaining > 0
             && let Some(last) = page.entries.last()
         {
-            metadata["continue"] = json!(write_continue(page.revision, &last.key));
+            metadata["continue"] = json!(write_continue(Some(page.revision), &last.key));
             if page.counted {
                 metadata["remainingItemCount"] = json!(page.remaining);
             }
@@ -591,9 +599,9 @@ impl Api {
                         "failed to create typed patch object ({}/{}; {}/{}, Kind={}): {why}",
                         object.namespace(),
                         object.name(),
-                        call.kind.group,
-                        call.kind.version,
-                        call.kind.kind,
+                        call.served.group,
+                        call.served.version,
+                        call.served.kind,
                     );
                     // Upstream gives this error no reason.
                     Status::new(500, "", text)
@@ -827,7 +835,42 @@ fn version() -> Value {
     })
 }
 
-fn write_continue(revision: u64, key: &str) -> String {
+/// Upstream's words; the token in the answer goes on from the same key in the present state.
+const CONTINUE_EXPIRED: &str = "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.";
+
+/// Which options of a list go together.
+fn check_list_options(query: &Query) -> Result<()> {
+    const MATCH: &str = "resourceVersionMatch";
+    let text = |name: &str| query.get(name).unwrap_or_default();
+    let (wanted, version) = (text(MATCH), text("resourceVersion"));
+    let mut errors = Vec::new();
+    if !wanted.is_empty() {
+        if version.is_empty() {
+            let detail = "resourceVersionMatch is forbidden unless resourceVersion is provided";
+            errors.push(field::Error::forbidden(MATCH, detail));
+        }
+        if !text("continue").is_empty() {
+            let detail = "resourceVersionMatch is forbidden when continue is provided";
+            errors.push(field::Error::forbidden(MATCH, detail));
+        }
+        if !matches!(wanted, "Exact" | "NotOlderThan") {
+            errors.push(field::Error::not_supported(MATCH, wanted, &["Exact", "NotOlderThan", ""]));
+        }
+        if wanted == "Exact" && version == "0" {
+            let detail = "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"";
+            errors.push(field::Error::forbidden(MATCH, detail));
+        }
+    }
+    if query.get("sendInitialEvents").is_some() {
+        let detail = "sendInitialEvents is forbidden for list";
+        errors.push(field::Error::forbidden("sendInitialEvents", detail));
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Status::invalid_options("ListOptions", &errors)) }
+}
+
+/// Where a list goes on; without a revision, in whatever is there then.
+fn write_continue(revision: Option<u64>, key: &str) -> String {
+    let revision = revision.map_or(json!(-1), |r| json!(r));
     URL_SAFE_NO_PAD.encode(json!({ "v": "meta.k8s.io/v1", "rv": revision, "start": key }).to_string())
 }
 

@@ -49,7 +49,25 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
             "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role } });
         ensure(registry, "rbac.authorization.k8s.io", "clusterrolebindings", "", binding, &context).await?;
     }
+    unbind_nodes(registry, &context).await?;
     publish_self(registry, advertised, &context).await
+}
+
+/// Clusters from before the Node authorizer bound all nodes to a role that reads every secret.
+async fn unbind_nodes(registry: &Registry, context: &Context) -> Result<()> {
+    const GROUP: &str = "rbac.authorization.k8s.io";
+    let found = registry.lookup(GROUP, "clusterrolebindings", "", "system:node");
+    if found.is_none_or(|binding| binding.list_at("subjects").is_empty()) {
+        return Ok(());
+    }
+    let kind = registry.schema.resource(GROUP, "v1", "clusterrolebindings").expect("bindings are built in");
+    let place = Place { kind, namespace: "", name: "system:node" };
+    let empty = |old: &Value| {
+        let mut new = old.clone();
+        new.remove_at("subjects");
+        Ok(new)
+    };
+    registry.modify(place, Endpoint::Main, &Edit::With(&empty), context).await.map(|_| ())
 }
 
 async fn ensure(

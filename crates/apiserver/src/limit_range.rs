@@ -61,7 +61,8 @@ fn default_container(container: &mut Value, item: &Value) -> Vec<String> {
         let mut have = container.map_at(&format!("resources.{list}")).cloned().unwrap_or_default();
         let mut added = Vec::new();
         for (name, value) in item.map_at(defaults).into_iter().flatten() {
-            if !have.contains_key(name) && !(list == "requests" && given.contains_key(name)) {
+            let said = have.contains_key(name) || (list == "requests" && given.contains_key(name));
+            if !said {
                 have.insert(name.clone(), value.clone());
                 added.push(name.clone());
             }

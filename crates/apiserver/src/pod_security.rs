@@ -157,7 +157,7 @@ fn quoted(mut values: Vec<String>) -> String {
     values.iter().map(|v| format!("{v:?}")).collect::<Vec<_>>().join(", ")
 }
 
-fn texts<'v>(list: &'v [Value]) -> impl Iterator<Item = &'v str> {
+fn texts(list: &[Value]) -> impl Iterator<Item = &str> {
     list.iter().filter_map(Value::as_str)
 }
 

@@ -196,7 +196,9 @@ fn hard(quota: &Value) -> Usage {
 /// What is used now of everything the quota limits.
 fn used(registry: &Registry, namespace: &str, quota: &Value) -> Usage {
     let hard = hard(quota);
-    let mut used: Usage = hard.iter().map(|(name, limit)| (name.clone(), *limit - *limit)).collect();
+    // A zero in the form of its limit, so that sums print alike.
+    let zero = |limit: Quantity, all: Quantity| limit - all;
+    let mut used: Usage = hard.iter().map(|(name, limit)| (name.clone(), zero(*limit, *limit))).collect();
     let mut kinds: Vec<&Kind> = hard.keys().filter_map(|name| kind_of(registry, name)).collect();
     kinds.sort_by_key(|k| k.resource());
     kinds.dedup_by_key(|k| k.resource());

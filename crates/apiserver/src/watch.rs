@@ -12,6 +12,7 @@ use futures::stream;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use knarr_api::columns::Clock;
+use knarr_api::field;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
@@ -45,10 +46,7 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
     let wants_initial = query.flag("sendInitialEvents");
     let bookmarks = query.flag("allowWatchBookmarks");
     let version = query.get("resourceVersion").unwrap_or_default();
-    if query.get("sendInitialEvents").is_some() && query.get("resourceVersionMatch") != Some("NotOlderThan") {
-        let text = "ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
-        return Err(Status::new(422, "Invalid", text));
-    }
+    check_options(query)?;
     let from: Option<Revision> = match version {
         "" | "0" => None,
         text => Some(text.parse().map_err(|_| {
@@ -99,6 +97,32 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
         Some((Ok(Frame::data(chunk)), stream))
     });
     Ok(answer(200, content_type(&request.form), StreamBody::new(frames).boxed_unsync()))
+}
+
+/// Which options of a watch go together.
+fn check_options(query: &Query) -> Result<()> {
+    const MATCH: &str = "resourceVersionMatch";
+    let wanted = query.get(MATCH).unwrap_or_default();
+    let initial = query.get("sendInitialEvents").is_some();
+    let mut errors = Vec::new();
+    if initial && wanted != "NotOlderThan" {
+        let detail = "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
+        errors.push(field::Error::forbidden(MATCH, detail));
+    }
+    if !wanted.is_empty() {
+        if !initial {
+            let detail = "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
+            errors.push(field::Error::forbidden(MATCH, detail));
+        }
+        if wanted != "NotOlderThan" {
+            errors.push(field::Error::not_supported(MATCH, wanted, &["NotOlderThan"]));
+        }
+        if query.get("continue").is_some_and(|c| !c.is_empty()) {
+            let detail = "resourceVersionMatch is forbidden when continue is provided";
+            errors.push(field::Error::forbidden(MATCH, detail));
+        }
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Status::invalid_options("ListOptions", &errors)) }
 }
 
 fn content_type(form: &Form) -> &'static str {

@@ -20,6 +20,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),
+    ("endpointslice-mirroring", crate::endpointslice::mirroring::start),
     ("namespace", crate::namespace::start),
     ("serviceaccount", crate::service_account::start),
     ("root-ca", crate::root_ca::start),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body_util::BodyExt;
+use knarr_api::object::Object;
 use knarr_api::schema::Schema;
 use knarr_apiserver::api::{Api, Peer};
 use knarr_apiserver::authn::Tokens;
@@ -161,5 +162,37 @@ impl<'a> Client<'a> {
         let (status, answer) = self.post(path, body).await;
         assert_eq!(status, 201, "{path}: {answer}");
         answer
+    }
+}
+
+/// A watch that says nothing for so long has missed something.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// The events of a watch, one at a time.
+pub struct Events {
+    body: knarr_apiserver::respond::Body,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    pub async fn open(api: &Api, path: &str) -> Self {
+        let admin = Client::admin(api);
+        let request = Request::builder().uri(path).body(full(String::new())).expect("a request");
+        let answer = api.handle(request, &admin.peer).await;
+        assert_eq!(answer.status(), 200, "{path}");
+        Events { body: answer.into_body(), buffer: Vec::new() }
+    }
+
+    pub async fn next(&mut self) -> (String, Value) {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                let event: Value = serde_json::from_slice(&line).expect("an event is json");
+                return (event.str_at("type").to_owned(), event["object"].clone());
+            }
+            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
+            let frame = frame.expect("another event").expect("the watch goes on").expect("a frame");
+            self.buffer.extend(frame.into_data().expect("data"));
+        }
     }
 }
