@@ -3,6 +3,8 @@
 //! A kind's columns are one line of text and one function from object to cells. In the line, columns are
 //! separated by `|`; a leading `+` marks those only `-o wide` shows; `:type` follows where it is not string.
 
+mod platform;
+
 use serde_json::{Map, Value, json};
 
 use crate::object::Object;
@@ -26,7 +28,7 @@ pub struct Columns {
 
 /// API group, plural, columns, cells. Kinds not listed show name and creation time.
 const COLUMNS: &[(&str, &str, &str, Cells)] = &[
-    ("", "configmaps", "Name|Data:integer|Age", config_map),
+    ("", "configmaps", "Name|Data|Age", config_map),
     ("", "endpoints", "Name|Endpoints|Age", endpoints),
     ("", "events", "Last Seen|Type|Reason|Object|+Subobject|+Source|Message|+First Seen|+Count|+Name", event),
     ("", "namespaces", "Name|Status|Age", |o, c| vec![name(o), text(o.str_at("status.phase")), age(o, c)]),
@@ -72,14 +74,14 @@ const COLUMNS: &[(&str, &str, &str, Cells)] = &[
         },
     ),
     ("", "resourcequotas", "Name|Request|Limit|Age", quota),
-    ("", "secrets", "Name|Type|Data:integer|Age", |o, c| {
+    ("", "secrets", "Name|Type|Data|Age", |o, c| {
         vec![name(o), text(o.str_at("type")), size(o, "data"), age(o, c)]
     }),
-    ("", "serviceaccounts", "Name|Secrets:integer|Age", |o, c| {
+    ("", "serviceaccounts", "Name|Secrets|Age", |o, c| {
         vec![name(o), json!(o.list_at("secrets").len()), age(o, c)]
     }),
     ("", "services", "Name|Type|Cluster-IP|External-IP|Port(s)|Age|+Selector", service),
-    ("apps", "controllerrevisions", "Name|Controller|Revision:integer|Age", |o, c| {
+    ("apps", "controllerrevisions", "Name|Controller|Revision|Age", |o, c| {
         let owner = o.list_at("metadata.ownerReferences").iter().find(|r| r.bool_at("controller"));
         let owner = owner.map(|r| format!("{}/{}", qualified(r), r.str_at("name")));
         vec![name(o), text(&owner.unwrap_or(NONE.into())), count(o, "revision"), age(o, c)]
@@ -105,24 +107,19 @@ const COLUMNS: &[(&str, &str, &str, Cells)] = &[
             ]
         },
     ),
-    (
-        "apps",
-        "deployments",
-        "Name|Ready|Up-to-date:integer|Available:integer|Age|+Containers|+Images|+Selector",
-        |o, c| {
-            let (names, images) = containers(o, "spec.template.spec.containers");
-            vec![
-                name(o),
-                ready(o),
-                count(o, "status.updatedReplicas"),
-                count(o, "status.availableReplicas"),
-                age(o, c),
-                names,
-                images,
-                text(&selector(o.at("spec.selector"))),
-            ]
-        },
-    ),
+    ("apps", "deployments", "Name|Ready|Up-to-date|Available|Age|+Containers|+Images|+Selector", |o, c| {
+        let (names, images) = containers(o, "spec.template.spec.containers");
+        vec![
+            name(o),
+            ready(o),
+            count(o, "status.updatedReplicas"),
+            count(o, "status.availableReplicas"),
+            age(o, c),
+            names,
+            images,
+            text(&selector(o.at("spec.selector"))),
+        ]
+    }),
     (
         "apps",
         "replicasets",
@@ -246,7 +243,7 @@ const COLUMNS: &[(&str, &str, &str, Cells)] = &[
     (
         "storage.k8s.io",
         "storageclasses",
-        "Name|Provisioner|ReclaimPolicy|VolumeBindingMode|AllowVolumeExpansion:boolean|Age",
+        "Name|Provisioner|ReclaimPolicy|VolumeBindingMode|AllowVolumeExpansion|Age",
         |o, c| {
             let annotations = o.map_at("metadata.annotations");
             let default = annotations
@@ -271,7 +268,8 @@ const UNKNOWN: &str = "<unknown>";
 impl Columns {
     pub fn of(kind: &Kind) -> Columns {
         let group = if kind.kind == "Event" { "" } else { kind.group.as_str() };
-        let found = COLUMNS.iter().find(|(g, p, ..)| *g == group && *p == kind.plural);
+        let mut all = COLUMNS.iter().chain(platform::COLUMNS);
+        let found = all.find(|(g, p, ..)| *g == group && *p == kind.plural);
         match found {
             Some((_, _, line, cells)) => Columns { line, cells: *cells },
             None => Columns {
@@ -291,7 +289,7 @@ impl Columns {
                 json!({
                     "name": name,
                     "type": kind,
-                    "format": if name == "Name" { "name" } else { "" },
+                    "format": if matches!(name, "Name" | "Attacher") { "name" } else { "" },
                     "description": "",
                     "priority": i32::from(wide),
                 })

@@ -41,6 +41,8 @@ pub struct Schema {
     /// Versions that upstream has removed.
     old_kinds: Vec<Kind>,
     by_name: HashMap<String, TypeId>,
+    /// Kinds by plural: whether it is an old one, and its index.
+    by_plural: HashMap<String, Vec<(bool, usize)>>,
 }
 
 /// One structure: what Go calls a struct and OpenAPI a definition.
@@ -224,6 +226,11 @@ impl Schema {
             })?;
         }
         schema.types.iter_mut().for_each(Type::sort);
+        for (old, kinds) in [(false, &schema.kinds), (true, &schema.old_kinds)] {
+            for (index, kind) in kinds.iter().enumerate() {
+                schema.by_plural.entry(kind.plural.clone()).or_default().push((old, index));
+            }
+        }
         Ok(schema)
     }
 
@@ -251,8 +258,9 @@ impl Schema {
 
     /// The kind at group, version and plural, removed upstream or not.
     pub fn any_resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
-        self.resource(group, version, plural).or_else(|| {
-            self.old_kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
+        self.by_plural.get(plural)?.iter().find_map(|(old, index)| {
+            let kind = if *old { &self.old_kinds[*index] } else { &self.kinds[*index] };
+            (kind.group == group && kind.version == version).then_some(kind)
         })
     }
 
@@ -271,7 +279,7 @@ impl Schema {
 
     /// The kind served at group, version and plural.
     pub fn resource(&self, group: &str, version: &str, plural: &str) -> Option<&Kind> {
-        self.kinds.iter().find(|k| k.group == group && k.version == version && k.plural == plural)
+        self.any_resource(group, version, plural).filter(|kind| !kind.is_old())
     }
 
     /// The kind of this group, version and kind name.

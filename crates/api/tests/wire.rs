@@ -2,7 +2,7 @@
 //!
 //! The files lie outside the repository (set `KNARR_REFERENCE` to where); without them the test says so.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use knarr_api::schema::Schema;
 use knarr_api::{decode, protobuf};
@@ -10,9 +10,8 @@ use serde_json::Value;
 
 fn wire() -> Option<PathBuf> {
     let root = std::env::var_os("KNARR_REFERENCE").map(PathBuf::from);
-    let root =
-        root.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference"));
-    Some(root.join("wire")).filter(|p| p.is_dir())
+    let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|dir| dir.join("shared/reference"));
+    root.into_iter().chain(above).map(|root| root.join("wire")).find(|p| p.is_dir())
 }
 
 #[test]

@@ -787,32 +787,23 @@ fn aggregated_version(accept: &str) -> Option<&'static str> {
     })
 }
 
-/// An error about the kind, naming it as the request did.
+/// An error about the resource, naming it as the request did. Errors about the object's content name the
+/// kind of the stored version, as upstream's do.
 fn in_words_of(status: &mut Status, kind: &Kind, served: &Kind) {
-    // Upstream's strategies know one group for all versions and name that one; its decoder names no group.
-    if kind.group == served.group || matches!(status.reason, "Invalid" | "BadRequest") {
+    let (ours, theirs) = (kind.resource(), served.resource());
+    if ours == theirs {
         return;
     }
-    let qualified = |kind: &Kind| match kind.group.as_str() {
-        "" => kind.kind.clone(),
-        group => format!("{}.{group}", kind.kind),
-    };
-    for (ours, theirs) in [(kind.resource(), served.resource()), (qualified(kind), qualified(served))] {
-        if let Some(rest) = status.message.strip_prefix(&format!("{ours} ")) {
-            status.message = format!("{theirs} {rest}");
+    for start in ["", "Operation cannot be fulfilled on "] {
+        let Some(rest) = status.message.strip_prefix(&format!("{start}{ours} ")) else { continue };
+        status.message = format!("{start}{theirs} {rest}");
+        if let Some(details) = &mut status.details {
+            match served.group.as_str() {
+                "" => drop(details.remove_at("group")),
+                group => details["group"] = json!(group),
+            }
         }
-        let named = format!("Operation cannot be fulfilled on {ours} ");
-        if let Some(rest) = status.message.strip_prefix(&named) {
-            status.message = format!("Operation cannot be fulfilled on {theirs} {rest}");
-        }
-    }
-    if let Some(details) = &mut status.details
-        && details.str_at("group") == kind.group
-    {
-        match served.group.as_str() {
-            "" => drop(details.remove_at("group")),
-            group => details["group"] = json!(group),
-        }
+        return;
     }
 }
 

@@ -69,6 +69,12 @@ impl Context {
         self.served.filter(|served| served.plural == kind.plural).unwrap_or(kind)
     }
 
+    /// The rules for metadata: events of the two groups are one object, but one group is more lenient.
+    fn metadata_rules(&self, kind: &Kind) -> &'static Rules {
+        let served = self.version_of(kind);
+        Rules::of(if served.is_old() { kind } else { served })
+    }
+
     pub fn warn(&self, text: impl Into<String>) {
         let (text, mut warnings) = (text.into(), self.warnings.lock());
         if !warnings.contains(&text) {
@@ -122,6 +128,23 @@ pub enum Edit<'a> {
     StrategicPatch(&'a [u8]),
     Apply { config: Value, force: bool },
     With(&'a (dyn Fn(&Value) -> Result<Value> + Send + Sync)),
+}
+
+impl Edit<'_> {
+    /// Whether the writer says which version is to be changed. A patch that does not is made again when somebody
+    /// else was quicker; all others carry the version they were made from, or none.
+    fn names_revision(&self) -> bool {
+        const PATH: &str = "/metadata/resourceVersion";
+        let tree = |body: &[u8]| serde_json::from_slice::<Value>(body).unwrap_or_default();
+        match self {
+            Edit::Replace(_) | Edit::With(_) => true,
+            Edit::Apply { config, .. } => config.at("metadata.resourceVersion").is_some(),
+            Edit::MergePatch(body) | Edit::StrategicPatch(body) => tree(body).pointer(PATH).is_some(),
+            Edit::JsonPatch(body) => {
+                tree(body).as_array().into_iter().flatten().any(|step| step["path"] == PATH)
+            }
+        }
+    }
 }
 
 /// What a write left behind.
@@ -289,7 +312,7 @@ impl Registry {
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
         let mut errors = Vec::new();
-        rules::validate_metadata(kind, rules, &object, &mut errors);
+        rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
@@ -484,7 +507,8 @@ impl Registry {
             Edit::With(make) => make(&old)?,
         };
         let replaced = matches!(edit, Edit::Replace(_));
-        let unconditional = self.check_identity(place, &new, &old, rules, replaced)?;
+        let unconditional =
+            self.check_identity(place, &new, &old, rules, replaced)? || !edit.names_revision();
         carry_system_metadata(&mut new, &old);
         match endpoint {
             Endpoint::Main => {
@@ -507,7 +531,7 @@ impl Registry {
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
         let mut errors = Vec::new();
-        rules::validate_metadata(kind, rules, &new, &mut errors);
+        rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
         if endpoint == Endpoint::Main {
             (rules.validate)(&new, &mut errors);

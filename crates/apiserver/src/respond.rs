@@ -325,7 +325,9 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
             chunks.push(Bytes::from_static(b"]}\n"));
             answer(200, form.content_type(), pieces(chunks))
         }
-        Shape::Whole if form.encoding == Encoding::Protobuf && form.version.is_none() => {
+        Shape::Whole
+            if form.encoding == Encoding::Protobuf && form.version.is_none() && wire::is_known(kind) =>
+        {
             answer(200, form.content_type(), pieces(wire::list(kind, &metadata, items)))
         }
         shape => {

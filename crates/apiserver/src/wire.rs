@@ -36,10 +36,9 @@ pub fn body(value: &Value) -> Option<Vec<u8>> {
     Some(protobuf::wrap(api_version, kind, &writer.list(metadata, items)))
 }
 
-/// The body of one stored object.
-pub fn object(kind: &Kind, bytes: &[u8]) -> Vec<u8> {
-    let value: Value = serde_json::from_slice(bytes).expect("stored bytes are json");
-    protobuf::encode(Schema::builtin(), kind.type_id, &value)
+/// Has the kind a protobuf form? Custom resources have none.
+pub fn is_known(kind: &Kind) -> bool {
+    type_of(&kind.api_version(), &kind.kind) == Some(kind.type_id)
 }
 
 /// The body of a list, in pieces: one object is decoded at a time.

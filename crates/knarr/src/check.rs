@@ -94,14 +94,12 @@ fn kernel() -> Vec<Finding> {
 const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
 
 fn control_groups(mount: &Path) -> Finding {
-    let unified = std::fs::read_to_string(mount.join("cgroup.controllers"));
-    let (what, has): (_, Box<dyn Fn(&str) -> bool>) = match unified {
-        Ok(text) => (
-            "kernel: control groups v2",
-            Box::new(move |name| text.split_whitespace().any(|have| have == name)),
-        ),
-        Err(_) => ("kernel: control groups v1", Box::new(|name| v1_has(mount, name))),
+    let unified = std::fs::read_to_string(mount.join("cgroup.controllers")).ok();
+    let has = |name: &str| match &unified {
+        Some(text) => text.split_whitespace().any(|have| have == name),
+        None => v1_has(mount, name),
     };
+    let what = format!("kernel: control groups {}", if unified.is_some() { "v2" } else { "v1" });
     let missing: Vec<&str> = CONTROLLERS.into_iter().filter(|name| !has(name)).collect();
     let what = format!("{what} with {}", CONTROLLERS.join(", "));
     let way_out = match missing.len() == CONTROLLERS.len() {

@@ -201,10 +201,12 @@ pub fn supervise(data_dir: &Path) -> Result<()> {
 fn watch_child(child: Pid, signals: &SigSet) -> Result<bool> {
     loop {
         match signals.wait().context("wait for signals")? {
-            Signal::SIGCHLD => match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => return Ok(true),
-                _ => {}
-            },
+            Signal::SIGCHLD => {
+                let ended = waitpid(child, Some(WaitPidFlag::WNOHANG));
+                if matches!(ended, Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))) {
+                    return Ok(true);
+                }
+            }
             _ => {
                 kill(child, Signal::SIGTERM).context("end knarr")?;
                 waitpid(child, None).context("wait for knarr")?;

@@ -171,11 +171,17 @@ async fn serve(settings: &Settings) -> Result<()> {
     });
     let server = server::Server::start(settings, &tasks, &shutdown).await?;
     tracing::info!(port = settings.port, "the API server answers");
-    if let Some(host) = host {
-        let host = host.await.context("start the node")?.context("start the node")?;
-        node::start(settings, &server, host, &tasks, &shutdown).await.context("start the node")?;
-    }
+    let names = match host {
+        Some(host) => {
+            let host = host.await.context("start the node")?.context("start the node")?;
+            Some(node::start(settings, &server, host, &tasks, &shutdown).context("start the node")?)
+        }
+        None => None,
+    };
     server.start_loops(&tasks, &shutdown);
+    if let Some(names) = names {
+        node::start_dns(settings, &server, names, &tasks, &shutdown).await.context("start the node")?;
+    }
     tokio::select! {
         _ = terminate.recv() => {}
         result = tokio::signal::ctrl_c() => result?,

@@ -108,14 +108,14 @@ impl Host {
     }
 }
 
-/// Starts everything else a node is made of.
-pub async fn start(
+/// Starts everything else a node is made of, except for its DNS.
+pub fn start(
     settings: &Settings,
     server: &Server,
     host: Host,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
-) -> Result<()> {
+) -> Result<Names> {
     let client = server.client(&format!("system:node:{}", settings.node_name), &["system:nodes"]);
     let informers = Informers::new(client.clone());
     let Host { runtime, network } = host;
@@ -136,8 +136,13 @@ pub async fn start(
         }
     });
     start_proxy(settings, &informers, tasks, shutdown)?;
-    let cluster = server.client("system:apiserver", &["system:masters"]);
-    start_dns(settings, &cluster, &informers, &gateways, tasks, shutdown).await
+    Ok(Names { informers, gateways })
+}
+
+/// What the cluster DNS of a node is made of; see [`start_dns`].
+pub struct Names {
+    informers: Informers,
+    gateways: Vec<IpAddr>,
 }
 
 async fn start_builtin(settings: &Settings) -> Result<Containers> {
@@ -232,14 +237,15 @@ fn start_proxy(
 }
 
 /// DNS listens on the pods' gateways; the `kube-dns` service leads there.
-async fn start_dns(
+pub async fn start_dns(
     settings: &Settings,
-    client: &Client,
-    informers: &Informers,
-    gateways: &[IpAddr],
+    server: &Server,
+    names: Names,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> Result<()> {
+    let Names { informers, gateways } = names;
+    let client = server.client("system:apiserver", &["system:masters"]);
     let service = IpAddr::V4(settings.service_address(10)?);
     let mut own = gateways.to_vec();
     own.push(service);
@@ -248,8 +254,8 @@ async fn start_dns(
         listen: gateways.iter().map(|ip| SocketAddr::new(*ip, DNS_PORT)).collect(),
         upstreams: Upstreams::from_file("/etc/resolv.conf", own),
     };
-    let server = DnsServer::bind(config).await.context("cluster DNS")?;
-    server.follow(informers);
+    let dns = DnsServer::bind(config).await.context("cluster DNS")?;
+    dns.follow(&informers);
     let servers: Vec<knarr_dns::wiring::Server> = gateways
         .iter()
         .map(|ip| knarr_dns::wiring::Server {
@@ -259,9 +265,8 @@ async fn start_dns(
         })
         .collect();
     let (service, slice) = knarr_dns::wiring::objects(service, &servers);
-    publish(client, service).await?;
-    publish(client, slice).await?;
-    tasks.spawn(server.run(shutdown.clone()));
+    tokio::try_join!(publish(&client, service), publish(&client, slice))?;
+    tasks.spawn(dns.run(shutdown.clone()));
     Ok(())
 }
 

@@ -77,6 +77,11 @@ const FEATURES: &[Feature] = &[
         &["1234\n2345\n2345 3456 4567", "1234     3456"],
     ),
     feature(
+        "image-volume",
+        "{volumes: [{name: v, image: {reference: toolbox, pullPolicy: IfNotPresent}}], containers: [{name: c, BUSYBOX, command: [sh, -c, '/v/toolbox exit 0 && echo runs; touch /v/x || echo refused'], volumeMounts: [{name: v, mountPath: /v}]}]}",
+        &["runs", "refused"],
+    ),
+    feature(
         "read-only",
         "{containers: [{name: c, BUSYBOX, securityContext: {readOnlyRootFilesystem: true}, command: [sh, -c, 'touch /x || echo refused']}]}",
         &["refused"],
@@ -124,7 +129,7 @@ const FEATURES: &[Feature] = &[
     },
     Feature {
         name: "hooks",
-        spec: "{terminationGracePeriodSeconds: 20, volumes: [{name: v, hostPath: {path: PLACE/hooks, type: DirectoryOrCreate}}], containers: [{name: c, BUSYBOX, command: [sleep, '9999'], lifecycle: {postStart: {exec: {command: [sh, -c, 'echo began > /v/began']}}, preStop: {exec: {command: [sh, -c, 'echo ended > /v/ended; kill -9 1']}}}, volumeMounts: [{name: v, mountPath: /v}]}]}",
+        spec: "{terminationGracePeriodSeconds: 3, volumes: [{name: v, hostPath: {path: PLACE/hooks, type: DirectoryOrCreate}}], containers: [{name: c, BUSYBOX, command: [sleep, '9999'], lifecycle: {postStart: {exec: {command: [sh, -c, 'echo began > /v/began']}}, preStop: {exec: {command: [sh, -c, 'echo ended > /v/ended; kill -9 1']}}}, volumeMounts: [{name: v, mountPath: /v}]}]}",
         log: &[],
         status: &[r#""ready":true"#],
     },

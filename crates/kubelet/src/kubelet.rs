@@ -255,10 +255,11 @@ fn remove_stray_dirs(context: &NodeContext, live: &BTreeSet<String>) {
     let Ok(entries) = std::fs::read_dir(context.config.pods_dir()) else { return };
     let known: BTreeSet<String> = context.pods.list().iter().map(|pod| names::uid(pod).to_owned()).collect();
     for uid in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-        if !live.contains(&uid) && !known.contains(&uid) {
-            if let Err(error) = crate::volumes::tear_down(&context.config, &uid) {
-                tracing::warn!(pod = uid, error, "directory of a pod that is gone stays");
-            }
+        if !live.contains(&uid)
+            && !known.contains(&uid)
+            && let Err(error) = crate::volumes::tear_down(&context.config, &uid)
+        {
+            tracing::warn!(pod = uid, error, "directory of a pod that is gone stays");
         }
     }
 }

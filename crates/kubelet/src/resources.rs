@@ -74,7 +74,7 @@ pub fn amount(list: Option<&List>, resource: &str) -> Option<i64> {
     Some(if resource == "cpu" { quantity.millis() } else { quantity.units() })
 }
 
-fn of<'a>(resources: Option<&'a ResourceRequirements>, limits: bool) -> Option<&'a List> {
+fn of(resources: Option<&ResourceRequirements>, limits: bool) -> Option<&List> {
     let resources = resources?;
     if limits { resources.limits.as_ref() } else { resources.requests.as_ref() }
 }

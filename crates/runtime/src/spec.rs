@@ -438,9 +438,6 @@ fn bind(mount: &v1::Mount, security: &v1::LinuxContainerSecurityContext) -> Resu
     if !mount.container_path.starts_with('/') || mount.container_path.split('/').any(|part| part == "..") {
         return Err(Error::invalid(format!("mount path {:?} must be absolute", mount.container_path)));
     }
-    if mount.image.is_some() {
-        return Err(Error::unsupported("image volumes are not supported by the built-in runtime"));
-    }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(Error::unsupported("id-mapped mounts are not supported by the built-in runtime"));
     }

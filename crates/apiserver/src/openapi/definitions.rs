@@ -43,6 +43,24 @@ const UNIONS: &[Union] = &[
     ),
 ];
 
+/// Fields that only removed versions have, so that nobody else describes them.
+const OLD_FIELDS: &[(&str, &str)] = &[
+    ("backend", "Where requests go that no rule matches."),
+    ("currentAverageUtilization", "The average over all pods, in percent of what they request."),
+    ("currentAverageValue", "The average over all pods."),
+    ("currentValue", "The metric's present value."),
+    ("metricName", "The metric's name."),
+    ("metricSelector", "Which series of the metric count."),
+    ("rollbackTo", "The revision to go back to. Kept as an annotation; no controller follows it."),
+    ("servicePort", "The service's port, by number or name."),
+    ("serviceName", "The service's name."),
+    ("targetAverageUtilization", "The average to hold over all pods, in percent of what they request."),
+    ("targetAverageValue", "The average to hold over all pods."),
+    ("targetValue", "The value to hold."),
+    ("templateGeneration", "Counts changes of the template. Kept as an annotation."),
+    ("topology", "Where the endpoint is: zone, node."),
+];
+
 /// Extensions that only say what holds anyway: type, field, extension, value.
 const ODDITIES: &[(&str, &str, &str, &str)] = &[
     ("core.v1.PersistentVolumeClaimStatus", "allocatedResourceStatuses", "x-kubernetes-map-type", "granular"),
@@ -134,6 +152,10 @@ impl Definitions<'_> {
         for field in &structure.fields {
             let mut value = self.field(structure, field);
             let mut text = self.texts.of_field(&name, &field.name);
+            if text.is_empty() {
+                let known = OLD_FIELDS.iter().find(|(field_name, _)| *field_name == field.name);
+                text = known.map_or("", |(_, text)| text);
+            }
             if text.is_empty() && matches!(field.name.as_str(), "apiVersion" | "kind") {
                 text = self.texts.of_field("io.k8s.api.core.v1.Pod", &field.name);
             }

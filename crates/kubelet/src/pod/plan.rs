@@ -295,18 +295,18 @@ fn unhealthy(input: &Input<'_>, container: &Container, seen: &Seen) -> Option<Ki
 /// Starts a container, unless it crashed and has to wait.
 fn start(input: &Input<'_>, plan: &mut Plan, name: &str, ended: Option<&Seen>) {
     let failed_at = ended.map(|seen| input.instant(seen.status.finished_at));
-    if let (Some(failed_at), Some(backoff)) = (failed_at, input.state.restarts.get(name)) {
-        if let Some(remaining) = backoff.remaining(failed_at, input.now) {
-            let message = format!(
-                "back-off {} restarting failed container={name} pod={}",
-                go_duration(backoff.delay()),
-                names::display(input.pod)
-            );
-            plan.waiting.insert(name.to_owned(), Waiting { reason: "CrashLoopBackOff".to_owned(), message });
-            let at = input.now + remaining;
-            plan.look_again = Some(plan.look_again.map_or(at, |earlier| earlier.min(at)));
-            return;
-        }
+    if let (Some(failed_at), Some(backoff)) = (failed_at, input.state.restarts.get(name))
+        && let Some(remaining) = backoff.remaining(failed_at, input.now)
+    {
+        let message = format!(
+            "back-off {} restarting failed container={name} pod={}",
+            go_duration(backoff.delay()),
+            names::display(input.pod)
+        );
+        plan.waiting.insert(name.to_owned(), Waiting { reason: "CrashLoopBackOff".to_owned(), message });
+        let at = input.now + remaining;
+        plan.look_again = Some(plan.look_again.map_or(at, |earlier| earlier.min(at)));
+        return;
     }
     if let Some(at) = input.state.not_before.get(name).copied().filter(|at| *at > input.now) {
         plan.look_again = Some(plan.look_again.map_or(at, |earlier| earlier.min(at)));

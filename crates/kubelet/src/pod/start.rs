@@ -11,7 +11,7 @@ use crate::references::PodReferences;
 use crate::resources::{self, Qos};
 use crate::volumes::{self, Ready};
 use crate::{dns, env};
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod};
 use knarr_client::EventType;
 use knarr_network::pod::PodRef;
 use knarr_runtime::cri::{netns_path, v1};
@@ -259,7 +259,15 @@ async fn start(
     if let Some(failed_at) = item.failed_at {
         context.state.lock().restarts.entry(name.clone()).or_default().next(failed_at, Instant::now());
     }
-    let image = match context.node.images.ensure(pod, container, &about, &*ready.references).await {
+    let images = async {
+        let images = &context.node.images;
+        // Volumes first: the container's image is the one to go on with.
+        for volume in image_volumes(container, ready) {
+            images.ensure(pod, &volume, &about, &*ready.references).await?;
+        }
+        images.ensure(pod, container, &about, &*ready.references).await
+    };
+    let image = match images.await {
         Ok(image) => image,
         Err(failure) => {
             let message = format!("Error: {}", failure.reason);
@@ -327,6 +335,18 @@ async fn start(
     wait(context, name, "PostStartHookError", &message);
     // It counts as a crash; the back-off of those does the waiting.
     Ok(())
+}
+
+/// The images a container mounts, each as a container of it would be pulled.
+fn image_volumes(container: &Container, ready: &ReadyPod) -> Vec<Container> {
+    let mounted = container.volume_mounts.iter().flatten().filter_map(|mount| ready.volumes.get(&mount.name));
+    let source = mounted.filter_map(|volume| volume.image.clone());
+    let as_container = |source: ImageVolumeSource| Container {
+        image: source.reference,
+        image_pull_policy: source.pull_policy,
+        ..Container::default()
+    };
+    source.map(as_container).collect()
 }
 
 fn wait(context: &PodContext, name: &str, reason: &str, message: &str) {

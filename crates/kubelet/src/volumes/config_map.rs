@@ -27,7 +27,7 @@ impl Kind for ConfigMaps {
         let files = collect(context, &source.name, source.items.as_deref(), mode, source.optional)?;
         let path = context.dir(self.name(), volume);
         atomic::write(&path, &files, context.fs_group())?;
-        Ok(Ready { path, read_only: true, refresh: None })
+        Ok(Ready { path, read_only: true, ..Ready::default() })
     }
 }
 

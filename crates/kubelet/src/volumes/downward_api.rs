@@ -25,7 +25,7 @@ impl Kind for DownwardApi {
         let files = collect(context, source.items.as_deref().unwrap_or_default(), mode)?;
         let path = context.dir(self.name(), volume);
         atomic::write(&path, &files, context.fs_group())?;
-        Ok(Ready { path, read_only: true, refresh: None })
+        Ok(Ready { path, read_only: true, ..Ready::default() })
     }
 }
 

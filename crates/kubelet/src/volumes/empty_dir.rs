@@ -38,7 +38,7 @@ impl Kind for EmptyDir {
         if fresh {
             own(&path, context.fs_group()).map_err(|error| format!("prepare {}: {error}", path.display()))?;
         }
-        Ok(Ready { path, read_only: false, refresh: None })
+        Ok(Ready { path, read_only: false, ..Ready::default() })
     }
 }
 

@@ -23,7 +23,7 @@ impl Kind for HostPath {
         let source = volume.host_path.clone().unwrap_or_default();
         let path = PathBuf::from(&source.path);
         check(&path, source.type_.as_deref().unwrap_or_default())?;
-        Ok(Ready { path, read_only: false, refresh: None })
+        Ok(Ready { path, read_only: false, ..Ready::default() })
     }
 }
 

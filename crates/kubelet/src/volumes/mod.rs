@@ -9,6 +9,7 @@ mod config_map;
 mod downward_api;
 mod empty_dir;
 mod host_path;
+mod image;
 mod projected;
 mod secret;
 pub mod subpath;
@@ -19,7 +20,7 @@ use crate::env::Lookup;
 use crate::fields::Host;
 use crate::names;
 use async_trait::async_trait;
-use k8s_openapi::api::core::v1::{Pod, Volume};
+use k8s_openapi::api::core::v1::{ImageVolumeSource, Pod, Volume};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -45,10 +46,12 @@ impl Context<'_> {
 }
 
 /// A volume ready for use.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Ready {
     /// What is mounted into containers.
     pub path: PathBuf,
+    /// An image to be mounted instead, which the runtime does; it is pulled when a container is started.
+    pub image: Option<ImageVolumeSource>,
     /// Containers only ever read it, whatever their mounts say.
     pub read_only: bool,
     /// When it has to be set up again, without any object having changed (a token runs out).
@@ -69,13 +72,14 @@ trait Kind: Sync {
     async fn set_up(&self, volume: &Volume, context: &Context<'_>) -> Result<Ready, String>;
 }
 
-const KINDS: [&dyn Kind; 6] = [
+const KINDS: [&dyn Kind; 7] = [
     &empty_dir::EmptyDir,
     &host_path::HostPath,
     &config_map::ConfigMaps,
     &secret::Secrets,
     &projected::Projected,
     &downward_api::DownwardApi,
+    &image::Images,
 ];
 
 /// Makes every volume of the pod, or brings it up to date.

@@ -38,7 +38,7 @@ impl Kind for Projected {
         let path = context.dir(self.name(), volume);
         super::in_memory(&path)?;
         atomic::write(&path, &files, context.fs_group())?;
-        Ok(Ready { path, read_only: true, refresh })
+        Ok(Ready { path, read_only: true, refresh, ..Ready::default() })
     }
 }
 

@@ -26,7 +26,7 @@ impl Kind for Secrets {
         let path = context.dir(self.name(), volume);
         super::in_memory(&path)?;
         atomic::write(&path, &files, context.fs_group())?;
-        Ok(Ready { path, read_only: true, refresh: None })
+        Ok(Ready { path, read_only: true, ..Ready::default() })
     }
 }
 

@@ -27,15 +27,31 @@ pub fn mounts(
             (_, Some(expression)) if !expression.is_empty() => expand(expression, env)?,
             _ => String::new(),
         };
+        let mut path = mount.mount_path.clone();
+        if !path.starts_with('/') {
+            path.insert(0, '/');
+        }
+        if let Some(image) = &volume.image {
+            if !part.is_empty() {
+                return Err(format!(
+                    "subPath {part:?} of the image volume {:?} is not supported",
+                    mount.name
+                ));
+            }
+            let image = image.reference.clone().unwrap_or_default();
+            out.push(v1::Mount {
+                container_path: path,
+                image: Some(v1::ImageSpec { image: crate::images::with_tag(&image)?, ..Default::default() }),
+                readonly: true,
+                ..Default::default()
+            });
+            continue;
+        }
         let host_path = if part.is_empty() {
             volume.path.clone()
         } else {
             bind_part(&volume.path, &part, volume.read_only, &links.join(index.to_string()))?
         };
-        let mut path = mount.mount_path.clone();
-        if !path.starts_with('/') {
-            path.insert(0, '/');
-        }
         out.push(v1::Mount {
             container_path: path,
             host_path: host_path.display().to_string(),

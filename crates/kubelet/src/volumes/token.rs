@@ -38,7 +38,7 @@ pub struct ApiTokens {
     client: Client,
     clock: Clock,
     /// By pod uid, then audience and lifetime.
-    known: Mutex<BTreeMap<String, BTreeMap<(String, i64), Known>>>,
+    known: Mutex<BTreeMap<String, OfPod>>,
 }
 
 #[derive(Clone)]
@@ -46,6 +46,9 @@ struct Known {
     value: String,
     refresh_at: jiff::Timestamp,
 }
+
+/// The tokens of one pod, by audience and lifetime in seconds.
+type OfPod = BTreeMap<(String, i64), Known>;
 
 impl ApiTokens {
     pub fn new(client: Client, clock: Clock) -> Self {

@@ -14,13 +14,15 @@ use super::{ContainerEntry, Inner, blocking, new_id, now, sandbox, snapshot};
 use crate::cgroup::{DeviceRule, DeviceRules};
 use crate::cri::{ContainerExit, Event};
 use crate::error::{Context, Error, Kind, Result};
-use crate::image::store::Image;
+use crate::image::store::{Image, Lease};
 use crate::keeper::protocol::{Answer, Op, StagedMount};
 use crate::keeper::{staged_path, view_path};
 use crate::rootdir::RootDir;
 use crate::spec::{self, HostDevice, Input, Namespaces, PidNamespace};
 use crate::user;
 
+/// Where a container's image volumes are mounted, in its directory.
+const IMAGES: &str = "images";
 /// How long a killed container may take to be gone; longer means the kernel holds it (a dead NFS server).
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the processes a container left behind may take to be gone after SIGKILL.
@@ -47,7 +49,7 @@ impl Inner {
             let made = inner.make(&made_id, &sandbox, config);
             if made.is_err() {
                 let bundle = inner.bundle(&made_id);
-                let _ = snapshot::unmount(&bundle.join("rootfs"));
+                let _ = unmount(&bundle);
                 let _ = fs::remove_dir_all(&bundle);
             }
             made
@@ -64,7 +66,7 @@ impl Inner {
         Ok(id)
     }
 
-    fn make(&self, id: &str, sandbox: &Sandbox, config: v1::ContainerConfig) -> Result<Container> {
+    fn make(&self, id: &str, sandbox: &Sandbox, mut config: v1::ContainerConfig) -> Result<Container> {
         let asked = config.image.as_ref().map(|image| image.image.clone()).unwrap_or_default();
         let image = self
             .images
@@ -74,6 +76,7 @@ impl Inner {
         let _lease = self.images.lease(&image.layers);
         let bundle = self.bundle(id);
         let rootfs = self.mount_rootfs(&bundle, &image)?;
+        let volumes = self.mount_images(&bundle, &mut config.mounts)?;
         let linux = config.linux.clone().unwrap_or_default();
         let security = linux.security_context.clone().unwrap_or_default();
         check_security(&security)?;
@@ -113,7 +116,7 @@ impl Inner {
             sandbox_id: sandbox.id.clone(),
             image_ref: image.digests.iter().next().cloned().unwrap_or_else(|| image.id.clone()),
             image_id: image.id,
-            layers: image.layers,
+            layers: image.layers.into_iter().chain(volumes.iter().flat_map(Lease::layers).cloned()).collect(),
             created_at: now(),
             started_at: 0,
             phase: Phase::Created,
@@ -149,6 +152,29 @@ impl Inner {
         copy_directory_facts(layers.last().expect("one was just added if there was none"), &upper)?;
         snapshot::mount(&layers, &upper, &work, &rootfs)?;
         Ok(rootfs)
+    }
+
+    /// Mounts the images among the mounts, to be read only, and puts their paths in. What is returned keeps their
+    /// layers.
+    fn mount_images(&self, bundle: &Path, mounts: &mut [v1::Mount]) -> Result<Vec<Lease>> {
+        let mut leases = Vec::new();
+        for (index, mount) in mounts.iter_mut().enumerate() {
+            let Some(asked) = mount.image.take() else { continue };
+            let image = self.images.find(&asked.image).ok_or_else(|| {
+                Error::not_found(format!("image {:?} is not on this node; pull it first", asked.image))
+            })?;
+            leases.push(self.images.lease(&image.layers));
+            let (target, empty) = (bundle.join(IMAGES).join(index.to_string()), bundle.join("empty"));
+            for dir in [&target, &empty] {
+                fs::create_dir_all(dir).step(|| format!("make {}", dir.display()))?;
+            }
+            let layers: Vec<PathBuf> =
+                image.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
+            snapshot::mount_read_only(&layers, &empty, &target)?;
+            mount.host_path = target.display().to_string();
+            mount.readonly = true;
+        }
+        Ok(leases)
     }
 
     fn namespaces(
@@ -336,7 +362,7 @@ impl Inner {
             inner.cgroups.remove(&cgroup)?;
             let _ = fs::remove_dir_all(inner.config.oci_root().join(&removed_id));
             let bundle = inner.bundle(&removed_id);
-            snapshot::unmount(&bundle.join("rootfs"))?;
+            unmount(&bundle)?;
             // Without its record it is not found again after a crash in the middle; `load` then finishes.
             let _ = fs::remove_file(bundle.join("state.json"));
             sandbox::remove_dir(&bundle)
@@ -410,6 +436,14 @@ impl Inner {
         }
         self.change_container(id, |container| merge(&mut container.resources, &resources)).map(drop)
     }
+}
+
+/// Takes the mounts of a container off.
+pub(super) fn unmount(bundle: &Path) -> Result<()> {
+    for entry in fs::read_dir(bundle.join(IMAGES)).into_iter().flatten().flatten() {
+        snapshot::unmount(&entry.path())?;
+    }
+    snapshot::unmount(&bundle.join("rootfs"))
 }
 
 /// Zero and empty mean "as before".

@@ -485,7 +485,7 @@ fn load(config: &Config) -> Result<State> {
     for path in files_in(&config.containers())? {
         let Some(mut record) = record::load::<Container>(&path.join("state.json")) else {
             // Died while it was made.
-            let _ = snapshot::unmount(&path.join("rootfs"));
+            let _ = container::unmount(&path);
             let _ = fs::remove_dir_all(&path);
             continue;
         };

@@ -26,6 +26,13 @@ pub fn mount(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> Re
     }
 }
 
+/// Mounts `layers` (lowest first) at `target`, to be read only. `empty` is an empty directory: overlayfs wants two.
+pub fn mount_read_only(layers: &[PathBuf], empty: &Path, target: &Path) -> Result<()> {
+    let step = || format!("mount overlay on {}", target.display());
+    let lower: Vec<PathBuf> = std::iter::once(empty.to_owned()).chain(layers.iter().cloned()).collect();
+    mount_parts(&lower, None).and_then(|mount| attach(&mount, target)).step(step)
+}
+
 /// Unmounts what is at `target`, if anything.
 pub fn unmount(target: &Path) -> Result<()> {
     let path = c_path(target).step(|| format!("unmount {}", target.display()))?;
@@ -39,18 +46,27 @@ pub fn unmount(target: &Path) -> Result<()> {
     }
 }
 
-/// The new mount calls: each layer is an argument of its own, so their number is not bounded by a page.
 fn mount_by_parts(layers: &[PathBuf], upper: &Path, work: &Path, target: &Path) -> io::Result<()> {
+    attach(&mount_parts(layers, Some((upper, work)))?, target)
+}
+
+/// The new mount calls: each layer is an argument of its own, so their number is not bounded by a page.
+fn mount_parts(layers: &[PathBuf], writable: Option<(&Path, &Path)>) -> io::Result<OwnedFd> {
     let fs = fd_of(call(libc::SYS_fsopen, [c"overlay".as_ptr() as usize, 1, 0, 0, 0])?);
     set(&fs, c"source", c"overlay")?;
     // `lowerdir+` adds below what was added before.
     for layer in layers.iter().rev() {
         set(&fs, c"lowerdir+", &c_path(layer)?)?;
     }
-    set(&fs, c"upperdir", &c_path(upper)?)?;
-    set(&fs, c"workdir", &c_path(work)?)?;
+    if let Some((upper, work)) = writable {
+        set(&fs, c"upperdir", &c_path(upper)?)?;
+        set(&fs, c"workdir", &c_path(work)?)?;
+    }
     call(libc::SYS_fsconfig, [fs.as_raw_fd() as usize, FSCONFIG_CMD_CREATE as usize, 0, 0, 0])?;
-    let mount = fd_of(call(libc::SYS_fsmount, [fs.as_raw_fd() as usize, 1, 0, 0, 0])?);
+    Ok(fd_of(call(libc::SYS_fsmount, [fs.as_raw_fd() as usize, 1, 0, 0, 0])?))
+}
+
+fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
     let target = c_path(target)?;
     let arguments = [
         mount.as_raw_fd() as usize,

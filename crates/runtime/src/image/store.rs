@@ -92,6 +92,13 @@ pub struct Lease {
     layers: Vec<String>,
 }
 
+impl Lease {
+    /// Their diff ids.
+    pub fn layers(&self) -> &[String] {
+        &self.layers
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut leases = self.shared.leases.lock();
