@@ -65,6 +65,7 @@ fn server() -> Arc<Server> {
         tokens: Arc::new(tokens),
         dialer: Dialer::new(Arc::new(tls)),
         address: "127.0.0.1:6443".to_owned(),
+        old_versions: true,
     })
 }
 
