@@ -396,6 +396,7 @@ impl Api {
             }
             ("create", "token") => {
                 let request = self.tree(&call.headers, &body)?;
+                crate::node::restrict_token(&self.registry, call.place(), &request, &call.context.user)?;
                 let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
                 self.show(call, 201, &value)
             }

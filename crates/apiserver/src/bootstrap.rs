@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use futures::future::{try_join_all, try_join4};
 use knarr_api::object::Object;
 use knarr_api::status::Result;
 use serde_json::{Value, json};
@@ -12,55 +13,63 @@ use serde_json::{Value, json};
 use crate::identity::{MASTERS, User};
 use crate::registry::{Context, Edit, Endpoint, Place, Registry};
 
-/// Creates what is missing.
+const RBAC: &str = "rbac.authorization.k8s.io";
+
+/// Creates what is missing. Objects of one step are written together: each durable commit waits for the disk.
 pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
     let context = Context::new(User::new("system:apiserver", &[MASTERS]), "knarr");
-    for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
-        ensure(registry, "", "namespaces", "", json!({ "metadata": { "name": name } }), &context).await?;
-    }
-    for (name, value, description) in [
-        (
-            "system-node-critical",
-            2_000_001_000,
-            "Used for system critical pods that must not be moved from their current node.",
-        ),
-        (
-            "system-cluster-critical",
-            2_000_000_000,
-            "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
-        ),
-    ] {
+    let context = &context;
+    let named = |name: &str| json!({ "metadata": { "name": name } });
+    let namespaces = ["default", "kube-system", "kube-public", "kube-node-lease"];
+    try_join_all(namespaces.map(|name| ensure(registry, "", "namespaces", "", named(name), context))).await?;
+    let classes = PRIORITY_CLASSES.iter().map(|(name, value, description)| {
         let class = json!({ "metadata": { "name": name }, "value": value, "description": description });
-        ensure(registry, "scheduling.k8s.io", "priorityclasses", "", class, &context).await?;
-    }
-    for (name, rules) in cluster_roles() {
+        ensure(registry, "scheduling.k8s.io", "priorityclasses", "", class, context)
+    });
+    let roles = cluster_roles().into_iter().map(|(name, rules)| {
         let mut labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
         if let Some(to) = name.strip_prefix("system:aggregate-to-") {
             labels[format!("{AGGREGATE}{to}")] = json!("true");
         }
         let role = json!({ "metadata": { "name": name, "labels": labels }, "rules": rules });
-        ensure_rules(registry, role, &context).await?;
-    }
-    ensure_aggregates(registry, &context).await?;
-    for (name, role, kind, subjects) in BINDINGS {
+        ensure_rules(registry, role, context)
+    });
+    let aggregates =
+        aggregates().into_iter().map(|role| ensure(registry, RBAC, "clusterroles", "", role, context));
+    let bindings = BINDINGS.iter().map(|(name, role, kind, subjects)| {
         let subjects: Vec<Value> = subjects.iter().map(|s| subject(kind, s)).collect();
         let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
         let binding = json!({ "metadata": { "name": name, "labels": labels }, "subjects": subjects,
-            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role } });
-        ensure(registry, "rbac.authorization.k8s.io", "clusterrolebindings", "", binding, &context).await?;
-    }
-    unbind_nodes(registry, &context).await?;
-    publish_self(registry, advertised, &context).await
+            "roleRef": { "apiGroup": RBAC, "kind": "ClusterRole", "name": role } });
+        ensure(registry, RBAC, "clusterrolebindings", "", binding, context)
+    });
+    try_join4(try_join_all(classes), try_join_all(roles), try_join_all(aggregates), try_join_all(bindings))
+        .await?;
+    unbind_nodes(registry, context).await?;
+    publish_self(registry, advertised, context).await
 }
+
+/// Name, value, description.
+const PRIORITY_CLASSES: &[(&str, i64, &str)] = &[
+    (
+        "system-node-critical",
+        2_000_001_000,
+        "Used for system critical pods that must not be moved from their current node.",
+    ),
+    (
+        "system-cluster-critical",
+        2_000_000_000,
+        "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+    ),
+];
 
 /// Clusters from before the Node authorizer bound all nodes to a role that reads every secret.
 async fn unbind_nodes(registry: &Registry, context: &Context) -> Result<()> {
-    const GROUP: &str = "rbac.authorization.k8s.io";
-    let found = registry.lookup(GROUP, "clusterrolebindings", "", "system:node");
+    let found = registry.lookup(RBAC, "clusterrolebindings", "", "system:node");
     if found.is_none_or(|binding| binding.list_at("subjects").is_empty()) {
         return Ok(());
     }
-    let kind = registry.schema.resource(GROUP, "v1", "clusterrolebindings").expect("bindings are built in");
+    let kind = registry.schema.resource(RBAC, "v1", "clusterrolebindings").expect("bindings are built in");
     let place = Place { kind, namespace: "", name: "system:node" };
     let empty = |old: &Value| {
         let mut new = old.clone();
@@ -95,9 +104,9 @@ const AGGREGATE: &str = "rbac.authorization.k8s.io/aggregate-to-";
 
 /// `admin`, `edit` and `view`. Their rules are kept by the aggregation controller; the first ones are written
 /// here, so that they hold before it runs.
-async fn ensure_aggregates(registry: &Registry, context: &Context) -> Result<()> {
+fn aggregates() -> Vec<Value> {
     let roles = cluster_roles();
-    let mut below: Vec<Value> = Vec::new();
+    let (mut below, mut aggregates) = (Vec::<Value>::new(), Vec::new());
     for (name, next) in [("view", "edit"), ("edit", "admin"), ("admin", "")] {
         let own = roles.iter().find(|(n, _)| n.strip_prefix("system:aggregate-to-") == Some(name));
         for rule in own.map(|(_, rules)| rules.clone()).unwrap_or_default() {
@@ -110,11 +119,10 @@ async fn ensure_aggregates(registry: &Registry, context: &Context) -> Result<()>
             labels[format!("{AGGREGATE}{next}")] = json!("true");
         }
         let selector = json!({ "matchLabels": { format!("{AGGREGATE}{name}"): "true" } });
-        let role = json!({ "metadata": { "name": name, "labels": labels }, "rules": below,
-            "aggregationRule": { "clusterRoleSelectors": [selector] } });
-        ensure(registry, "rbac.authorization.k8s.io", "clusterroles", "", role, context).await?;
+        aggregates.push(json!({ "metadata": { "name": name, "labels": labels }, "rules": below,
+            "aggregationRule": { "clusterRoleSelectors": [selector] } }));
     }
-    Ok(())
+    aggregates
 }
 
 async fn ensure_rules(registry: &Registry, role: Value, context: &Context) -> Result<()> {

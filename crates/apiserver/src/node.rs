@@ -19,7 +19,7 @@ use crate::admission::{Attributes, Operation};
 use crate::encode::{self, View};
 use crate::identity::User;
 use crate::rbac::{Action, PolicyRule};
-use crate::registry::Endpoint;
+use crate::registry::{Endpoint, Place, Registry};
 
 const GROUP: &str = "system:nodes";
 const PREFIX: &str = "system:node:";
@@ -245,6 +245,33 @@ pub fn restrict_eviction(user: &User, kind: &knarr_api::schema::Kind, pod: &Valu
         }
         _ => Ok(()),
     }
+}
+
+/// A node asks for tokens of pods that are bound to it, and of nobody else.
+pub fn restrict_token(registry: &Registry, place: Place, request: &Value, user: &User) -> Result<()> {
+    let Some(node) = node_of(user) else { return Ok(()) };
+    let refuse = |why: String| Err(Status::forbidden(place.kind, place.name, why));
+    let bound = request.at("spec.boundObjectRef").unwrap_or(&Value::Null);
+    let (name, uid) = (bound.str_at("name"), bound.str_at("uid"));
+    if bound.str_at("kind") != "Pod" || bound.str_at("apiVersion") != "v1" || name.is_empty() {
+        return refuse("node requested token not bound to a pod".into());
+    }
+    if uid.is_empty() {
+        return refuse("node requested token with a pod binding without a uid".into());
+    }
+    let Some(pod) = registry.lookup("", "pods", place.namespace, name) else {
+        let pods = registry.schema.resource("", "v1", "pods").expect("pods are built in");
+        return Err(Status::not_found(pods, name));
+    };
+    if pod.uid() != uid {
+        return refuse(format!(
+            "the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated"
+        ));
+    }
+    if pod.str_at("spec.nodeName") != node {
+        return refuse("node requested token bound to a pod scheduled on a different node".into());
+    }
+    Ok(())
 }
 
 fn restrict_node(a: &Attributes, node: &str, object: &Value) -> Result<()> {

@@ -130,6 +130,23 @@ pub enum Edit<'a> {
     With(&'a (dyn Fn(&Value) -> Result<Value> + Send + Sync)),
 }
 
+impl Edit<'_> {
+    /// Whether the writer says which version is to be changed. A patch that does not is made again when somebody
+    /// else was quicker; all others carry the version they were made from, or none.
+    fn names_revision(&self) -> bool {
+        const PATH: &str = "/metadata/resourceVersion";
+        let tree = |body: &[u8]| serde_json::from_slice::<Value>(body).unwrap_or_default();
+        match self {
+            Edit::Replace(_) | Edit::With(_) => true,
+            Edit::Apply { config, .. } => config.at("metadata.resourceVersion").is_some(),
+            Edit::MergePatch(body) | Edit::StrategicPatch(body) => tree(body).pointer(PATH).is_some(),
+            Edit::JsonPatch(body) => {
+                tree(body).as_array().into_iter().flatten().any(|step| step["path"] == PATH)
+            }
+        }
+    }
+}
+
 /// What a write left behind.
 #[derive(Debug, Clone)]
 pub enum Outcome {
@@ -490,7 +507,8 @@ impl Registry {
             Edit::With(make) => make(&old)?,
         };
         let replaced = matches!(edit, Edit::Replace(_));
-        let unconditional = self.check_identity(place, &new, &old, rules, replaced)?;
+        let unconditional =
+            self.check_identity(place, &new, &old, rules, replaced)? || !edit.names_revision();
         carry_system_metadata(&mut new, &old);
         match endpoint {
             Endpoint::Main => {

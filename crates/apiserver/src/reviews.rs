@@ -31,6 +31,9 @@ pub fn answer(
             }
             access(rbac, &review, &named_user(&review))
         }
+        "SelfSubjectRulesReview" if review.str_at("spec.namespace").is_empty() => {
+            return Err(Status::bad_request("no namespace on request"));
+        }
         "SelfSubjectRulesReview" => rules(rbac, review.str_at("spec.namespace"), user),
         other => return Err(Status::internal(format!("{other} is no review"))),
     };
@@ -102,10 +105,16 @@ fn rules(rbac: &Rbac, namespace: &str, user: &User) -> Value {
         }
         rule
     };
-    json!({
+    let mut status = json!({
         "resourceRules": all.iter().filter(|r| r.urls.is_empty()).map(resource).collect::<Vec<_>>(),
         "nonResourceRules": all.iter().filter(|r| !r.urls.is_empty())
             .map(|r| json!({ "verbs": r.verbs, "nonResourceURLs": r.urls })).collect::<Vec<_>>(),
         "incomplete": false,
-    })
+    });
+    if crate::node::node_of(user).is_some() {
+        // What a node may do depends on its pods, which no rule says.
+        status["incomplete"] = json!(true);
+        status["evaluationError"] = json!("node authorizer does not support user rule resolution");
+    }
+    status
 }

@@ -50,6 +50,22 @@ async fn a_node_reads_and_writes_only_what_is_its_own() {
         refused["message"],
         r#"pods "b" is forbidden: node "system:node:one" can only update pod status for pods with spec.nodeName set to itself"#.replace("system:node:", "")
     );
+    let tokens = "/api/v1/namespaces/default/serviceaccounts/default/token";
+    let bound = |pod: &serde_json::Value| {
+        json!({ "spec": { "boundObjectRef": { "apiVersion": "v1", "kind": "Pod",
+            "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"] } } })
+    };
+    let (_, own) = admin.get(&format!("{pods}/a")).await;
+    let (_, foreign) = admin.get(&format!("{pods}/b")).await;
+    assert_eq!(node.post(tokens, &bound(&own)).await.0, 201);
+    for (request, why) in [
+        (bound(&foreign), "node requested token bound to a pod scheduled on a different node"),
+        (json!({ "spec": {} }), "node requested token not bound to a pod"),
+    ] {
+        let (status, refused) = node.post(tokens, &request).await;
+        let message = format!(r#"serviceaccounts "default" is forbidden: {why}"#);
+        assert_eq!((status, &refused["message"]), (403, &json!(message)));
+    }
     let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
     assert_eq!(node.post(leases, &json!({ "metadata": { "name": "one" } })).await.0, 201);
     assert_eq!(node.post(leases, &json!({ "metadata": { "name": "two" } })).await.0, 403);

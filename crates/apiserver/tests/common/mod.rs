@@ -41,9 +41,18 @@ impl Reply {
     }
 }
 
+/// Commits at once, in the caller's thread: nothing races.
 pub async fn server() -> Api {
-    let store: Arc<dyn Store> =
-        Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
+    let store = Embedded::open_inline(Memory::default(), Options::default()).expect("opens");
+    server_on(Arc::new(store)).await
+}
+
+/// Commits in groups, in a thread of its own, as on a disk.
+pub async fn racing_server() -> Api {
+    server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens"))).await
+}
+
+async fn server_on(store: Arc<dyn Store>) -> Api {
     let registry = Arc::new(Registry {
         store: store.clone(),
         schema: Schema::builtin(),
