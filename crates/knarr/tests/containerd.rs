@@ -148,7 +148,8 @@ fn a_cluster_runs_its_pods_in_containerd() {
     assert!(c.kubectl(&["exec", "web", "-c", "side", "--", "cat", "/etc/hostname"]).contains("web"));
     let inside = ["exec", "web", "-c", "side", "--", "wget", "-qO-", "http://web.default/"];
     c.wait_for("a pod reaches the service by name", &inside, |o| o.contains("nginx"));
-    forwards_a_port(&c);
+    let page = c.forwarded("pod/web");
+    assert!(page.contains("nginx"), "{page}");
     survives_a_kill(&c, &address);
 
     c.kubectl(&["delete", "service", "web"]);
@@ -167,20 +168,6 @@ fn a_cluster_runs_its_pods_in_containerd() {
     }
 }
 
-fn forwards_a_port(c: &Cluster) {
-    let mut child = c
-        .kubectl_command(&["port-forward", "pod/web", "18080:80"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("starts");
-    let page = c.wait("the forwarded port answers", || c.get("http://127.0.0.1:18080/"));
-    child.kill().expect("ends");
-    child.wait().expect("ends");
-    assert!(page.contains("nginx"), "{page}");
-}
-
 /// `kill -9` of knarr: containers keep serving, and the next process takes them over with no restart.
 fn survives_a_kill(c: &Cluster, address: &str) {
     let ids = [
@@ -191,14 +178,7 @@ fn survives_a_kill(c: &Cluster, address: &str) {
         "jsonpath={range .status.containerStatuses[*]}{.containerID} {.restartCount}{\"\\n\"}{end}",
     ];
     let before = c.kubectl(&ids);
-    let old = c.pid().expect("knarr runs");
-    frame::must(Command::new("kill").args(["-9", &old]));
-    assert!(
-        c.get(&format!("http://{address}/")).is_some_and(|page| page.contains("nginx")),
-        "containers serve on without knarr"
-    );
-    c.wait("knarr runs again", || c.pid().filter(|pid| *pid != old));
-    c.wait_for("the node is Ready again", &["get", "nodes"], |o| o.contains(" Ready"));
+    c.kill(address);
     c.wait_for("the pod is ready again", &["get", "pod", "web"], |o| o.contains("2/2"));
     assert_eq!(before, c.kubectl(&ids), "no container was replaced or restarted");
 }
