@@ -15,7 +15,7 @@ IMAGES := target/images
 .PHONY: up down test check lint images packages test-packages release bench
 
 up: packages release images ## Start the cluster and the sample app
-	$(KNARR) up --images $(CURDIR)/$(IMAGES)
+	@$(KNARR) up --images $(CURDIR)/$(IMAGES)
 	export KUBECONFIG=/var/lib/knarr/admin.kubeconfig
 	$(KNARR) kubectl apply -f samples/hello.yaml
 	$(KNARR) kubectl rollout status deployment/hello
@@ -49,10 +49,10 @@ images: packages ## Build the images of the sample and the tests
 	cargo run --quiet -p xtask -- images --out $(IMAGES)
 
 packages:
-	./scripts/packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
+	@./scripts/packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
 
 test-packages:
-	./scripts/packages $(TEST_PACKAGES)
+	@./scripts/packages $(TEST_PACKAGES)
 
 bench: release ## Measure the running cluster
 	$(KNARR) bench
