@@ -49,7 +49,7 @@ fn start_kind<K: Replicated>(
     Box::pin(controller.run(this, shutdown))
 }
 
-/// What the two kinds call by different names.
+/// What the loop asks of both kinds.
 trait Replicated: PodOwner + DeserializeOwned {
     fn replicas(&self) -> Option<i32>;
     fn min_ready_seconds(&self) -> i32;
@@ -57,6 +57,23 @@ trait Replicated: PodOwner + DeserializeOwned {
     fn status(&self) -> Option<ReplicaSetStatus>;
     /// Whether its status counts terminating pods.
     const COUNTS_TERMINATING: bool;
+}
+
+/// Where the two kinds differ in type only.
+macro_rules! same_fields {
+    () => {
+        fn replicas(&self) -> Option<i32> {
+            self.spec.as_ref()?.replicas
+        }
+
+        fn min_ready_seconds(&self) -> i32 {
+            self.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0)
+        }
+
+        fn template(&self) -> Option<&PodTemplateSpec> {
+            self.spec.as_ref()?.template.as_ref()
+        }
+    };
 }
 
 impl PodOwner for ReplicaSet {
@@ -75,17 +92,7 @@ impl PodOwner for ReplicaSet {
 impl Replicated for ReplicaSet {
     const COUNTS_TERMINATING: bool = true;
 
-    fn replicas(&self) -> Option<i32> {
-        self.spec.as_ref()?.replicas
-    }
-
-    fn min_ready_seconds(&self) -> i32 {
-        self.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0)
-    }
-
-    fn template(&self) -> Option<&PodTemplateSpec> {
-        self.spec.as_ref()?.template.as_ref()
-    }
+    same_fields!();
 
     fn status(&self) -> Option<ReplicaSetStatus> {
         self.status.clone()
@@ -108,17 +115,7 @@ impl PodOwner for ReplicationController {
 impl Replicated for ReplicationController {
     const COUNTS_TERMINATING: bool = false;
 
-    fn replicas(&self) -> Option<i32> {
-        self.spec.as_ref()?.replicas
-    }
-
-    fn min_ready_seconds(&self) -> i32 {
-        self.spec.as_ref().and_then(|spec| spec.min_ready_seconds).unwrap_or(0)
-    }
-
-    fn template(&self) -> Option<&PodTemplateSpec> {
-        self.spec.as_ref()?.template.as_ref()
-    }
+    same_fields!();
 
     fn status(&self) -> Option<ReplicaSetStatus> {
         let status = self.status.clone()?;
