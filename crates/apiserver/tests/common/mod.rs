@@ -52,7 +52,7 @@ pub async fn racing_server() -> Api {
     server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens"))).await
 }
 
-async fn server_on(store: Arc<dyn Store>) -> Api {
+pub async fn server_on(store: Arc<dyn Store>) -> Api {
     let registry = Arc::new(Registry {
         store: store.clone(),
         schema: Schema::builtin(),
