@@ -44,7 +44,9 @@ impl<K: PodOwner> Family<K> {
     pub fn new(context: Context, owners: Informer<K>, control: PodControl) -> Self {
         let pods = context.informers.get::<Pod>();
         pods::index_by_controller(&pods);
-        Family { control, owners, pods, expectations: Expectations::new(), context }
+        let expectations =
+            if context.config.planted_forgetfulness { Expectations::forgetful() } else { Expectations::new() };
+        Family { control, owners, pods, expectations, context }
     }
 
     /// Which owners a pod's change concerns; on the way, fulfils expectations.
