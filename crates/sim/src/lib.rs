@@ -38,7 +38,7 @@ use world::{Canary, Component, Rates, World};
 /// How long things go wrong, in virtual time.
 const STORM: std::ops::Range<u64> = 60..360;
 /// How long the cluster may take to converge: longer than the longest back-off and the tolerance of dead nodes.
-const CONVERGENCE_MAX: Duration = Duration::from_secs(3600);
+const CONVERGENCE_MAX: Duration = Duration::from_secs(2400);
 /// How long it must then stay quiet.
 const QUIET: Duration = Duration::from_secs(120);
 
@@ -163,7 +163,7 @@ async fn make_trouble(world: Arc<World>, components: Vec<Arc<Component>>) {
 /// Waits until nothing is missing, and then that nobody writes without a reason.
 async fn converge(world: &Arc<World>) {
     let deadline = tokio::time::Instant::now() + CONVERGENCE_MAX;
-    loop {
+    for second in 0u32.. {
         let missing = convergence::missing(&world.history.lock());
         if missing.is_empty() {
             world.trace.line("simulation", "converged");
@@ -177,6 +177,10 @@ async fn converge(world: &Arc<World>) {
             return world
                 .trace
                 .violation(format!("not converged after {} s: {missing}", CONVERGENCE_MAX.as_secs()));
+        }
+        if second.is_multiple_of(60) {
+            let some = missing.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
+            world.trace.line("simulation", &format!("{} things are missing, such as: {some}", missing.len()));
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }

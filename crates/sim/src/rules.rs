@@ -32,6 +32,8 @@ pub struct Memory {
     wishes: BTreeMap<String, Vec<(Duration, Wish)>>,
     /// Uid of a workload → when its pods were last disturbed by somebody else.
     disturbed: BTreeMap<String, Duration>,
+    /// Partition and key → how often it was written in the present minute.
+    writes: BTreeMap<(String, String), (u64, u32)>,
     /// Uid of a job → its pods that succeeded, and the indexes of those.
     succeeded: BTreeMap<String, (BTreeSet<String>, BTreeSet<i64>)>,
 }
@@ -61,6 +63,7 @@ struct Wish {
 type Rule = fn(&History, &mut Memory, &Change) -> Option<String>;
 
 const RULES: &[(&str, Rule)] = &[
+    ("livelock", livelock),
     ("identity", identity),
     ("bound once", bound_once),
     ("phases end", phases_end),
@@ -251,6 +254,16 @@ fn is_node_lost(history: &History, pod: &Value) -> bool {
 }
 
 // ---- the rules ----
+
+/// Nobody does the same thing again and again.
+fn livelock(_: &History, memory: &mut Memory, change: &Change) -> Option<String> {
+    const WRITES_MAX: u32 = 200;
+    let minute = rim::elapsed().as_secs() / 60;
+    let place = (change.partition.to_owned(), change.key.to_owned());
+    let entry = memory.writes.entry(place).or_default();
+    *entry = if entry.0 == minute { (minute, entry.1 + 1) } else { (minute, 1) };
+    (entry.1 == WRITES_MAX).then(|| format!("written {WRITES_MAX} times within a minute"))
+}
 
 /// What never changes about an object, and what only grows.
 fn identity(_: &History, _: &mut Memory, change: &Change) -> Option<String> {

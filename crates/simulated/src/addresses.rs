@@ -76,7 +76,7 @@ pub struct NodeRanges {
 struct Taken {
     by_node: HashMap<String, u32>,
     numbers: BTreeSet<u32>,
-    /// Below this all are taken.
+    /// Where to look first: ranges of nodes that are gone come last, as their pods may outlive them.
     next: u32,
 }
 
@@ -98,7 +98,6 @@ impl NodeRanges {
         let mut taken = self.state.lock();
         if let Some(number) = taken.by_node.remove(node) {
             taken.numbers.remove(&number);
-            taken.next = taken.next.min(number);
         }
     }
 
@@ -108,7 +107,8 @@ impl NodeRanges {
         if let Some(number) = taken.by_node.get(node) {
             return Some(self.range.node(*number));
         }
-        let number = (taken.next..self.range.nodes_max()).find(|number| !taken.numbers.contains(number))?;
+        let all = (taken.next..self.range.nodes_max()).chain(0..taken.next);
+        let number = all.into_iter().find(|number| !taken.numbers.contains(number))?;
         taken.next = number + 1;
         taken.numbers.insert(number);
         taken.by_node.insert(node.to_owned(), number);
@@ -116,10 +116,11 @@ impl NodeRanges {
     }
 }
 
-/// Addresses of pods: who has which.
+/// Addresses of pods: who has which. Kept by range, not by node: a pod may outlive its node, whose range may go to
+/// another.
 #[derive(Default)]
 pub struct PodAddresses {
-    by_node: Mutex<HashMap<String, NodeAddresses>>,
+    by_range: Mutex<HashMap<u32, NodeAddresses>>,
 }
 
 #[derive(Default)]
@@ -131,42 +132,43 @@ struct NodeAddresses {
 
 impl PodAddresses {
     /// A pod has this address.
-    pub fn hold(&self, node: &str, address: &str, uid: &str) {
-        let Some(last) = last_part(address) else { return };
-        let mut nodes = self.by_node.lock();
-        nodes.entry(node.to_owned()).or_default().held.insert(last, uid.to_owned());
+    pub fn hold(&self, address: &str, uid: &str) {
+        let Some((range, last)) = parts(address) else { return };
+        self.by_range.lock().entry(range).or_default().held.insert(last, uid.to_owned());
     }
 
     /// A pod is over.
-    pub fn release(&self, node: &str, address: &str, uid: &str) {
-        let Some(last) = last_part(address) else { return };
-        let mut nodes = self.by_node.lock();
-        if let Some(node) = nodes.get_mut(node)
-            && node.held.get(&last).is_some_and(|holder| holder == uid)
+    pub fn release(&self, address: &str, uid: &str) {
+        let Some((range, last)) = parts(address) else { return };
+        let mut ranges = self.by_range.lock();
+        if let Some(range) = ranges.get_mut(&range)
+            && range.held.get(&last).is_some_and(|holder| holder == uid)
         {
-            node.held.remove(&last);
+            range.held.remove(&last);
         }
     }
 
-    /// An address of the node's range for a pod; the one it was given before if there is one. Just released addresses
+    /// An address of a node's range for a pod; the one it was given before if there is one. Just released addresses
     /// come last. `None` when all are taken.
-    pub fn take(&self, node: &str, cidr: &str, uid: &str) -> Option<Ipv4Addr> {
+    pub fn take(&self, cidr: &str, uid: &str) -> Option<Ipv4Addr> {
         let base = u32::from(base_of(cidr)?);
-        let mut nodes = self.by_node.lock();
-        let node = nodes.entry(node.to_owned()).or_default();
-        if let Some((last, _)) = node.held.iter().find(|(_, holder)| *holder == uid) {
+        let mut ranges = self.by_range.lock();
+        let range = ranges.entry(base >> (32 - NODE_PREFIX)).or_default();
+        if let Some((last, _)) = range.held.iter().find(|(_, holder)| *holder == uid) {
             return Some(Ipv4Addr::from(base + last));
         }
-        let start = node.next.clamp(FIRST_POD, LAST_POD);
-        let last = (start..=LAST_POD).chain(FIRST_POD..start).find(|last| !node.held.contains_key(last))?;
-        node.next = if last == LAST_POD { FIRST_POD } else { last + 1 };
-        node.held.insert(last, uid.to_owned());
+        let start = range.next.clamp(FIRST_POD, LAST_POD);
+        let last = (start..=LAST_POD).chain(FIRST_POD..start).find(|last| !range.held.contains_key(last))?;
+        range.next = if last == LAST_POD { FIRST_POD } else { last + 1 };
+        range.held.insert(last, uid.to_owned());
         Some(Ipv4Addr::from(base + last))
     }
 }
 
-fn last_part(address: &str) -> Option<u32> {
-    address.parse::<Ipv4Addr>().ok().map(|address| u32::from(address) & 0xff)
+/// The range of an address, and its place there.
+fn parts(address: &str) -> Option<(u32, u32)> {
+    let address = u32::from(address.parse::<Ipv4Addr>().ok()?);
+    Some((address >> (32 - NODE_PREFIX), address & 0xff))
 }
 
 #[cfg(test)]
@@ -189,14 +191,14 @@ mod tests {
     #[test]
     fn pods_get_addresses_of_their_own_and_keep_them_when_asked_again() {
         let pods = PodAddresses::default();
-        pods.hold("n", "10.0.0.2", "old");
-        let first = pods.take("n", "10.0.0.0/24", "a");
+        pods.hold("10.0.0.2", "old");
+        let first = pods.take("10.0.0.0/24", "a");
         assert_eq!(first, Some(Ipv4Addr::new(10, 0, 0, 3)));
-        assert_eq!(pods.take("n", "10.0.0.0/24", "a"), first);
-        pods.release("n", "10.0.0.2", "somebody else");
-        pods.release("n", "10.0.0.2", "old");
-        let rest = (0..300).filter_map(|n| pods.take("n", "10.0.0.0/24", &n.to_string())).count();
+        assert_eq!(pods.take("10.0.0.0/24", "a"), first);
+        pods.release("10.0.0.2", "somebody else");
+        pods.release("10.0.0.2", "old");
+        let rest = (0..300).filter_map(|n| pods.take("10.0.0.0/24", &n.to_string())).count();
         assert_eq!(rest, 252, "all but the one that is held");
-        assert_eq!(pods.take("n", "10.0.0.0/24", "late"), None);
+        assert_eq!(pods.take("10.0.0.0/24", "late"), None);
     }
 }

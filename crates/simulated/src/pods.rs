@@ -116,10 +116,9 @@ impl Pods {
         let always = !matches!(pod.spec.restart_policy.as_str(), "Never" | "OnFailure");
         let annotations = (pod.metadata.annotations.as_ref(), node.metadata.annotations.as_ref());
         let (profile, wrong) = Profile::of(annotations.0, annotations.1, always);
-        let name = pod.spec.node_name.as_str();
         let node_address = self.machines.address(node)?;
         let pod_address = match life::wants_address(pod) {
-            true => self.machines.pods.take(name, range_of(node)?, pod.uid()),
+            true => self.machines.pods.take(range_of(node)?, pod.uid()),
             false => None,
         };
         let mut all = self.known.lock();
@@ -183,11 +182,11 @@ impl Reconcile for Pods {
 /// Holds and releases addresses, and forgets what is gone.
 fn keep_books(machines: &Machines, known: &Mutex<HashMap<ObjectKey, Known>>, change: &Change<SeenPod>) {
     let pod = change.object();
-    let (node, address) = (pod.spec.node_name.as_str(), pod.status.pod_ip.as_str());
+    let address = pod.status.pod_ip.as_str();
     if change.is_deleted() || pod.is_finished() {
-        machines.pods.release(node, address, pod.uid());
+        machines.pods.release(address, pod.uid());
     } else if !address.is_empty() && !pod.spec.host_network {
-        machines.pods.hold(node, address, pod.uid());
+        machines.pods.hold(address, pod.uid());
     }
     if change.is_deleted() {
         let key = ObjectKey::of(&**pod);
