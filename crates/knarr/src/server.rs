@@ -14,7 +14,7 @@ use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
 use knarr_apiserver::services::Allocator;
 use knarr_apiserver::{bootstrap, server};
-use knarr_client::Client;
+use knarr_client::{Client, Clock};
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options};
 use tokio::net::TcpListener;
@@ -87,7 +87,7 @@ impl Server {
         knarr_client::connect::in_process(InProcess::new(self.api.clone(), User::new(name, groups)))
     }
 
-    /// Starts the control loops and the scheduler.
+    /// Starts the control loops, the scheduler, and whoever plays the simulated nodes, if there are any.
     pub fn start_loops(&self, tasks: &TaskTracker, shutdown: &CancellationToken) {
         let config = knarr_controllers::Config {
             root_ca: self.authority.certificate().to_owned(),
@@ -97,6 +97,9 @@ impl Server {
         tasks.spawn(knarr_controllers::ControllerManager::run(client, config, shutdown.clone()));
         let client = self.client("system:kube-scheduler", &[]);
         tasks.spawn(knarr_scheduler::Scheduler::run_default(client, shutdown.clone()));
+        let client = self.client("system:simulated-nodes", &["system:masters"]);
+        let config = knarr_simulated::Config::default();
+        tasks.spawn(knarr_simulated::run(client, Clock::System, config, shutdown.clone()));
     }
 }
 
