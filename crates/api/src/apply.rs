@@ -31,9 +31,17 @@ pub struct Manager {
 #[derive(Clone, Copy)]
 pub struct Write<'a> {
     pub manager: &'a Manager,
-    /// Fields this endpoint never owns: `status` on the main resource, and so on.
-    pub reset: &'a [&'a str],
+    pub reach: Reach<'a>,
     pub now: &'a str,
+}
+
+/// What can be owned through the endpoint that is written to, as dotted paths.
+#[derive(Debug, Clone, Copy)]
+pub enum Reach<'a> {
+    /// All but these: `status` on the main resource, and so on.
+    AllBut(&'a [&'a str]),
+    /// These alone; `*` stands for any item of a list or map.
+    Only(&'a [&'a str]),
 }
 
 /// The owners of an object's fields: `metadata.managedFields` in memory.
@@ -143,7 +151,7 @@ impl Managers {
 
 /// Records a create, update or classic patch: the changed fields become the manager's.
 pub fn record_update(schema: &Schema, type_id: TypeId, live: Option<&Value>, new: &mut Value, write: Write) {
-    let Write { manager, reset, now } = write;
+    let Write { manager, reach, now } = write;
     let mut managers = match live {
         // A client may clear the record by sending one empty entry; otherwise it is the server's.
         Some(live) if !is_cleared(new) => Managers::read(live),
@@ -158,7 +166,7 @@ pub fn record_update(schema: &Schema, type_id: TypeId, live: Option<&Value>, new
             &zero
         }
     };
-    let changes = walker.compare_objects(type_id, before, new, reset);
+    let changes = walker.compare_objects(type_id, before, new, reach);
     let mut touched = changes.added.clone();
     touched.union(&changes.modified);
     release_from_others(&mut managers, manager, &touched, &changes.removed);
@@ -198,11 +206,11 @@ pub fn merge(
     write: Write,
     force: bool,
 ) -> Result<Applied> {
-    let Write { manager, reset, .. } = write;
+    let Write { manager, reach, .. } = write;
     let walker = Walker { schema };
     let mut managers = Managers::read(live);
     let mut set = walker.field_set(type_id, config);
-    strip(&mut set, reset);
+    strip(&mut set, reach);
     let last = managers.entries.get(manager).map(|o| o.set.clone()).unwrap_or_default();
     let mut merged = walker.merge(&Shape::Object(type_id), None, live, config);
     if !last.is_empty() {
@@ -210,7 +218,7 @@ pub fn merge(
         kept.union(&set);
         walker.remove_lost(type_id, &mut merged, &last, &kept);
     }
-    let changes = walker.compare_objects(type_id, live, &merged, reset);
+    let changes = walker.compare_objects(type_id, live, &merged, reach);
     let mut touched = changes.added.clone();
     touched.union(&changes.modified);
     let conflicts: Vec<(Manager, FieldSet)> = managers
@@ -248,9 +256,9 @@ pub fn record_apply(
     object: &mut Value,
     write: Write,
 ) {
-    let Write { manager, reset, now } = write;
+    let Write { manager, reach, now } = write;
     let mut managers = applied.managers;
-    let changes = Walker { schema }.compare_objects(type_id, live, object, reset);
+    let changes = Walker { schema }.compare_objects(type_id, live, object, reach);
     for (other, owned) in &mut managers.entries {
         if other != manager {
             owned.set.subtract(&changes.removed);
@@ -317,14 +325,22 @@ pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<Str
     errors
 }
 
-fn strip(set: &mut FieldSet, reset: &[&str]) {
+fn strip(set: &mut FieldSet, reach: Reach) {
     for path in STRIPPED {
         let steps: Vec<Step> = path.iter().map(|s| Step::Field((*s).to_owned())).collect();
         set.remove_tree(&steps);
     }
-    for top in reset {
-        let steps: Vec<Step> = top.split('.').map(|s| Step::Field(s.to_owned())).collect();
-        set.remove_tree(&steps);
+    match reach {
+        Reach::AllBut(paths) => {
+            for path in paths {
+                let steps: Vec<Step> = path.split('.').map(|s| Step::Field(s.to_owned())).collect();
+                set.remove_tree(&steps);
+            }
+        }
+        Reach::Only(paths) => {
+            let patterns: Vec<Vec<&str>> = paths.iter().map(|path| path.split('.').collect()).collect();
+            set.retain_matching(&patterns);
+        }
     }
 }
 
@@ -460,11 +476,11 @@ impl Walker<'_> {
 
     // ---- what changed between two objects ----
 
-    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reset: &[&str]) -> Changes {
+    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reach: Reach) -> Changes {
         let mut changes = Changes::default();
         self.compare(&Shape::Object(type_id), None, Some(before), Some(after), &mut Vec::new(), &mut changes);
         for set in [&mut changes.added, &mut changes.modified, &mut changes.removed] {
-            strip(set, reset);
+            strip(set, reach);
         }
         changes
     }
@@ -711,7 +727,7 @@ mod tests {
     fn apply(live: &Value, config: Value, by: &str, force: bool) -> Result<Value> {
         let (schema, id) = config_map();
         let manager = applier(by);
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
         let applied = merge(schema, id, live, &config, write, force)?;
         let mut object = applied.object.clone();
         record_apply(schema, id, live, applied, &mut object, write);
@@ -744,7 +760,7 @@ mod tests {
         let mut new = live.clone();
         new["data"]["a"] = json!("2");
         let updater = Manager { applies: false, ..applier("kubectl-edit") };
-        let write = Write { manager: &updater, reset: &[], now: "2026-01-01T00:00:01Z" };
+        let write = Write { manager: &updater, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:01Z" };
         record_update(schema, id, Some(&live), &mut new, write);
         let owners: Vec<(String, Value)> = new
             .list_at("metadata.managedFields")
@@ -767,7 +783,7 @@ mod tests {
         let mut pod =
             json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
         let manager = Manager { applies: false, ..applier("curl") };
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
         record_update(schema, id, None, &mut pod, write);
         assert_eq!(
             pod["metadata"]["managedFields"][0]["fieldsV1"],

@@ -139,6 +139,21 @@ impl FieldSet {
         set
     }
 
+    /// Keeps only what lies at or below one of the patterns: names of fields, `*` for any step.
+    pub fn retain_matching(&mut self, patterns: &[Vec<&str>]) {
+        self.nodes.retain(|step, node| {
+            let fits = |name: &str| name == "*" || matches!(step, Step::Field(field) if field == name);
+            let below: Vec<Vec<&str>> =
+                patterns.iter().filter(|p| fits(p[0])).map(|p| p[1..].to_vec()).collect();
+            if below.iter().any(Vec::is_empty) {
+                return true;
+            }
+            node.member = false;
+            node.below.retain_matching(&below);
+            !node.below.is_empty()
+        });
+    }
+
     /// Keeps only what lies at or below one of the top-level fields.
     pub fn retain_top(&mut self, keep: impl Fn(&str) -> bool) {
         self.nodes.retain(|step, _| matches!(step, Step::Field(name) if keep(name)));
@@ -229,6 +244,17 @@ mod tests {
         assert_eq!(a.intersection(&b), b);
         a.subtract(&b);
         assert_eq!(a.to_value(), json!({"f:a":{"f:b":{}}}));
+    }
+
+    #[test]
+    fn patterns_keep_what_lies_below_them() {
+        let mut set = FieldSet::from_value(&json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{".":{},"f:image":{},"f:resources":{".":{},"f:limits":{}}},
+            "k:{\"name\":\"b\"}":{".":{},"f:image":{}}}}, "f:status":{}}));
+        set.retain_matching(&[vec!["spec", "containers", "*", "resources"]]);
+        let kept = json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{"f:resources":{".":{},"f:limits":{}}}}}});
+        assert_eq!(set.to_value(), kept);
     }
 
     #[test]

@@ -375,14 +375,6 @@ impl Api {
                 self.show(call, 200, &subresources::scale_of(&crate::encode::decode(&object)))
             }
             ("update" | "patch", "scale") => self.scale(call, &body).await,
-            ("get", "ephemeralcontainers") => self.get(call),
-            ("update" | "patch", "ephemeralcontainers") => {
-                let config = self.edit_of(call, &body)?;
-                let outcome =
-                    subresources::ephemeral_containers(&self.registry, call.place(), &config, &call.context)
-                        .await?;
-                Ok(self.outcome(call, 200, &outcome))
-            }
             ("create", "binding") => {
                 let binding = self.tree(&call.headers, &body)?;
                 let value = subresources::bind(&self.registry, call.place(), &binding, &call.context).await?;
@@ -406,10 +398,15 @@ impl Api {
                     subresources::finalize(&self.registry, call.place(), &object, &call.context).await?;
                 Ok(self.outcome(call, 200, &outcome))
             }
-            ("get", "approval") => self.get(call),
-            ("update", "approval") => self.update(call, Endpoint::Other("approval"), &body).await,
-            ("patch", "approval") => self.patch(call, Endpoint::Other("approval"), &body).await,
-            (_, _) => {
+            (verb, name) => {
+                if let Some(face) = knarr_api::rules::Rules::of(call.kind).face(name) {
+                    match verb {
+                        "get" => return self.get(call),
+                        "update" => return self.update(call, Endpoint::Other(face.name), &body).await,
+                        "patch" => return self.patch(call, Endpoint::Other(face.name), &body).await,
+                        _ => {}
+                    }
+                }
                 let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
                 Err(Status::method_not_allowed(call.kind, verb))
             }

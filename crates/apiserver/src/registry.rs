@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use knarr_api::apply::{self, Manager};
+use knarr_api::apply::{self, Manager, Reach};
 use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
@@ -106,7 +106,7 @@ impl Place<'_> {
 pub enum Endpoint {
     Main,
     Status,
-    /// Any other subresource: its code has already decided what may change.
+    /// Any other subresource: a [`Face`](rules::Face) of the kind, or one whose code has decided what changes.
     Other(&'static str),
 }
 
@@ -286,9 +286,9 @@ impl Registry {
     ) -> Result<Outcome> {
         let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, false);
-        let reset = reset_fields(kind, Endpoint::Main);
+        let reach = reach(kind, Endpoint::Main);
         let mut object = object;
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
         apply::record_update(self.schema, kind.type_id, None, &mut object, write);
         self.commit_new(kind, object, reservation, context).await
     }
@@ -311,6 +311,7 @@ impl Registry {
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
+        (rules.complete)(&mut object);
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
@@ -455,9 +456,9 @@ impl Registry {
         check_name(place, &object)?;
         let (mut object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, true);
-        let reset = reset_fields(kind, Endpoint::Main);
+        let reach = reach(kind, Endpoint::Main);
         let empty = json!({});
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
         let applied = apply::merge(self.schema, kind.type_id, &empty, config, write, true)?;
         apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, write);
         self.commit_new(kind, object, reservation, context).await
@@ -477,7 +478,7 @@ impl Registry {
         let applies = matches!(edit, Edit::Apply { .. });
         let owner = manager(kind, context, endpoint, applies);
         let now = self.now();
-        let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
+        let write = apply::Write { manager: &owner, reach: reach(kind, endpoint), now: &now };
         let mut applied = None;
         let served = context.version_of(kind);
         let mut new = match edit {
@@ -521,11 +522,11 @@ impl Registry {
                 keep_all_but_status(&mut new, &old);
                 (rules.update_status)(&mut new, &old);
             }
-            Endpoint::Other("approval") => {
-                keep_all_but_status(&mut new, &old);
-                knarr_api::kinds::core::keep(&mut new, &old, "status.certificate");
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.update)(&mut new, &old);
+                }
             }
-            Endpoint::Other(_) => {}
         }
         versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
@@ -533,9 +534,17 @@ impl Registry {
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
-        if endpoint == Endpoint::Main {
-            (rules.validate)(&new, &mut errors);
-            (rules.validate_update)(&new, &old, &mut errors);
+        match endpoint {
+            Endpoint::Main => {
+                (rules.validate)(&new, &mut errors);
+                (rules.validate_update)(&new, &old, &mut errors);
+            }
+            Endpoint::Status => (rules.validate_status)(&new, &old, &mut errors),
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.validate)(&new, &old, &mut errors);
+                }
+            }
         }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, place.name, &errors));
@@ -556,7 +565,9 @@ impl Registry {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
         let pass = match endpoint {
-            Endpoint::Main => Some(quota::judge(self, place, &new, Some(&old)).await?),
+            Endpoint::Main | Endpoint::Other("resize") => {
+                Some(quota::judge(self, place, &new, Some(&old)).await?)
+            }
             _ => None,
         };
         if context.dry_run {
@@ -946,12 +957,16 @@ fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) ->
     }
 }
 
-/// Fields an endpoint never owns.
-fn reset_fields(kind: &Kind, endpoint: Endpoint) -> &'static [&'static str] {
+/// The fields that a writer to the endpoint comes to own.
+fn reach(kind: &Kind, endpoint: Endpoint) -> Reach<'static> {
     match endpoint {
-        Endpoint::Main if kind.has_sub("status") => &["status"],
-        Endpoint::Status => &["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"],
-        _ => &[],
+        Endpoint::Main if kind.has_sub("status") => Reach::AllBut(&["status"]),
+        Endpoint::Main => Reach::AllBut(&[]),
+        Endpoint::Status => {
+            Reach::AllBut(&["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"])
+        }
+        Endpoint::Other("scale") => Reach::Only(&["spec.replicas"]),
+        Endpoint::Other(name) => Rules::of(kind).face(name).map_or(Reach::AllBut(&[]), |face| face.reach),
     }
 }
 

@@ -6,12 +6,13 @@ use std::collections::HashSet;
 use base64::Engine;
 use serde_json::{Value, json};
 
+use crate::apply::Reach;
 use crate::field::{self, child, index};
 use crate::kinds::core::keep;
 use crate::kinds::pod::validate_toleration;
 use crate::names;
 use crate::object::Object;
-use crate::rules::{Errors, Rules, immutable, label_selector, labels, named, required};
+use crate::rules::{Errors, Face, Rules, immutable, label_selector, labels, named, required};
 
 pub const WEBHOOKS: Rules = Rules {
     lenient_finalizers: true,
@@ -347,8 +348,25 @@ pub const CERTIFICATE_SIGNING_REQUEST: Rules = Rules {
             errors.push(field::Error::forbidden("status.certificate", "cannot be changed once set"));
         }
     },
+    faces: &[APPROVAL],
     selectable: &["spec.signerName"],
     ..Rules::DEFAULT
+};
+
+/// Conditions alone.
+const APPROVAL: Face = Face {
+    name: "approval",
+    update: |new, old| {
+        let conditions = new.remove_at("status.conditions");
+        keep(new, old, "spec");
+        keep(new, old, "status");
+        match conditions {
+            Some(conditions) => new.set_at("status.conditions", conditions),
+            None => drop(new.remove_at("status.conditions")),
+        }
+    },
+    validate: |_, _, _| {},
+    reach: Reach::AllBut(&["spec", "status.certificate"]),
 };
 
 /// Approved and Denied are written through `approval` alone.

@@ -9,6 +9,7 @@ pub mod networking;
 pub mod pod;
 pub mod policy;
 pub mod rbac;
+pub mod resources;
 pub mod service;
 pub mod storage;
 
