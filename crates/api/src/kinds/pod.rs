@@ -155,6 +155,11 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
         for (i, container) in spec.list_at(list).iter().enumerate() {
             let at = index(&child(path, list), i);
             validate_container(&at, container, init, &volumes, &mut names, errors);
+            let restarts = match (container.str_at("restartPolicy"), spec.str_at("restartPolicy")) {
+                ("", pods) => pods,
+                (own, _) => own,
+            };
+            resources::validate_policies(&child(&at, "resizePolicy"), container, restarts, errors);
         }
     }
     one_of(path, spec, "restartPolicy", &["Always", "OnFailure", "Never"], errors);

@@ -205,6 +205,34 @@ fn requests_within_limits(at: &str, resources: &Value, errors: &mut Errors) {
     }
 }
 
+/// `resizePolicy` of a container that is restarted by `restarts`.
+pub fn validate_policies(at: &str, container: &Value, restarts: &str, errors: &mut Errors) {
+    let policies = container.list_at("resizePolicy");
+    for (i, policy) in policies.iter().enumerate() {
+        let (name, action) = (policy.str_at("resourceName"), policy.str_at("restartPolicy"));
+        if policies[..i].iter().any(|p| p.str_at("resourceName") == name) {
+            errors.push(field::Error::duplicate(index(at, i), name));
+        }
+        match name {
+            "cpu" | "memory" => {}
+            "" => errors.push(field::Error::required(at, "")),
+            other => errors.push(field::Error::not_supported(at, other, &["cpu", "memory"])),
+        }
+        match action {
+            "NotRequired" => {}
+            "RestartContainer" if restarts == "Never" => {
+                let detail = "must be 'NotRequired' when `restartPolicy` is 'Never'";
+                errors.push(field::Error::invalid(at, action, detail));
+            }
+            "RestartContainer" => {}
+            "" => errors.push(field::Error::required(at, "")),
+            other => {
+                errors.push(field::Error::not_supported(at, other, &["NotRequired", "RestartContainer"]));
+            }
+        }
+    }
+}
+
 /// `spec.resources`: what the containers share. It covers what they ask for, and none may use more alone.
 pub fn validate_pod_level(path: &str, spec: &Value, errors: &mut Errors) {
     let Some(resources) = spec.at("resources") else { return };
