@@ -312,6 +312,7 @@ impl Registry {
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
         (rules.complete)(&mut object);
+        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
@@ -320,7 +321,6 @@ impl Registry {
         }
         admission::validate(self, (Operation::Create, Endpoint::Main), place, &object, None, context)?;
         (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
-        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         Ok((object, reservation))
     }
 
@@ -328,7 +328,7 @@ impl Registry {
         &self,
         kind: &Kind,
         object: Value,
-        reservation: Reservation<'_>,
+        mut reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
         let namespace = object.namespace().to_owned();
@@ -344,11 +344,19 @@ impl Registry {
             expect: Expect::Absent,
             change: put(Rules::of(kind), bytes, splice),
         };
-        let committed = self.store.commit(write).await.map_err(|error| match error {
-            WriteError::Exists => Status::already_exists(kind, object.name()),
-            other => write_failed(&other),
-        })?;
-        reservation.keep();
+        reservation.hold(self, &object).await?;
+        let committed = match self.store.commit(write).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                // The object that is in the way may hold the same address.
+                reservation.undo(self, &object).await;
+                return Err(match error {
+                    WriteError::Exists => Status::already_exists(kind, object.name()),
+                    other => write_failed(&other),
+                });
+            }
+        };
+        reservation.keep(self, &object).await;
         quota::settle(self, &namespace, pass).await;
         Ok(Outcome::Stored(committed.entry))
     }
@@ -531,6 +539,10 @@ impl Registry {
         versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
+        let mut reservation = match endpoint {
+            Endpoint::Main => self.services.reserve(self, kind, &mut new, Some(&old))?,
+            _ => self.services.nothing(),
+        };
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
@@ -553,7 +565,6 @@ impl Registry {
         if endpoint == Endpoint::Main {
             (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
         }
-        let reservation = self.services.reserve(self, kind, &mut new, Some(&old))?;
         if rules.generation && changes_beyond_metadata_and_status(&new, &old) {
             new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
         }
@@ -573,6 +584,7 @@ impl Registry {
         if context.dry_run {
             return Ok(Attempt::Done(Outcome::Shown(new)));
         }
+        reservation.hold(self, &new).await?;
         let written = if is_finished(&new) {
             self.remove(kind, entry, &new).await
         } else {
@@ -587,7 +599,7 @@ impl Registry {
         };
         match written {
             Ok(committed) => {
-                reservation.keep();
+                reservation.keep(self, &new).await;
                 match pass {
                     Some(pass) => quota::settle(self, place.namespace, pass).await,
                     // A pod that ends frees what it used.
@@ -598,10 +610,15 @@ impl Registry {
                 }
                 Ok(Attempt::Done(Outcome::Stored(committed.entry)))
             }
-            Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
-            Err(WriteError::Changed(_)) => Err(Status::modified(kind, place.name)),
-            Err(WriteError::NotFound) => Err(place.not_found()),
-            Err(other) => Err(write_failed(&other)),
+            Err(error) => {
+                reservation.undo(self, &new).await;
+                match error {
+                    WriteError::Changed(_) | WriteError::NotFound if unconditional => Ok(Attempt::Raced),
+                    WriteError::Changed(_) => Err(Status::modified(kind, place.name)),
+                    WriteError::NotFound => Err(place.not_found()),
+                    other => Err(write_failed(&other)),
+                }
+            }
         }
     }
 
@@ -806,7 +823,7 @@ impl Registry {
             },
         };
         let committed = self.store.commit(write).await?;
-        self.services.release(kind, last);
+        self.services.release(self, kind, last).await;
         Ok(committed)
     }
 

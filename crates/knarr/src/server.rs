@@ -28,8 +28,6 @@ use crate::settings::Settings;
 /// The name the API server shows to kubelets.
 pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 
-const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
-
 /// A running server; clients of this process call it without sockets.
 pub struct Server {
     api: Arc<Api>,
@@ -53,7 +51,7 @@ impl Server {
         let registry = Arc::new(Registry {
             store: store.clone(),
             schema: Schema::builtin(),
-            services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            services: Allocator::load(store.as_ref(), settings.service_ranges()?, settings.node_ports()?),
             quotas: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
@@ -173,7 +171,7 @@ fn serving_names(settings: &Settings) -> Result<ServingNames> {
     if !names.contains(&settings.node_name) {
         names.push(settings.node_name.clone());
     }
-    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V4(settings.service_address(1)?)];
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), settings.service_address(1)?];
     if !addresses.contains(&settings.node_ip) {
         addresses.push(settings.node_ip);
     }
