@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
+use crate::health::Health;
 use crate::identity::User;
 use crate::quota::{self, Quotas};
 use crate::rbac::Rbac;
@@ -73,6 +74,13 @@ impl Context {
     fn metadata_rules(&self, kind: &Kind) -> &'static Rules {
         let served = self.version_of(kind);
         Rules::of(if served.is_old() { kind } else { served })
+    }
+
+    /// Rules that hold beside the stored version's, for who writes through a version with rules of its own. They see
+    /// the object as it is stored.
+    fn stricter_rules(&self, kind: &Kind) -> Option<&'static Rules> {
+        let served = self.served?;
+        (!served.is_old() && served.group != kind.group).then(|| Rules::of(served))
     }
 
     pub fn warn(&self, text: impl Into<String>) {
@@ -227,6 +235,7 @@ pub struct Registry {
     pub schema: &'static Schema,
     pub services: Allocator,
     pub quotas: Quotas,
+    pub health: Health,
     /// The time of day; a test or the simulation may pass its own.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -316,6 +325,9 @@ impl Registry {
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
+        if let Some(strict) = context.stricter_rules(kind) {
+            (strict.validate)(&object, &mut errors);
+        }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
         }
@@ -352,7 +364,7 @@ impl Registry {
                 reservation.undo(self, &object).await;
                 return Err(match error {
                     WriteError::Exists => Status::already_exists(kind, object.name()),
-                    other => write_failed(&other),
+                    other => self.write_failed(&other),
                 });
             }
         };
@@ -550,6 +562,9 @@ impl Registry {
             Endpoint::Main => {
                 (rules.validate)(&new, &mut errors);
                 (rules.validate_update)(&new, &old, &mut errors);
+                if let Some(strict) = context.stricter_rules(kind) {
+                    (strict.validate_update)(&new, &old, &mut errors);
+                }
             }
             Endpoint::Status => (rules.validate_status)(&new, &old, &mut errors),
             Endpoint::Other(name) => {
@@ -616,7 +631,7 @@ impl Registry {
                     WriteError::Changed(_) | WriteError::NotFound if unconditional => Ok(Attempt::Raced),
                     WriteError::Changed(_) => Err(Status::modified(kind, place.name)),
                     WriteError::NotFound => Err(place.not_found()),
-                    other => Err(write_failed(&other)),
+                    other => Err(self.write_failed(&other)),
                 }
             }
         }
@@ -765,7 +780,7 @@ impl Registry {
                 }
                 Err(WriteError::Changed(_)) => {}
                 Err(WriteError::NotFound) => return Err(place.not_found()),
-                Err(other) => return Err(write_failed(&other)),
+                Err(other) => return Err(self.write_failed(&other)),
             }
         }
         Err(Status::modified(place.kind, place.name))
@@ -825,6 +840,19 @@ impl Registry {
         let committed = self.store.commit(write).await?;
         self.services.release(self, kind, last).await;
         Ok(committed)
+    }
+
+    /// What a failed commit means for the client. The disk's complaint is worth telling.
+    pub fn write_failed(&self, error: &WriteError) -> Box<Status> {
+        match error {
+            WriteError::Closed => Status::service_unavailable("the server is shutting down"),
+            other => {
+                if let WriteError::Disk(why) = other {
+                    self.health.store_failed(why);
+                }
+                Status::internal(other)
+            }
+        }
     }
 
     // ---- lists ----
@@ -954,15 +982,6 @@ pub fn prefix(namespace: &str) -> String {
 fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
     let time_to_live = rules.time_to_live_seconds.map(std::time::Duration::from_secs);
     Change::Put { bytes, splice: Some(splice), time_to_live }
-}
-
-/// What a failed commit means for the client. The disk's complaint is worth telling.
-pub fn write_failed(error: &WriteError) -> Box<Status> {
-    match error {
-        WriteError::Disk(_) => Status::internal(error),
-        WriteError::Closed => Status::service_unavailable("the server is shutting down"),
-        other => Status::internal(other),
-    }
 }
 
 fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) -> Manager {

@@ -46,6 +46,7 @@ fn server() -> Arc<Server> {
         services: Allocator::load(&*store, ranges, 30000..=32767),
         schema: knarr_api::schema::Schema::builtin(),
         quotas: Default::default(),
+        health: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
         store: store.clone(),
     };

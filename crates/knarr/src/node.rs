@@ -50,7 +50,11 @@ fn network_config(settings: &Settings) -> Result<RoutedConfig> {
         state_dir: settings.run_dir.join("network"),
         pod_cidrs: vec![parse(&settings.node_cidr)?],
         cluster_cidrs: vec![parse(&settings.cluster_cidr)?],
-        service_cidrs: settings.service_cidr.split(',').map(|cidr| parse(cidr.trim())).collect::<Result<_>>()?,
+        service_cidrs: settings
+            .service_cidr
+            .split(',')
+            .map(|cidr| parse(cidr.trim()))
+            .collect::<Result<_>>()?,
         mtu: None,
     })
 }

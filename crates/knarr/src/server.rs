@@ -53,6 +53,7 @@ impl Server {
             schema: Schema::builtin(),
             services: Allocator::load(store.as_ref(), settings.service_ranges()?, settings.node_ports()?),
             quotas: Default::default(),
+            health: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
@@ -92,9 +93,18 @@ impl Server {
             ..knarr_controllers::Config::default()
         };
         let client = self.client("system:kube-controller-manager", &[]);
-        tasks.spawn(knarr_controllers::ControllerManager::run(client, config, shutdown.clone()));
+        let health = &self.api.registry.health;
+        let (alive, stop) = (health.running("controller-manager"), shutdown.clone());
+        tasks.spawn(async move {
+            let _alive = alive;
+            knarr_controllers::ControllerManager::run(client, config, stop).await;
+        });
         let client = self.client("system:kube-scheduler", &[]);
-        tasks.spawn(knarr_scheduler::Scheduler::run_default(client, shutdown.clone()));
+        let (alive, stop) = (health.running("scheduler"), shutdown.clone());
+        tasks.spawn(async move {
+            let _alive = alive;
+            knarr_scheduler::Scheduler::run_default(client, stop).await;
+        });
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::range::{Cidr, Ranges};
 use crate::encode;
-use crate::registry::{Registry, new_uid, write_failed};
+use crate::registry::{Registry, new_uid};
 
 const GROUP: &str = "networking.k8s.io";
 pub const PARTITION: &str = "ipaddresses.networking.k8s.io";
@@ -127,7 +127,7 @@ pub async fn hold(registry: &Registry, addresses: &[IpAddr], service: &Value) ->
         let Err(error) = write(registry, *address, service).await else { continue };
         give_up(registry, &addresses[..index], service).await;
         if !matches!(error, WriteError::Exists) {
-            return Err(write_failed(&error));
+            return Err(registry.write_failed(&error));
         }
         let detail = format!("failed to allocate IP {address}: provided IP is already allocated");
         let given = service.at("spec.clusterIPs").cloned().unwrap_or_default();

@@ -64,6 +64,7 @@ pub async fn server_on(store: Arc<dyn Store>, ranges: &str) -> Api {
         schema: Schema::builtin(),
         services: Allocator::load(store.as_ref(), ranges.parse().expect("ranges"), 30_000..=32_767),
         quotas: Default::default(),
+        health: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
     });
     bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");
