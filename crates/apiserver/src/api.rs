@@ -393,7 +393,8 @@ impl Api {
             ("create", "token") => {
                 let request = self.tree(&call.headers, &body)?;
                 crate::node::restrict_token(&self.registry, call.place(), &request, &call.context.user)?;
-                let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
+                let value =
+                    subresources::token(&self.registry, &self.tokens, call.place(), &request, &call.context)?;
                 self.show(call, 201, &value)
             }
             ("update", "finalize") => {

@@ -62,6 +62,19 @@ impl Context {
         }
     }
 
+    /// The same request, made to see what would happen.
+    pub fn dry(&self) -> Context {
+        Context {
+            user: self.user.clone(),
+            manager: self.manager.clone(),
+            dry_run: true,
+            validation: self.validation,
+            warnings: Mutex::default(),
+            rbac: self.rbac.clone(),
+            served: self.served,
+        }
+    }
+
     /// The version in which the request speaks of this kind.
     pub fn version_of<'k>(&self, kind: &'k Kind) -> &'k Kind
     where
@@ -186,6 +199,8 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub propagation: Option<String>,
+    /// Nothing is deleted; said here or in the query.
+    pub dry_run: bool,
 }
 
 impl DeleteOptions {
@@ -217,7 +232,17 @@ impl DeleteOptions {
             (None, Some(false)) => Some("Background".to_owned()),
             (None, None) => None,
         };
+        let dry_run: Vec<&str> =
+            body.list_at("dryRun").iter().map(|v| v.as_str().unwrap_or_default()).collect();
+        if dry_run.iter().any(|value| *value != "All") {
+            let shown = format!("{:?}", body.list_at("dryRun")).replace("String(", "").replace(')', "");
+            let text = format!(
+                "DeleteOptions.meta.k8s.io \"\" is invalid: dryRun: Unsupported value: {shown}: supported values: \"All\""
+            );
+            return Err(Status::new(422, "Invalid", text));
+        }
         Ok(DeleteOptions {
+            dry_run: !dry_run.is_empty(),
             grace_period_seconds: match body.int_at("gracePeriodSeconds") {
                 Some(seconds) => Some(seconds),
                 None => query.number("gracePeriodSeconds")?,
@@ -756,7 +781,7 @@ impl Registry {
                 return Ok((Outcome::Stored(entry), false));
             };
             let gone = is_finished(&new);
-            if context.dry_run {
+            if context.dry_run || options.dry_run {
                 return Ok((Outcome::Shown(new), gone));
             }
             let written = if gone {

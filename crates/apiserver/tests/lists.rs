@@ -217,7 +217,8 @@ async fn a_collection_is_deleted_page_by_page() {
     let (status, page) = admin.delete(&format!("{maps}?limit=2&labelSelector=kept%3Dfalse")).await;
     assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(2)), "{page}");
     let token = page["metadata"]["continue"].as_str().expect("a token").to_owned();
-    let (_, page) = admin.delete(&format!("{maps}?limit=2&labelSelector=kept%3Dfalse&continue={token}")).await;
+    let (_, page) =
+        admin.delete(&format!("{maps}?limit=2&labelSelector=kept%3Dfalse&continue={token}")).await;
     assert_eq!(page["items"].as_array().map(Vec::len), Some(2), "{page}");
     assert_eq!(page["metadata"]["continue"], Value::Null);
     let (_, left) = admin.get(maps).await;

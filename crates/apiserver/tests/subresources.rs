@@ -226,3 +226,181 @@ async fn a_status_writer_that_knows_no_observed_generation_does_not_take_it_away
         (&json!(1), &json!(1))
     );
 }
+
+const REQUESTS: &str = "/apis/certificates.k8s.io/v1/certificatesigningrequests";
+
+fn signing_request() -> Value {
+    use base64::Engine;
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    let pem = encode("-----BEGIN CERTIFICATE REQUEST-----\nAA==\n-----END CERTIFICATE REQUEST-----\n");
+    json!({ "metadata": { "name": "r" }, "spec": { "request": pem, "signerName": "acme.io/s", "usages": ["client auth"] } })
+}
+
+#[tokio::test]
+async fn a_signing_request_is_judged_through_approval_and_signed_through_status() {
+    use base64::Engine;
+    let api = server().await;
+    let admin = Client::admin(&api);
+    admin.create(REQUESTS, &signing_request()).await;
+    let (approval, status) = (format!("{REQUESTS}/r/approval"), format!("{REQUESTS}/r/status"));
+    let verdict = |kind: &str| json!({ "type": kind, "status": "True", "reason": "r", "message": "m" });
+    let with = |conditions: Value| json!({ "status": { "conditions": conditions } });
+    for (path, body, why) in [
+        (&status, with(json!([verdict("Approved")])), "updates may not add a condition of type \"Approved\""),
+        (
+            &approval,
+            with(json!([verdict("Approved"), verdict("Denied")])),
+            "Approved and Denied conditions are mutually exclusive",
+        ),
+        (
+            &approval,
+            with(json!([{ "type": "Approved", "status": "False" }])),
+            "status.conditions[0].status: Unsupported value: \"False\": supported values: \"True\"",
+        ),
+        (&status, json!({ "status": { "certificate": "AAAA" } }), "must contain one or more PEM blocks"),
+    ] {
+        let (code, answer) = admin.patch(path, &body).await;
+        let message = answer["message"].as_str().unwrap_or_default();
+        assert!(code == 422 && message.contains(why), "{body}: {code} {message}");
+    }
+    let (code, approved) = admin.patch(&approval, &with(json!([verdict("Approved")]))).await;
+    assert_eq!(code, 200, "{approved}");
+    let condition = &approved["status"]["conditions"][0];
+    assert!(
+        condition["lastUpdateTime"].is_string() && condition["lastTransitionTime"].is_string(),
+        "{condition}"
+    );
+    let (code, answer) = admin.patch(&approval, &with(json!([]))).await;
+    let why = "updates may not remove a condition of type \"Approved\"";
+    assert!(code == 422 && answer["message"].as_str().unwrap_or_default().contains(why), "{answer}");
+    let certificate = |body: &str| {
+        let pem = format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n");
+        json!({ "status": { "certificate": base64::engine::general_purpose::STANDARD.encode(pem) } })
+    };
+    let (_, untouched) = admin.patch(&approval, &certificate("AA==")).await;
+    assert_eq!(untouched["status"]["certificate"], Value::Null, "approvers sign nothing");
+    assert_eq!(admin.patch(&status, &certificate("AA==")).await.0, 200);
+    let (code, answer) = admin.patch(&status, &certificate("AAAA")).await;
+    let why = "updates may not modify existing certificate content";
+    assert!(code == 422 && answer["message"].as_str().unwrap_or_default().contains(why), "{answer}");
+}
+
+#[tokio::test]
+async fn events_of_the_newer_group_are_of_the_newer_form() {
+    let api = server().await;
+    let admin = Client::admin(&api);
+    let events = "/apis/events.k8s.io/v1/namespaces/default/events";
+    let event = |name: &str| {
+        json!({ "metadata": { "name": name }, "regarding": { "namespace": "default" }, "eventTime": "2026-01-01T00:00:00.000000Z",
+            "reportingController": "acme.io/c", "reportingInstance": "c-1", "action": "a", "reason": "r", "type": "Normal" })
+    };
+    admin.create(events, &event("e")).await;
+    let change = |path: &str, value: Value| {
+        let mut event = event("x");
+        event.set_at(path, value);
+        event
+    };
+    for (event, why) in [
+        (change("eventTime", Value::Null), "eventTime: Required value"),
+        (change("type", json!("Odd")), "type: Invalid value: \"\": has invalid value: Odd"),
+        (change("deprecatedCount", json!(3)), "count: Invalid value: \"\": needs to be unset"),
+        (
+            change("series", json!({ "count": 1, "lastObservedTime": "2026-01-01T00:00:00.000000Z" })),
+            "series.count: Invalid value: \"\": should be at least 2",
+        ),
+        (change("action", json!("")), "action: Required value"),
+        (
+            change("reason", json!("r".repeat(129))),
+            "reason: Invalid value: \"\": can have at most 128 characters",
+        ),
+    ] {
+        let (status, answer) = admin.post(events, &event).await;
+        let message = answer["message"].as_str().unwrap_or_default();
+        assert!(status == 422 && message.contains(why), "{why}: {status} {message}");
+    }
+    let path = format!("{events}/e");
+    let series = json!({ "series": { "count": 2, "lastObservedTime": "2026-01-01T00:00:01.000000Z" } });
+    let (status, grown) = admin.patch(&path, &series).await;
+    assert_eq!((status, &grown["series"]["count"]), (200, &json!(2)), "{grown}");
+    let (status, answer) = admin.patch(&path, &json!({ "reason": "other" })).await;
+    assert_eq!(status, 422, "{answer}");
+    let (_, old) = admin.get("/api/v1/namespaces/default/events/e").await;
+    assert_eq!(
+        (&old["series"]["count"], &old["reportingComponent"]),
+        (&json!(2), &json!("acme.io/c")),
+        "one object"
+    );
+}
+
+#[tokio::test]
+async fn a_dry_run_leaves_nothing_behind_whatever_the_verb() {
+    let api = server().await;
+    let admin = Client::admin(&api);
+    admin.create(PODS, &pod("p", json!({ "containers": [container("a", "1", "1Gi")] }))).await;
+    let maps = "/api/v1/namespaces/default/configmaps";
+    admin.create(maps, &json!({ "metadata": { "name": "m" } })).await;
+    let deployments = "/apis/apps/v1/namespaces/default/deployments";
+    let template = json!({ "metadata": { "labels": { "a": "b" } }, "spec": { "containers": [{ "name": "c", "image": "i" }] } });
+    let spec = json!({ "selector": { "matchLabels": { "a": "b" } }, "template": template });
+    admin.create(deployments, &json!({ "metadata": { "name": "d" }, "spec": spec })).await;
+    admin.create(REQUESTS, &signing_request()).await;
+    let before = api.registry.store.revision();
+    let dry = json!({ "dryRun": ["All"] });
+    let resize = json!({ "spec": { "containers": [{ "name": "a", "resources": { "requests": { "cpu": "2" }, "limits": { "cpu": "2" } } }] } });
+    let look = json!({ "spec": { "ephemeralContainers": [{ "name": "look", "image": "tools" }] } });
+    let approved = json!({ "status": { "conditions": [{ "type": "Approved", "status": "True" }] } });
+    let evict = |options: Value| json!({ "metadata": { "name": "p" }, "deleteOptions": options });
+    let (merge, json_body) = ("application/merge-patch+json", "application/json");
+    let apply = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "n" } });
+    let scale = json!({ "spec": { "replicas": 5 } });
+    let q = "?dryRun=All";
+    for (method, path, kind, body) in [
+        ("POST", format!("{maps}{q}"), json_body, json!({ "metadata": { "name": "n" } })),
+        (
+            "PUT",
+            format!("{maps}/m{q}"),
+            json_body,
+            json!({ "metadata": { "name": "m" }, "data": { "a": "b" } }),
+        ),
+        ("PATCH", format!("{maps}/m{q}"), merge, json!({ "data": { "a": "b" } })),
+        ("PATCH", format!("{maps}/n{q}&fieldManager=x"), "application/apply-patch+yaml", apply),
+        ("DELETE", format!("{maps}/m{q}"), json_body, json!({})),
+        ("DELETE", format!("{maps}/m"), json_body, dry.clone()),
+        ("DELETE", maps.to_owned(), json_body, dry.clone()),
+        ("PATCH", format!("{PODS}/p/status{q}"), merge, json!({ "status": { "phase": "Running" } })),
+        ("PATCH", format!("{PODS}/p/resize{q}"), STRATEGIC, resize),
+        ("PATCH", format!("{PODS}/p/ephemeralcontainers{q}"), STRATEGIC, look),
+        (
+            "POST",
+            format!("{PODS}/p/binding{q}"),
+            json_body,
+            json!({ "metadata": { "name": "p" }, "target": { "name": "n" } }),
+        ),
+        ("POST", format!("{PODS}/p/eviction{q}"), json_body, evict(json!({}))),
+        ("POST", format!("{PODS}/p/eviction"), json_body, evict(dry.clone())),
+        ("PATCH", format!("{deployments}/d/scale{q}"), merge, scale),
+        ("PATCH", format!("{REQUESTS}/r/approval{q}"), merge, approved),
+        (
+            "POST",
+            format!("{SERVICES}{q}"),
+            json_body,
+            json!({ "metadata": { "name": "s" }, "spec": { "ports": [{ "port": 80 }] } }),
+        ),
+        (
+            "POST",
+            format!("/api/v1/namespaces/default/serviceaccounts/default/token{q}"),
+            json_body,
+            json!({ "spec": {} }),
+        ),
+    ] {
+        let (status, answer) = admin.send(method, &path, &[("content-type", kind)], &body.to_string()).await;
+        assert!(matches!(status, 200 | 201), "{method} {path}: {status} {answer}");
+        assert_eq!(answer["status"]["token"].as_str().unwrap_or_default(), "", "{path}");
+        assert_eq!(api.registry.store.revision(), before, "{method} {path} has written something");
+    }
+    let (status, answer) =
+        admin.send("DELETE", &format!("{maps}/m"), &[], &json!({ "dryRun": ["Some"] }).to_string()).await;
+    assert_eq!(status, 422, "{answer}");
+}
+
+const SERVICES: &str = "/api/v1/namespaces/default/services";
