@@ -25,7 +25,7 @@ use crate::proxy::Dialer;
 use crate::rbac::{Action, Rbac};
 use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Page, Place, Registry, Selection};
 use crate::request::{Query, RequestInfo, Target};
-use crate::respond::{self, Answer, Body, Form, Shape};
+use crate::respond::{self, Answer, Body, Form, Shape, WithoutOwners};
 use crate::{compress, discovery, health, openapi, reviews, subresources, watch, wire};
 
 /// Larger bodies are refused with 413; upstream's limit.
@@ -326,7 +326,8 @@ impl Api {
         }
         let (parts, body) = request.into_parts();
         let converted = served.conversion.is_some().then_some(served);
-        let form = Form { version: converted, ..form? };
+        let owners = parts.extensions.get::<WithoutOwners>().is_none();
+        let form = Form { version: converted, owners, ..form? };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
         context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;

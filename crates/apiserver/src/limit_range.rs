@@ -4,21 +4,18 @@ use knarr_api::kinds::resources::{List, quantities, total};
 use knarr_api::object::Object;
 use knarr_api::quantity::Quantity;
 use knarr_api::status::{Result, Status};
-use knarr_store::Range;
 use serde_json::{Value, json};
 
 use crate::admission::{Attributes, Operation};
-use crate::encode;
-use crate::registry::{Endpoint, prefix};
+use crate::registry::Endpoint;
 
 /// The items of all limit ranges of the namespace, by upstream's order of names.
 fn items(a: &Attributes) -> Vec<Value> {
-    let range = Range { prefix: prefix(a.place.namespace), ..Range::default() };
-    if a.place.namespace.is_empty() || a.registry.store.count("limitranges") == 0 {
+    if a.place.namespace.is_empty() {
         return Vec::new();
     }
-    let entries = a.registry.store.list("limitranges", &range).map(|l| l.entries).unwrap_or_default();
-    entries.iter().flat_map(|entry| encode::decode(entry).list_at("spec.limits").to_vec()).collect()
+    let ranges = a.registry.policies("limitranges", a.place.namespace);
+    ranges.iter().flat_map(|range| range.list_at("spec.limits").to_vec()).collect()
 }
 
 fn is_new(a: &Attributes, resource: &str) -> bool {

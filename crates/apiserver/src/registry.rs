@@ -285,6 +285,21 @@ impl Registry {
         self.store.get(&partition, &encode::key(namespace, name)).map(|entry| encode::decode(&entry))
     }
 
+    /// As [`Registry::lookup`], for kinds that many requests ask about and of which there are few: decoded once.
+    pub fn policy(&self, partition: &str, namespace: &str, name: &str) -> Option<Arc<Value>> {
+        self.store.get(partition, &encode::key(namespace, name)).map(|entry| View::tree(&entry))
+    }
+
+    /// All objects of such a kind in a namespace; in all of them, if it is empty.
+    pub fn policies(&self, partition: &str, namespace: &str) -> Vec<Arc<Value>> {
+        if self.store.count(partition) == 0 {
+            return Vec::new();
+        }
+        let range = Range { prefix: prefix(namespace), ..Range::default() };
+        let entries = self.store.list(partition, &range).map(|l| l.entries).unwrap_or_default();
+        entries.iter().map(|entry| View::tree(entry)).collect()
+    }
+
     // ---- create ----
 
     pub async fn create(
@@ -321,10 +336,9 @@ impl Registry {
         let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, false);
         let reach = reach(kind, Endpoint::Main);
-        let mut object = object;
         let write = apply::Write { manager: &owner, reach, now: &self.now() };
-        apply::record_update(self.schema, kind.type_id, None, &mut object, write);
-        self.commit_new(kind, object, reservation, context).await
+        let owners = apply::record_update(self.schema, kind.type_id, None, &object, write);
+        self.commit_new(kind, (object, &owners), reservation, context).await
     }
 
     /// Everything a new object goes through before its owners are recorded.
@@ -364,7 +378,7 @@ impl Registry {
     async fn commit_new(
         &self,
         kind: &Kind,
-        object: Value,
+        (object, owners): (Value, &str),
         mut reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
@@ -372,9 +386,9 @@ impl Registry {
         let place = Place { kind, namespace: &namespace, name: object.name() };
         let pass = quota::judge(self, place, &object, None).await?;
         if context.dry_run {
-            return Ok(Outcome::Shown(object));
+            return Ok(Outcome::Shown(with_owners(object, owners)));
         }
-        let (bytes, splice) = encode::encode(kind, &object);
+        let (bytes, splice) = encode::encode(kind, &object, Some(owners));
         let write = Write {
             partition: partition(kind).into(),
             key: encode::key(object.namespace(), object.name()).into(),
@@ -499,14 +513,14 @@ impl Registry {
             object.set_at("metadata.name", place.name);
         }
         check_name(place, &object)?;
-        let (mut object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
+        let (object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, true);
         let reach = reach(kind, Endpoint::Main);
         let empty = json!({});
         let write = apply::Write { manager: &owner, reach, now: &self.now() };
         let applied = apply::merge(self.schema, kind.type_id, &empty, config, write, true)?;
-        apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, write);
-        self.commit_new(kind, object, reservation, context).await
+        let owners = apply::record_apply(self.schema, kind.type_id, &empty, applied, &object, write);
+        self.commit_new(kind, (object, &owners), reservation, context).await
     }
 
     async fn modify_once(
@@ -608,11 +622,11 @@ impl Registry {
         if rules.generation && changes_beyond_metadata_and_status(&new, &old) {
             new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
         }
-        match applied {
-            Some(applied) => apply::record_apply(self.schema, kind.type_id, &old, applied, &mut new, write),
-            None => apply::record_update(self.schema, kind.type_id, Some(&old), &mut new, write),
-        }
-        if same_but_for_times(&new, &old) {
+        let owners = match applied {
+            Some(applied) => apply::record_apply(self.schema, kind.type_id, &old, applied, &new, write),
+            None => apply::record_update(self.schema, kind.type_id, Some(&old), &new, write),
+        };
+        if same_but_for_times(&new, &owners, &old) {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
         let pass = match endpoint {
@@ -622,13 +636,13 @@ impl Registry {
             _ => None,
         };
         if context.dry_run {
-            return Ok(Attempt::Done(Outcome::Shown(new)));
+            return Ok(Attempt::Done(Outcome::Shown(with_owners(new, &owners))));
         }
         reservation.hold(self, &new).await?;
         let written = if is_finished(&new) {
-            self.remove(kind, entry, &new).await
+            self.remove(kind, entry, &new, Some(&owners)).await
         } else {
-            let (bytes, splice) = encode::encode(kind, &new);
+            let (bytes, splice) = encode::encode(kind, &new, Some(&owners));
             let write = Write {
                 partition: partition(kind).into(),
                 key: entry.key.clone(),
@@ -785,9 +799,9 @@ impl Registry {
                 return Ok((Outcome::Shown(new), gone));
             }
             let written = if gone {
-                self.remove(place.kind, &entry, &new).await
+                self.remove(place.kind, &entry, &new, None).await
             } else {
-                let (bytes, splice) = encode::encode(place.kind, &new);
+                let (bytes, splice) = encode::encode(place.kind, &new, None);
                 let write = Write {
                     partition: partition(place.kind).into(),
                     key: entry.key.clone(),
@@ -850,6 +864,7 @@ impl Registry {
         kind: &Kind,
         entry: &Arc<Entry>,
         last: &Value,
+        owners: Option<&str>,
     ) -> std::result::Result<knarr_store::Committed, WriteError> {
         let write = Write {
             partition: partition(kind).into(),
@@ -857,7 +872,7 @@ impl Registry {
             expect: Expect::Revision(entry.revision),
             change: Change::Delete {
                 last: Some({
-                    let (bytes, splice) = encode::encode(kind, last);
+                    let (bytes, splice) = encode::encode(kind, last, owners);
                     (bytes, Some(splice))
                 }),
             },
@@ -964,7 +979,7 @@ impl Selection {
         if self.labels.is_everything() && self.fields.terms.iter().all(|t| names(&t.field).is_some()) {
             return true;
         }
-        let view = View::of(rules, entry);
+        let view = View::selectable(rules, entry);
         self.labels.matches(Some(&view.labels))
             && self
                 .fields
@@ -1145,8 +1160,8 @@ fn changes_beyond_metadata_and_status(new: &Value, old: &Value) -> bool {
     new.keys().chain(old.keys()).filter(counts).any(|name| new.get(name) != old.get(name))
 }
 
-/// Nothing to write: equal but for the times in `managedFields`.
-fn same_but_for_times(new: &Value, old: &Value) -> bool {
+/// Nothing to write: equal but for the times in `managedFields`; the new ones are `owners`.
+fn same_but_for_times(new: &Value, owners: &str, old: &Value) -> bool {
     let (Some(new_map), Some(old_map)) = (new.as_object(), old.as_object()) else { return false };
     let same_body = new_map.len() == old_map.len()
         && new_map.iter().all(|(name, value)| name == "metadata" || old_map.get(name) == Some(value));
@@ -1155,13 +1170,25 @@ fn same_but_for_times(new: &Value, old: &Value) -> bool {
     }
     let (Some(a), Some(b)) = (new.map_at("metadata"), old.map_at("metadata")) else { return false };
     let keys = a.keys().chain(b.keys()).filter(|k| *k != "managedFields");
-    keys.into_iter().all(|k| a.get(k) == b.get(k)) && owners(new) == owners(old)
+    if !keys.into_iter().all(|k| a.get(k) == b.get(k)) {
+        return false;
+    }
+    let timeless = |owners: &[Value]| -> Vec<Value> {
+        let mut owners = owners.to_vec();
+        owners.iter_mut().for_each(|o| drop(o.remove_at("time")));
+        owners
+    };
+    let owners: Vec<Value> = serde_json::from_str(owners).unwrap_or_default();
+    timeless(&owners) == timeless(old.list_at("metadata.managedFields"))
 }
 
-fn owners(object: &Value) -> Vec<Value> {
-    let mut owners = object.list_at("metadata.managedFields").to_vec();
-    owners.iter_mut().for_each(|o| drop(o.remove_at("time")));
-    owners
+/// The object as it would be stored: for answers to dry runs.
+fn with_owners(mut object: Value, owners: &str) -> Value {
+    match serde_json::from_str::<Value>(owners) {
+        Ok(owners) => object.set_at("metadata.managedFields", owners),
+        Err(_) => drop(object.remove_at("metadata.managedFields")),
+    }
+    object
 }
 
 /// Marked for deletion, with no grace left and nobody to wait for.

@@ -155,7 +155,7 @@ async fn write(registry: &Registry, address: IpAddr, service: &Value) -> std::re
             "resource": "services", "namespace": service.namespace(), "name": service.name(),
         } },
     });
-    let (bytes, splice) = encode::encode(kind, &object);
+    let (bytes, splice) = encode::encode(kind, &object, None);
     let change = Change::Put { bytes, splice: Some(splice), time_to_live: None };
     let write =
         Write { partition: PARTITION.into(), key: key(address).into(), expect: Expect::Absent, change };
@@ -171,7 +171,7 @@ pub async fn give_up(registry: &Registry, addresses: &[IpAddr], service: &Value)
         if !is_of(&object, service) {
             continue;
         }
-        let (bytes, splice) = encode::encode(kind, &object);
+        let (bytes, splice) = encode::encode(kind, &object, None);
         let write = Write {
             partition: PARTITION.into(),
             key: entry.key.clone(),
