@@ -5,11 +5,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use futures::future::{try_join_all, try_join4};
+use futures::future::try_join_all;
+use futures::try_join;
 use knarr_api::object::Object;
 use knarr_api::status::Result;
 use serde_json::{Value, json};
 
+use crate::flow_objects;
 use crate::identity::{MASTERS, User};
 use crate::registry::{Context, Edit, Endpoint, Place, Registry};
 
@@ -43,8 +45,20 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
             "roleRef": { "apiGroup": RBAC, "kind": "ClusterRole", "name": role } });
         ensure(registry, RBAC, "clusterrolebindings", "", binding, context)
     });
-    try_join4(try_join_all(classes), try_join_all(roles), try_join_all(aggregates), try_join_all(bindings))
-        .await?;
+    let flow = |plural: &'static str, objects: Vec<Value>| {
+        let each = objects
+            .into_iter()
+            .map(move |object| ensure(registry, "flowcontrol.apiserver.k8s.io", plural, "", object, context));
+        try_join_all(each)
+    };
+    try_join!(
+        try_join_all(classes),
+        try_join_all(roles),
+        try_join_all(aggregates),
+        try_join_all(bindings),
+        flow("prioritylevelconfigurations", flow_objects::priority_levels()),
+        flow("flowschemas", flow_objects::flow_schemas()),
+    )?;
     unbind_nodes(registry, context).await?;
     service_ranges(registry, context).await?;
     publish_self(registry, advertised, context).await
