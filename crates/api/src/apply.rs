@@ -32,9 +32,17 @@ pub struct Manager {
 #[derive(Clone, Copy)]
 pub struct Write<'a> {
     pub manager: &'a Manager,
-    /// Fields this endpoint never owns: `status` on the main resource, and so on.
-    pub reset: &'a [&'a str],
+    pub reach: Reach<'a>,
     pub now: &'a str,
+}
+
+/// What can be owned through the endpoint that is written to, as dotted paths.
+#[derive(Debug, Clone, Copy)]
+pub enum Reach<'a> {
+    /// All but these: `status` on the main resource, and so on.
+    AllBut(&'a [&'a str]),
+    /// These alone; `*` stands for any item of a list or map.
+    Only(&'a [&'a str]),
 }
 
 /// The owners of an object's fields: `metadata.managedFields` in memory.
@@ -150,7 +158,7 @@ pub fn record_update(
     new: &Value,
     write: Write,
 ) -> String {
-    let Write { manager, reset, now } = write;
+    let Write { manager, reach, now } = write;
     let mut managers = match live {
         // A client may clear the record by sending one empty entry; otherwise it is the server's.
         Some(live) if !is_cleared(new) => Managers::read(live),
@@ -165,7 +173,7 @@ pub fn record_update(
             &zero
         }
     };
-    let Changes { touched, removed } = walker.compare_objects(type_id, before, new, reset);
+    let Changes { touched, removed } = walker.compare_objects(type_id, before, new, reach);
     release_from_others(&mut managers, manager, &touched, &removed);
     match managers.entries.get_mut(manager) {
         None if touched.is_empty() => {}
@@ -208,11 +216,11 @@ pub fn merge(
     write: Write,
     force: bool,
 ) -> Result<Applied> {
-    let Write { manager, reset, .. } = write;
+    let Write { manager, reach, .. } = write;
     let walker = Walker { schema };
     let mut managers = Managers::read(live);
     let mut set = walker.field_set(type_id, config);
-    strip(&mut set, reset);
+    strip(&mut set, reach);
     let last = managers.entries.get(manager).map(|o| o.set.clone()).unwrap_or_default();
     let mut merged = walker.merge(&Shape::Object(type_id), None, live, config);
     if !last.is_empty() {
@@ -220,7 +228,7 @@ pub fn merge(
         kept.union(set.clone());
         walker.remove_lost(type_id, &mut merged, &last, &kept);
     }
-    let touched = walker.compare_objects(type_id, live, &merged, reset).touched;
+    let touched = walker.compare_objects(type_id, live, &merged, reach).touched;
     let conflicts: Vec<(Manager, FieldSet)> = managers
         .entries
         .iter()
@@ -256,9 +264,9 @@ pub fn record_apply(
     object: &Value,
     write: Write,
 ) -> String {
-    let Write { manager, reset, now } = write;
+    let Write { manager, reach, now } = write;
     let mut managers = applied.managers;
-    let changes = Walker { schema }.compare_objects(type_id, live, object, reset);
+    let changes = Walker { schema }.compare_objects(type_id, live, object, reach);
     for (other, owned) in &mut managers.entries {
         if other != manager {
             owned.set.subtract(&changes.removed);
@@ -325,12 +333,20 @@ pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<Str
     errors
 }
 
-fn strip(set: &mut FieldSet, reset: &[&str]) {
+fn strip(set: &mut FieldSet, reach: Reach) {
     for path in STRIPPED {
         set.remove_tree(path);
     }
-    for path in reset {
-        set.remove_tree(&path.split('.').collect::<Vec<_>>());
+    match reach {
+        Reach::AllBut(paths) => {
+            for path in paths {
+                set.remove_tree(&path.split('.').collect::<Vec<_>>());
+            }
+        }
+        Reach::Only(paths) => {
+            let patterns: Vec<Vec<&str>> = paths.iter().map(|path| path.split('.').collect()).collect();
+            set.retain_matching(&patterns);
+        }
     }
 }
 
@@ -480,12 +496,12 @@ impl Walker<'_> {
 
     // ---- what changed between two objects ----
 
-    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reset: &[&str]) -> Changes {
+    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reach: Reach) -> Changes {
         let all = self.compare(&Shape::Object(type_id), None, Some(before), Some(after));
         let mut changes = Changes { touched: all.touched.below, removed: all.removed.below };
         for set in [&mut changes.touched, &mut changes.removed] {
             if !set.is_empty() {
-                strip(set, reset);
+                strip(set, reach);
             }
         }
         changes
@@ -729,7 +745,7 @@ mod tests {
     fn apply(live: &Value, config: Value, by: &str, force: bool) -> Result<Value> {
         let (schema, id) = config_map();
         let manager = applier(by);
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
         let applied = merge(schema, id, live, &config, write, force)?;
         let mut object = applied.object.clone();
         let owners = record_apply(schema, id, live, applied, &object, write);
@@ -763,7 +779,7 @@ mod tests {
         let mut new = live.clone();
         new["data"]["a"] = json!("2");
         let updater = Manager { applies: false, ..applier("kubectl-edit") };
-        let write = Write { manager: &updater, reset: &[], now: "2026-01-01T00:00:01Z" };
+        let write = Write { manager: &updater, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:01Z" };
         let owners = parsed(&record_update(schema, id, Some(&live), &new, write));
         let owners: Vec<(String, Value)> = owners
             .as_array()
@@ -786,7 +802,7 @@ mod tests {
         let id = schema.resource("", "v1", "pods").expect("served").type_id;
         let pod = json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
         let manager = Manager { applies: false, ..applier("curl") };
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
         let owners = record_update(schema, id, None, &pod, write);
         assert_eq!(
             parsed(&owners)[0]["fieldsV1"],

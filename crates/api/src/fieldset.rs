@@ -166,6 +166,22 @@ impl FieldSet {
         set
     }
 
+    /// Keeps only what lies at or below one of the patterns: names of fields, `*` for any step.
+    pub fn retain_matching(&mut self, patterns: &[Vec<&str>]) {
+        self.nodes.retain_mut(|(step, node)| {
+            let step = &*step;
+            let fits = |name: &str| name == "*" || matches!(step, Step::Field(field) if field == name);
+            let below: Vec<Vec<&str>> =
+                patterns.iter().filter(|p| fits(p[0])).map(|p| p[1..].to_vec()).collect();
+            if below.iter().any(Vec::is_empty) {
+                return true;
+            }
+            node.member = false;
+            node.below.retain_matching(&below);
+            !node.below.is_empty()
+        });
+    }
+
     /// What lies below a step, if the step or anything below it is in the set.
     pub fn contains_at_or_below(&self, step: &Step) -> Option<&FieldSet> {
         self.get(step).map(|n| &n.below)
@@ -279,6 +295,17 @@ mod tests {
         assert_eq!(a.intersection(&b), b);
         a.subtract(&b);
         assert_eq!(a.to_value(), json!({"f:a":{"f:b":{}}}));
+    }
+
+    #[test]
+    fn patterns_keep_what_lies_below_them() {
+        let mut set = FieldSet::from_value(&json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{".":{},"f:image":{},"f:resources":{".":{},"f:limits":{}}},
+            "k:{\"name\":\"b\"}":{".":{},"f:image":{}}}}, "f:status":{}}));
+        set.retain_matching(&[vec!["spec", "containers", "*", "resources"]]);
+        let kept = json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{"f:resources":{".":{},"f:limits":{}}}}}});
+        assert_eq!(set.to_value(), kept);
     }
 
     #[test]

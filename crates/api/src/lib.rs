@@ -11,6 +11,7 @@ pub mod decode;
 pub mod defaults;
 pub mod fieldset;
 pub mod kinds;
+pub mod open_schema;
 pub mod patch;
 pub mod protobuf;
 pub mod rules;

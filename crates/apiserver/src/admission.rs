@@ -44,6 +44,7 @@ const MUTATING: &[(&str, Mutate)] = &[
     ("RuntimeClass", crate::classes::runtime_class),
     ("DefaultIngressClass", crate::classes::default_ingress_class),
     ("CertificateSigningRequestIdentity", request_identity),
+    ("CertificateSigningRequestTimes", crate::signing::date_conditions),
 ];
 
 const VALIDATING: &[(&str, Validate)] = &[

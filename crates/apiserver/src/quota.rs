@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Weak};
 
 use knarr_api::kinds::core::quantity;
-use knarr_api::kinds::pod::qos_class;
+use knarr_api::kinds::resources::{held_requests, qos_class, total};
 use knarr_api::object::Object;
 use knarr_api::quantity::Quantity;
 use knarr_api::schema::Kind;
@@ -19,7 +19,6 @@ use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use crate::encode::{self, View};
-use crate::limit_range::total;
 use crate::registry::{Place, Registry, partition, prefix};
 
 /// How often a quota's status is written anew when somebody else writes the quota meanwhile.
@@ -277,7 +276,7 @@ fn pod_usage(pod: &Value, usage: &mut Usage) {
         return;
     }
     usage.insert("pods".into(), Quantity::from_units(1));
-    for (name, amount) in total(pod, "requests") {
+    for (name, amount) in held_requests(pod) {
         let native =
             matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage") || name.starts_with("hugepages-");
         if native {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use knarr_api::apply::{self, Manager};
+use knarr_api::apply::{self, Manager, Reach};
 use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
+use crate::health::Health;
 use crate::identity::User;
 use crate::quota::{self, Quotas};
 use crate::rbac::Rbac;
@@ -61,6 +62,19 @@ impl Context {
         }
     }
 
+    /// The same request, made to see what would happen.
+    pub fn dry(&self) -> Context {
+        Context {
+            user: self.user.clone(),
+            manager: self.manager.clone(),
+            dry_run: true,
+            validation: self.validation,
+            warnings: Mutex::default(),
+            rbac: self.rbac.clone(),
+            served: self.served,
+        }
+    }
+
     /// The version in which the request speaks of this kind.
     pub fn version_of<'k>(&self, kind: &'k Kind) -> &'k Kind
     where
@@ -73,6 +87,13 @@ impl Context {
     fn metadata_rules(&self, kind: &Kind) -> &'static Rules {
         let served = self.version_of(kind);
         Rules::of(if served.is_old() { kind } else { served })
+    }
+
+    /// Rules that hold beside the stored version's, for who writes through a version with rules of its own. They see
+    /// the object as it is stored.
+    fn stricter_rules(&self, kind: &Kind) -> Option<&'static Rules> {
+        let served = self.served?;
+        (!served.is_old() && served.group != kind.group).then(|| Rules::of(served))
     }
 
     pub fn warn(&self, text: impl Into<String>) {
@@ -106,7 +127,7 @@ impl Place<'_> {
 pub enum Endpoint {
     Main,
     Status,
-    /// Any other subresource: its code has already decided what may change.
+    /// Any other subresource: a [`Face`](rules::Face) of the kind, or one whose code has decided what changes.
     Other(&'static str),
 }
 
@@ -178,6 +199,8 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub propagation: Option<String>,
+    /// Nothing is deleted; said here or in the query.
+    pub dry_run: bool,
 }
 
 impl DeleteOptions {
@@ -209,7 +232,17 @@ impl DeleteOptions {
             (None, Some(false)) => Some("Background".to_owned()),
             (None, None) => None,
         };
+        let dry_run: Vec<&str> =
+            body.list_at("dryRun").iter().map(|v| v.as_str().unwrap_or_default()).collect();
+        if dry_run.iter().any(|value| *value != "All") {
+            let shown = format!("{:?}", body.list_at("dryRun")).replace("String(", "").replace(')', "");
+            let text = format!(
+                "DeleteOptions.meta.k8s.io \"\" is invalid: dryRun: Unsupported value: {shown}: supported values: \"All\""
+            );
+            return Err(Status::new(422, "Invalid", text));
+        }
         Ok(DeleteOptions {
+            dry_run: !dry_run.is_empty(),
             grace_period_seconds: match body.int_at("gracePeriodSeconds") {
                 Some(seconds) => Some(seconds),
                 None => query.number("gracePeriodSeconds")?,
@@ -227,6 +260,7 @@ pub struct Registry {
     pub schema: &'static Schema,
     pub services: Allocator,
     pub quotas: Quotas,
+    pub health: Health,
     /// The time of day; a test or the simulation may pass its own.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -301,8 +335,8 @@ impl Registry {
     ) -> Result<Outcome> {
         let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, false);
-        let reset = reset_fields(kind, Endpoint::Main);
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        let reach = reach(kind, Endpoint::Main);
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
         let owners = apply::record_update(self.schema, kind.type_id, None, &object, write);
         self.commit_new(kind, (object, &owners), reservation, context).await
     }
@@ -325,15 +359,19 @@ impl Registry {
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
+        (rules.complete)(&mut object);
+        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
+        if let Some(strict) = context.stricter_rules(kind) {
+            (strict.validate)(&object, &mut errors);
+        }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
         }
         admission::validate(self, (Operation::Create, Endpoint::Main), place, &object, None, context)?;
         (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
-        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         Ok((object, reservation))
     }
 
@@ -341,7 +379,7 @@ impl Registry {
         &self,
         kind: &Kind,
         (object, owners): (Value, &str),
-        reservation: Reservation<'_>,
+        mut reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
         let namespace = object.namespace().to_owned();
@@ -357,11 +395,19 @@ impl Registry {
             expect: Expect::Absent,
             change: put(Rules::of(kind), bytes, splice),
         };
-        let committed = self.store.commit(write).await.map_err(|error| match error {
-            WriteError::Exists => Status::already_exists(kind, object.name()),
-            other => write_failed(&other),
-        })?;
-        reservation.keep();
+        reservation.hold(self, &object).await?;
+        let committed = match self.store.commit(write).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                // The object that is in the way may hold the same address.
+                reservation.undo(self, &object).await;
+                return Err(match error {
+                    WriteError::Exists => Status::already_exists(kind, object.name()),
+                    other => self.write_failed(&other),
+                });
+            }
+        };
+        reservation.keep(self, &object).await;
         quota::settle(self, &namespace, pass).await;
         Ok(Outcome::Stored(committed.entry))
     }
@@ -469,9 +515,9 @@ impl Registry {
         check_name(place, &object)?;
         let (object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, true);
-        let reset = reset_fields(kind, Endpoint::Main);
+        let reach = reach(kind, Endpoint::Main);
         let empty = json!({});
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
         let applied = apply::merge(self.schema, kind.type_id, &empty, config, write, true)?;
         let owners = apply::record_apply(self.schema, kind.type_id, &empty, applied, &object, write);
         self.commit_new(kind, (object, &owners), reservation, context).await
@@ -491,7 +537,7 @@ impl Registry {
         let applies = matches!(edit, Edit::Apply { .. });
         let owner = manager(kind, context, endpoint, applies);
         let now = self.now();
-        let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
+        let write = apply::Write { manager: &owner, reach: reach(kind, endpoint), now: &now };
         let mut applied = None;
         let served = context.version_of(kind);
         let mut new = match edit {
@@ -535,21 +581,36 @@ impl Registry {
                 keep_all_but_status(&mut new, &old);
                 (rules.update_status)(&mut new, &old);
             }
-            Endpoint::Other("approval") => {
-                keep_all_but_status(&mut new, &old);
-                knarr_api::kinds::core::keep(&mut new, &old, "status.certificate");
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.update)(&mut new, &old);
+                }
             }
-            Endpoint::Other(_) => {}
         }
         versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
+        let mut reservation = match endpoint {
+            Endpoint::Main => self.services.reserve(self, kind, &mut new, Some(&old))?,
+            _ => self.services.nothing(),
+        };
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
-        if endpoint == Endpoint::Main {
-            (rules.validate)(&new, &mut errors);
-            (rules.validate_update)(&new, &old, &mut errors);
+        match endpoint {
+            Endpoint::Main => {
+                (rules.validate)(&new, &mut errors);
+                (rules.validate_update)(&new, &old, &mut errors);
+                if let Some(strict) = context.stricter_rules(kind) {
+                    (strict.validate_update)(&new, &old, &mut errors);
+                }
+            }
+            Endpoint::Status => (rules.validate_status)(&new, &old, &mut errors),
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.validate)(&new, &old, &mut errors);
+                }
+            }
         }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, place.name, &errors));
@@ -558,7 +619,6 @@ impl Registry {
         if endpoint == Endpoint::Main {
             (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
         }
-        let reservation = self.services.reserve(self, kind, &mut new, Some(&old))?;
         if rules.generation && changes_beyond_metadata_and_status(&new, &old) {
             new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
         }
@@ -570,12 +630,15 @@ impl Registry {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
         let pass = match endpoint {
-            Endpoint::Main => Some(quota::judge(self, place, &new, Some(&old)).await?),
+            Endpoint::Main | Endpoint::Other("resize") => {
+                Some(quota::judge(self, place, &new, Some(&old)).await?)
+            }
             _ => None,
         };
         if context.dry_run {
             return Ok(Attempt::Done(Outcome::Shown(with_owners(new, &owners))));
         }
+        reservation.hold(self, &new).await?;
         let written = if is_finished(&new) {
             self.remove(kind, entry, &new, Some(&owners)).await
         } else {
@@ -590,7 +653,7 @@ impl Registry {
         };
         match written {
             Ok(committed) => {
-                reservation.keep();
+                reservation.keep(self, &new).await;
                 match pass {
                     Some(pass) => quota::settle(self, place.namespace, pass).await,
                     // A pod that ends frees what it used.
@@ -601,10 +664,15 @@ impl Registry {
                 }
                 Ok(Attempt::Done(Outcome::Stored(committed.entry)))
             }
-            Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
-            Err(WriteError::Changed(_)) => Err(Status::modified(kind, place.name)),
-            Err(WriteError::NotFound) => Err(place.not_found()),
-            Err(other) => Err(write_failed(&other)),
+            Err(error) => {
+                reservation.undo(self, &new).await;
+                match error {
+                    WriteError::Changed(_) | WriteError::NotFound if unconditional => Ok(Attempt::Raced),
+                    WriteError::Changed(_) => Err(Status::modified(kind, place.name)),
+                    WriteError::NotFound => Err(place.not_found()),
+                    other => Err(self.write_failed(&other)),
+                }
+            }
         }
     }
 
@@ -727,7 +795,7 @@ impl Registry {
                 return Ok((Outcome::Stored(entry), false));
             };
             let gone = is_finished(&new);
-            if context.dry_run {
+            if context.dry_run || options.dry_run {
                 return Ok((Outcome::Shown(new), gone));
             }
             let written = if gone {
@@ -751,7 +819,7 @@ impl Registry {
                 }
                 Err(WriteError::Changed(_)) => {}
                 Err(WriteError::NotFound) => return Err(place.not_found()),
-                Err(other) => return Err(write_failed(&other)),
+                Err(other) => return Err(self.write_failed(&other)),
             }
         }
         Err(Status::modified(place.kind, place.name))
@@ -810,8 +878,21 @@ impl Registry {
             },
         };
         let committed = self.store.commit(write).await?;
-        self.services.release(kind, last);
+        self.services.release(self, kind, last).await;
         Ok(committed)
+    }
+
+    /// What a failed commit means for the client. The disk's complaint is worth telling.
+    pub fn write_failed(&self, error: &WriteError) -> Box<Status> {
+        match error {
+            WriteError::Closed => Status::service_unavailable("the server is shutting down"),
+            other => {
+                if let WriteError::Disk(why) = other {
+                    self.health.store_failed(why);
+                }
+                Status::internal(other)
+            }
+        }
     }
 
     // ---- lists ----
@@ -943,15 +1024,6 @@ fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
     Change::Put { bytes, splice: Some(splice), time_to_live }
 }
 
-/// What a failed commit means for the client. The disk's complaint is worth telling.
-pub fn write_failed(error: &WriteError) -> Box<Status> {
-    match error {
-        WriteError::Disk(_) => Status::internal(error),
-        WriteError::Closed => Status::service_unavailable("the server is shutting down"),
-        other => Status::internal(other),
-    }
-}
-
 fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) -> Manager {
     Manager {
         applies,
@@ -961,12 +1033,16 @@ fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) ->
     }
 }
 
-/// Fields an endpoint never owns.
-fn reset_fields(kind: &Kind, endpoint: Endpoint) -> &'static [&'static str] {
+/// The fields that a writer to the endpoint comes to own.
+fn reach(kind: &Kind, endpoint: Endpoint) -> Reach<'static> {
     match endpoint {
-        Endpoint::Main if kind.has_sub("status") => &["status"],
-        Endpoint::Status => &["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"],
-        _ => &[],
+        Endpoint::Main if kind.has_sub("status") => Reach::AllBut(&["status"]),
+        Endpoint::Main => Reach::AllBut(&[]),
+        Endpoint::Status => {
+            Reach::AllBut(&["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"])
+        }
+        Endpoint::Other("scale") => Reach::Only(&["spec.replicas"]),
+        Endpoint::Other(name) => Rules::of(kind).face(name).map_or(Reach::AllBut(&[]), |face| face.reach),
     }
 }
 

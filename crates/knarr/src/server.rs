@@ -28,8 +28,6 @@ use crate::settings::Settings;
 /// The name the API server shows to kubelets.
 pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 
-const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
-
 /// A running server; clients of this process call it without sockets.
 pub struct Server {
     api: Arc<Api>,
@@ -53,8 +51,9 @@ impl Server {
         let registry = Arc::new(Registry {
             store: store.clone(),
             schema: Schema::builtin(),
-            services: Allocator::load(store.as_ref(), settings.service_range()?, NODE_PORTS),
+            services: Allocator::load(store.as_ref(), settings.service_ranges()?, settings.node_ports()?),
             quotas: Default::default(),
+            health: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
         });
         let advertised = SocketAddr::new(settings.node_ip, settings.port);
@@ -94,9 +93,18 @@ impl Server {
             ..knarr_controllers::Config::default()
         };
         let client = self.client("system:kube-controller-manager", &[]);
-        tasks.spawn(knarr_controllers::ControllerManager::run(client, config, shutdown.clone()));
+        let health = &self.api.registry.health;
+        let (alive, stop) = (health.running("controller-manager"), shutdown.clone());
+        tasks.spawn(async move {
+            let _alive = alive;
+            knarr_controllers::ControllerManager::run(client, config, stop).await;
+        });
         let client = self.client("system:kube-scheduler", &[]);
-        tasks.spawn(knarr_scheduler::Scheduler::run_default(client, shutdown.clone()));
+        let (alive, stop) = (health.running("scheduler"), shutdown.clone());
+        tasks.spawn(async move {
+            let _alive = alive;
+            knarr_scheduler::Scheduler::run_default(client, stop).await;
+        });
         let client = self.client("system:simulated-nodes", &["system:masters"]);
         let config = knarr_simulated::Config::default();
         tasks.spawn(knarr_simulated::run(client, Clock::System, config, shutdown.clone()));
@@ -176,7 +184,7 @@ fn serving_names(settings: &Settings) -> Result<ServingNames> {
     if !names.contains(&settings.node_name) {
         names.push(settings.node_name.clone());
     }
-    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V4(settings.service_address(1)?)];
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), settings.service_address(1)?];
     if !addresses.contains(&settings.node_ip) {
         addresses.push(settings.node_ip);
     }

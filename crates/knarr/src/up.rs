@@ -45,9 +45,12 @@ pub struct UpArgs {
     /// Addresses of pods [default: 10.42.0.0/16].
     #[arg(long)]
     pub cluster_cidr: Option<String>,
-    /// Addresses of services [default: 10.96.0.0/16].
+    /// Addresses of services: one range, or one of each family with a comma between [default: 10.96.0.0/16].
     #[arg(long)]
     pub service_cidr: Option<String>,
+    /// Ports that services may have on nodes [default: 30000-32767].
+    #[arg(long)]
+    pub service_node_port_range: Option<String>,
     /// A CRI socket to use instead of the built-in container runtime.
     #[arg(long)]
     pub container_runtime_endpoint: Option<String>,
@@ -92,6 +95,7 @@ impl UpArgs {
             node_ip,
             cluster_cidr,
             service_cidr,
+            service_node_port_range,
             legacy_api,
             context
         );
@@ -106,7 +110,8 @@ impl UpArgs {
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
         }
         settings.server_only |= self.server_only;
-        settings.service_range()?;
+        settings.service_ranges()?;
+        settings.node_ports()?;
         if settings.node_ip.is_loopback() && !settings.server_only {
             // No way out of the machine: the pods' gateway is an address that both they and the host reach.
             settings.node_ip = IpAddr::V4(gateway(&settings.node_cidr)?);
