@@ -23,8 +23,9 @@ fn wants(cpu: &str) -> Value {
 }
 
 /// Nodes n0, n1, ... with 4 cores each, changed by `nodes`.
-fn table(nodes: &[Value]) -> NodeTable {
-    let mut table = NodeTable::new();
+fn world(nodes: &[Value]) -> World {
+    let mut world = World::default();
+    let table = &mut world.table;
     for (index, extra) in nodes.iter().enumerate() {
         let name = format!("n{index}");
         let mut labels = json!({"kubernetes.io/hostname": name});
@@ -38,18 +39,23 @@ fn table(nodes: &[Value]) -> NodeTable {
         });
         table.set_node(Arc::new(serde_json::from_value(node).unwrap()));
     }
-    table
+    world
 }
 
-fn run(pod: &PodInfo, table: &NodeTable) -> Decision {
-    decide(pod, table, &mut 0, &mut SmallRng::seed_from_u64(1))
+fn chooser() -> Chooser<SmallRng> {
+    Chooser { start: 0, random: SmallRng::seed_from_u64(1) }
 }
 
-fn message(pod: &PodInfo, table: &NodeTable) -> String {
-    match run(pod, table) {
-        Decision::Unschedulable { message, .. } => message,
-        Decision::Node(node) => panic!("expected a refusal, got {node}"),
+/// The chosen node, or the message.
+fn run(pod: &PodInfo, world: &mut World) -> Result<String, String> {
+    match decide(pod, &Profile::default(), world, &mut chooser(), None) {
+        Decision::Node(node, _) => Ok(node.to_string()),
+        Decision::Unschedulable(refusal) => Err(refusal.message),
     }
+}
+
+fn message(pod: &PodInfo, world: &mut World) -> String {
+    run(pod, world).expect_err("expected a refusal")
 }
 
 #[test]
@@ -96,29 +102,28 @@ fn refusals_are_worded_as_upstream() {
         (vec![], json!({}), "no nodes available to schedule pods"),
     ];
     for (nodes, spec, expected) in cases {
-        assert_eq!(message(&pod("p", spec), &table(&nodes)), expected);
+        assert_eq!(message(&pod("p", spec), &mut world(&nodes)), expected);
     }
 }
 
 #[test]
 fn the_emptier_node_is_preferred_and_a_full_one_refused() {
-    let mut table = table(&[json!({}), json!({})]);
-    table.add_pod("n0", Arc::new(pod("a", wants("1"))));
-    assert_eq!(run(&pod("b", wants("1")), &table), Decision::Node("n1".into()));
-    table.add_pod("n1", Arc::new(pod("b", wants("4"))));
-    assert_eq!(run(&pod("c", wants("3")), &table), Decision::Node("n0".into()));
-    assert!(message(&pod("d", wants("3500m")), &table).contains("2 Insufficient cpu"));
+    let mut world = world(&[json!({}), json!({})]);
+    world.table.add_pod("n0", Arc::new(pod("a", wants("1"))));
+    assert_eq!(run(&pod("b", wants("1")), &mut world), Ok("n1".into()));
+    world.table.add_pod("n1", Arc::new(pod("b", wants("4"))));
+    assert_eq!(run(&pod("c", wants("3")), &mut world), Ok("n0".into()));
+    assert!(message(&pod("d", wants("3500m")), &mut world).contains("2 Insufficient cpu"));
 }
 
 #[test]
 fn ties_are_broken_fairly() {
-    let table = table(&[json!({}), json!({}), json!({})]);
-    let mut random = SmallRng::seed_from_u64(7);
+    let mut world = world(&[json!({}), json!({}), json!({})]);
+    let mut chooser = chooser();
     let mut counts = std::collections::BTreeMap::new();
     for _ in 0..300 {
-        let Decision::Node(node) = decide(&pod("p", json!({})), &table, &mut 0, &mut random) else {
-            panic!()
-        };
+        let decision = decide(&pod("p", json!({})), &Profile::default(), &mut world, &mut chooser, None);
+        let Decision::Node(node, _) = decision else { panic!() };
         *counts.entry(node).or_insert(0) += 1;
     }
     assert!(counts.len() == 3 && counts.values().all(|count| *count > 60), "{counts:?}");
@@ -138,9 +143,9 @@ fn host_ports_collide_per_address_and_protocol() {
         (port("10.0.0.1", "TCP"), port("", "TCP"), false),
     ];
     for (there, wanted, fits) in cases {
-        let mut table = table(&[json!({})]);
-        table.add_pod("n0", Arc::new(pod("there", there.clone())));
-        let node = matches!(run(&pod("p", wanted.clone()), &table), Decision::Node(_));
+        let mut world = world(&[json!({})]);
+        world.table.add_pod("n0", Arc::new(pod("there", there.clone())));
+        let node = run(&pod("p", wanted.clone()), &mut world).is_ok();
         assert_eq!(node, fits, "{there} and {wanted}");
     }
 }
@@ -148,38 +153,38 @@ fn host_ports_collide_per_address_and_protocol() {
 #[test]
 fn required_affinity_between_pods_is_kept_in_both_directions() {
     let zone = |name: &str| json!({"labels": {"zone": name}});
-    let mut table = table(&[zone("a"), zone("a"), zone("b")]);
+    let mut world = world(&[zone("a"), zone("a"), zone("b")]);
     let term = |app: &str| json!([{"topologyKey": "zone", "labelSelector": {"matchLabels": {"app": app}}}]);
     let rule = |kind: &str, app: &str| json!({"labels": {"app": "web"}, "affinity": {kind: {"requiredDuringSchedulingIgnoredDuringExecution": term(app)}}});
-    let first = run(&pod("first", rule("podAffinity", "web")), &table);
-    assert!(matches!(first, Decision::Node(_)), "the first of its group may go anywhere");
+    let first = run(&pod("first", rule("podAffinity", "web")), &mut world);
+    assert!(first.is_ok(), "the first of its group may go anywhere");
     assert!(
-        message(&pod("p", rule("podAffinity", "db")), &table)
+        message(&pod("p", rule("podAffinity", "db")), &mut world)
             .contains("3 node(s) didn't match pod affinity rules")
     );
-    table.add_pod("n0", Arc::new(pod("db", json!({"labels": {"app": "db"}}))));
-    let near = run(&pod("p", rule("podAffinity", "db")), &table);
-    assert!(near == Decision::Node("n0".into()) || near == Decision::Node("n1".into()));
-    assert_eq!(run(&pod("p", rule("podAntiAffinity", "db")), &table), Decision::Node("n2".into()));
+    world.table.add_pod("n0", Arc::new(pod("db", json!({"labels": {"app": "db"}}))));
+    let near = run(&pod("p", rule("podAffinity", "db")), &mut world);
+    assert!(near == Ok("n0".into()) || near == Ok("n1".into()));
+    assert_eq!(run(&pod("p", rule("podAntiAffinity", "db")), &mut world), Ok("n2".into()));
     let repelling = rule("podAntiAffinity", "web");
-    table.add_pod("n2", Arc::new(pod("loner", repelling)));
+    world.table.add_pod("n2", Arc::new(pod("loner", repelling)));
     let web = pod("p", json!({"labels": {"app": "web"}, "nodeSelector": {"zone": "b"}}));
-    assert!(message(&web, &table).contains("1 node(s) didn't satisfy existing pods anti-affinity rules"));
+    assert!(message(&web, &mut world).contains("1 node(s) didn't satisfy existing pods anti-affinity rules"));
 }
 
 #[test]
 fn hard_spread_constraints_keep_the_skew() {
     let zone = |name: &str| json!({"labels": {"zone": name}});
-    let mut table = table(&[zone("a"), zone("b"), json!({})]);
+    let mut world = world(&[zone("a"), zone("b"), json!({})]);
     let spec = json!({"labels": {"app": "web"}, "topologySpreadConstraints": [{
         "maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule",
         "labelSelector": {"matchLabels": {"app": "web"}},
     }]});
-    table.add_pod("n0", Arc::new(pod("one", json!({"labels": {"app": "web"}}))));
-    assert_eq!(run(&pod("two", spec.clone()), &table), Decision::Node("n1".into()));
-    table.add_pod("n0", Arc::new(pod("three", json!({"labels": {"app": "web"}}))));
-    table.add_pod("n0", Arc::new(pod("four", json!({"labels": {"app": "web"}}))));
+    world.table.add_pod("n0", Arc::new(pod("one", json!({"labels": {"app": "web"}}))));
+    assert_eq!(run(&pod("two", spec.clone()), &mut world), Ok("n1".into()));
+    world.table.add_pod("n0", Arc::new(pod("three", json!({"labels": {"app": "web"}}))));
+    world.table.add_pod("n0", Arc::new(pod("four", json!({"labels": {"app": "web"}}))));
     let mut only_a = spec;
     only_a["nodeSelector"] = json!({"kubernetes.io/hostname": "n1"});
-    assert_eq!(run(&pod("p", only_a), &table), Decision::Node("n1".into()));
+    assert_eq!(run(&pod("p", only_a), &mut world), Ok("n1".into()));
 }

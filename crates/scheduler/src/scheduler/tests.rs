@@ -4,7 +4,9 @@ use super::*;
 use k8s_openapi::api::core::v1::Event;
 use knarr_client::testing::{FakeApi, Faults};
 use kube::api::DeleteParams;
+use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::Value;
+use serde_json::json;
 use tokio_util::sync::DropGuard;
 
 struct Cluster {
@@ -22,7 +24,7 @@ impl Cluster {
         let clock = Clock::starting_at(jiff::Timestamp::now());
         let recorder = Recorder::new(client.clone(), clock.clone(), "test", "");
         let shutdown = CancellationToken::new();
-        let scheduler = Scheduler::new(DEFAULT_NAME, &informers, &recorder, clock, seed);
+        let scheduler = Scheduler::new(crate::Config::default(), &informers, &recorder, clock, seed);
         tokio::spawn(scheduler.run(shutdown.clone()));
         Cluster { api, client, _informers: informers, _stop: shutdown.drop_guard() }
     }
