@@ -13,7 +13,7 @@ use knarr_apiserver::rbac::Rbac;
 use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
 use knarr_apiserver::services::Allocator;
-use knarr_apiserver::{bootstrap, server};
+use knarr_apiserver::{bootstrap, metrics, server};
 use knarr_client::Client;
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options};
@@ -88,7 +88,12 @@ impl Server {
     }
 
     /// Starts the control loops and the scheduler.
-    pub fn start_loops(&self, tasks: &TaskTracker, shutdown: &CancellationToken) {
+    pub fn start_loops(
+        &self,
+        settings: &Settings,
+        tasks: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> Result<()> {
         let config = knarr_controllers::Config {
             root_ca: self.authority.certificate().to_owned(),
             ..knarr_controllers::Config::default()
@@ -96,8 +101,23 @@ impl Server {
         let client = self.client("system:kube-controller-manager", &[]);
         tasks.spawn(knarr_controllers::ControllerManager::run(client, config, shutdown.clone()));
         let client = self.client("system:kube-scheduler", &[]);
-        tasks.spawn(knarr_scheduler::Scheduler::run_default(client, shutdown.clone()));
+        let config = scheduler_config(settings)?;
+        tasks.spawn(knarr_scheduler::Scheduler::run_with(client, config, shutdown.clone()));
+        metrics::add_source(knarr_scheduler::metrics::print);
+        Ok(())
     }
+}
+
+/// What the scheduler is told: the file of the settings, or the default.
+pub fn scheduler_config(settings: &Settings) -> Result<knarr_scheduler::Config> {
+    let Some(path) = &settings.scheduler_config else { return Ok(knarr_scheduler::Config::default()) };
+    // Clients of extenders belong to a runtime, though none of them is used before the scheduler runs.
+    let own = match tokio::runtime::Handle::try_current() {
+        Ok(_) => None,
+        Err(_) => Some(tokio::runtime::Builder::new_current_thread().enable_all().build()?),
+    };
+    let _inside = own.as_ref().map(|runtime| runtime.enter());
+    knarr_scheduler::Config::load(path).with_context(|| format!("read {}", path.display()))
 }
 
 /// What the server proves itself with, and knows others by.

@@ -39,6 +39,21 @@ pub struct Election {
     pub retry: Duration,
 }
 
+impl Election {
+    /// A candidacy of this process.
+    pub fn lease(&self) -> knarr_client::leader::Election {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        knarr_client::leader::Election {
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+            identity: format!("{}_{:016x}", host.trim(), rand::random::<u64>()),
+            lease: self.lease,
+            renew_deadline: self.renew_deadline,
+            retry: self.retry,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {

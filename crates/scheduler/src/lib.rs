@@ -22,6 +22,8 @@ mod groups;
 pub mod metrics;
 /// Services, storage, budgets: what else decisions read.
 mod objects;
+/// The scheduler without an API.
+pub mod offline;
 /// The rules, one module each.
 mod plugins;
 /// What the scheduler needs to know of a pod, digested once.
@@ -32,6 +34,9 @@ mod preemption;
 mod profile;
 /// Pods waiting: active, backing off, unschedulable, gated.
 mod queue;
+/// The default profile, slow and obvious: what tests compare with.
+#[cfg(test)]
+mod reference;
 /// What a pod takes of its node.
 mod requests;
 /// The wiring: watches, the loop.

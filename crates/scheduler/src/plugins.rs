@@ -199,6 +199,9 @@ fn normalize(scores: &mut [i64], reverse: bool) {
     }
 }
 
+#[cfg(test)]
+mod tests;
+
 pub fn plugin_id(name: &str) -> Option<PluginId> {
     PLUGINS.iter().position(|plugin| plugin.name == name)
 }

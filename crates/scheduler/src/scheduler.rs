@@ -13,7 +13,7 @@ use crate::profile::Profile;
 use crate::queue::{Attempt, Queue};
 use crate::writes;
 use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
-use knarr_client::{Change, Client, Clock, Informer, Informers, ObjectKey, Recorder};
+use knarr_client::{Change, Client, Clock, Informer, Informers, ObjectKey, Recorder, leader};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -119,9 +119,29 @@ impl Scheduler {
 
     /// A scheduler with everything of its own: what `knarr server` runs.
     pub async fn run_with(client: Client, config: Config, shutdown: CancellationToken) {
-        let informers = Informers::new(client.clone());
-        let recorder = Recorder::new(client, Clock::System, crate::DEFAULT_NAME, "");
-        Scheduler::new(config, &informers, &recorder, Clock::System, rand::random()).run(shutdown).await;
+        let election = config.election.clone();
+        let work = |shutdown: CancellationToken| {
+            let informers = Informers::new(client.clone());
+            let recorder = Recorder::new(client.clone(), Clock::System, crate::DEFAULT_NAME, "");
+            let scheduler =
+                Scheduler::new(config.clone(), &informers, &recorder, Clock::System, rand::random());
+            async move {
+                scheduler.run(shutdown).await;
+                drop(informers);
+            }
+        };
+        let Some(election) = election else { return work(shutdown).await };
+        // Who lost the lease stands for it again.
+        while !shutdown.is_cancelled() {
+            let (lease, stop) = (election.lease(), shutdown.child_token());
+            let lead = || work(stop.clone());
+            if let Err(error) =
+                leader::run(client.clone(), Clock::System, lease, shutdown.clone(), lead).await
+            {
+                tracing::warn!(%error, "no longer the leading scheduler");
+            }
+            stop.cancel();
+        }
     }
 
     /// The default scheduler.

@@ -188,3 +188,139 @@ fn hard_spread_constraints_keep_the_skew() {
     only_a["nodeSelector"] = json!({"kubernetes.io/hostname": "n1"});
     assert_eq!(run(&pod("p", only_a), &mut world), Ok("n1".into()));
 }
+
+/// A pod of this priority and cpu, running since that minute.
+fn running(name: &str, priority: i32, cpu: &str, minute: u32, labels: Value) -> Arc<PodInfo> {
+    let pod = json!({
+        "metadata": {"name": name, "namespace": "ns", "uid": name, "labels": labels},
+        "spec": {"priority": priority, "containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}]},
+        "status": {"startTime": format!("2026-01-01T00:{minute:02}:00Z")},
+    });
+    Arc::new(PodInfo::new(Arc::new(serde_json::from_value(pod).unwrap())))
+}
+
+/// Where room is made, and who goes.
+fn preempted(pod: &PodInfo, world: &mut World) -> Option<(String, Vec<String>)> {
+    match decide(pod, &Profile::default(), world, &mut chooser(), None) {
+        Decision::Node(node, _) => panic!("it fits {node} already"),
+        Decision::Unschedulable(refusal) => {
+            let found = refusal.preemption?;
+            let mut victims: Vec<String> =
+                found.victims.iter().map(|victim| victim.key.name.clone()).collect();
+            victims.sort();
+            Some((found.node.to_string(), victims))
+        }
+    }
+}
+
+#[test]
+fn preemption_harms_least() {
+    let none = || json!({});
+    let app = || json!({"app": "guarded"});
+    // What runs where, and whom a pod of priority 100 that wants 3 of 4 cores displaces.
+    let cases = [
+        (
+            "the lower of the most important victims",
+            vec![("n0", running("a", 20, "3", 1, none())), ("n1", running("b", 10, "3", 1, none()))],
+            ("n1", vec!["b"]),
+        ),
+        (
+            "the smaller sum of priorities",
+            vec![
+                ("n0", running("a", 10, "2", 1, none())),
+                ("n0", running("b", 10, "2", 1, none())),
+                ("n1", running("c", 10, "3", 1, none())),
+            ],
+            ("n1", vec!["c"]),
+        ),
+        (
+            "those that started last",
+            vec![("n0", running("a", 10, "3", 1, none())), ("n1", running("b", 10, "3", 2, none()))],
+            ("n1", vec!["b"]),
+        ),
+        (
+            "no budget is broken if that can be",
+            vec![("n0", running("a", 20, "3", 1, none())), ("n1", running("b", 10, "3", 1, app()))],
+            ("n0", vec!["a"]),
+        ),
+        (
+            "no more go than must: the most important stay",
+            vec![
+                ("n0", running("a", 10, "1", 1, none())),
+                ("n0", running("b", 5, "2", 1, none())),
+                ("n0", running("c", 1, "1", 1, none())),
+                ("n1", running("d", 100, "4", 1, none())),
+            ],
+            ("n0", vec!["b", "c"]),
+        ),
+    ];
+    for (what, there, (node, victims)) in cases {
+        let mut world = world(&[json!({}), json!({})]);
+        let budget = json!({
+            "metadata": {"name": "guard", "namespace": "ns"}, "spec": {"selector": {"matchLabels": {"app": "guarded"}}},
+            "status": {"disruptionsAllowed": 0, "currentHealthy": 1, "desiredHealthy": 1, "expectedPods": 1},
+        });
+        let budget = serde_json::from_value(budget).unwrap();
+        world.objects.budgets.set(&knarr_client::Change::Added(Arc::new(budget)));
+        for (on, pod) in there {
+            world.table.add_pod(on, pod);
+        }
+        let mut important = wants("3");
+        important["priority"] = json!(100);
+        let expected = (node.to_owned(), victims.into_iter().map(str::to_owned).collect());
+        assert_eq!(preempted(&pod("new", important), &mut world), Some(expected), "{what}");
+    }
+}
+
+#[test]
+fn preemption_follows_rules_other_than_room() {
+    let host = "kubernetes.io/hostname";
+    let term = json!([{"topologyKey": host, "labelSelector": {"matchLabels": {"app": "x"}}}]);
+    let away = json!({"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": term}});
+    let mut world = world(&[json!({})]);
+    world.table.add_pod("n0", running("x", 1, "1", 1, json!({"app": "x"})));
+    world.table.add_pod("n0", running("y", 1, "1", 1, json!({"app": "y"})));
+    let new = pod("new", json!({"priority": 5, "affinity": away}));
+    assert_eq!(preempted(&new, &mut world), Some(("n0".to_owned(), vec!["x".to_owned()])));
+}
+
+#[test]
+fn what_preemption_says() {
+    let cases = [
+        (
+            json!({"priority": 0}),
+            "preemption: 0/2 nodes are available: 1 No preemption victims found for incoming pod, 1 Preemption is not helpful for scheduling.",
+        ),
+        (
+            json!({"priority": 9, "preemptionPolicy": "Never"}),
+            "preemption: not eligible due to preemptionPolicy=Never.",
+        ),
+        (
+            json!({"priority": 9, "big": true}),
+            "preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling.",
+        ),
+    ];
+    for (mut spec, expected) in cases {
+        let mut world = world(&[json!({}), json!({"unschedulable": true})]);
+        world.table.add_pod("n0", running("a", 3, "3", 1, json!({})));
+        let cpu = if spec["big"].is_null() { "2" } else { "5" };
+        spec["containers"] = wants(cpu)["containers"].clone();
+        let said = message(&pod("new", spec), &mut world);
+        assert!(said.ends_with(expected), "{said}");
+    }
+}
+
+#[test]
+fn room_that_was_promised_is_left_to_whom_it_was_promised() {
+    let mut world = world(&[json!({})]);
+    let mut important = wants("3");
+    important["priority"] = json!(10);
+    let important = Arc::new(pod("important", important));
+    world.table.nominate(&important, Some("n0"));
+    let mut lower = wants("2");
+    lower["priority"] = json!(5);
+    assert!(run(&pod("lower", lower.clone()), &mut world).is_err());
+    lower["priority"] = json!(20);
+    assert_eq!(run(&pod("higher", lower), &mut world), Ok("n0".into()));
+    assert_eq!(run(&important, &mut world), Ok("n0".into()));
+}
