@@ -12,7 +12,7 @@ use knarr_client::Client;
 use kube::api::{Api, ListParams};
 
 use crate::settings::{self, Settings};
-use crate::{check, daemon, kubeconfig, node};
+use crate::{check, daemon, kubeconfig, node, server};
 
 /// How long each step of `up` may take before it is given up.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -66,6 +66,9 @@ pub struct UpArgs {
     /// Serve API versions that upstream has removed, as older manifests use them [default: true].
     #[arg(long, action = clap::ArgAction::Set)]
     pub legacy_api: Option<bool>,
+    /// A KubeSchedulerConfiguration (v1) for the scheduler; an empty name goes back to the default.
+    #[arg(long, value_name = "FILE")]
+    pub scheduler_config: Option<PathBuf>,
     /// Name of the context in the kubeconfig [default: knarr].
     #[arg(long)]
     pub context: Option<String>,
@@ -108,6 +111,12 @@ impl UpArgs {
         if !self.images.is_empty() {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
+        }
+        if let Some(path) = &self.scheduler_config {
+            let named = !path.as_os_str().is_empty();
+            settings.scheduler_config =
+                named.then(|| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+            server::scheduler_config(&settings).context("--scheduler-config")?;
         }
         settings.server_only |= self.server_only;
         settings.service_ranges()?;
