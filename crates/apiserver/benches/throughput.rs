@@ -4,7 +4,7 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -20,8 +20,10 @@ use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options};
 use serde_json::json;
 
-const PODS: usize = 10_000;
 const CLIENTS: usize = 256;
+/// The first argument that is a number.
+static PODS: LazyLock<usize> =
+    LazyLock::new(|| std::env::args().find_map(|a| a.parse().ok()).unwrap_or(10_000));
 
 #[tokio::main(worker_threads = 2)]
 async fn main() {
@@ -40,21 +42,22 @@ async fn main() {
     });
     let (pod, before) = (pod.to_string(), resident());
     run("creates, one by one", &api, 1, 500, |n| post(&pod.replace('@', &format!("s{n}")))).await;
-    run("creates", &api, CLIENTS, PODS, |n| post(&pod.replace('@', &n.to_string()))).await;
-    while pods.len() < PODS + 500 {
+    run("creates", &api, CLIENTS, *PODS, |n| post(&pod.replace('@', &n.to_string()))).await;
+    while pods.len() < *PODS + 500 {
         tokio::task::yield_now().await;
     }
-    let each = (resident() - before) as f64 / (PODS + 500) as f64;
+    let each = (resident() - before) as f64 / (*PODS + 500) as f64;
     println!("{:<28} {each:>8.1} KB each", "resident, with one reader");
     let label = |n: usize| {
         let body = json!({ "metadata": { "labels": { "n": n.to_string() } } }).to_string();
-        let request = Request::patch(format!("/api/v1/namespaces/default/pods/b{}", n % PODS));
+        let request = Request::patch(format!("/api/v1/namespaces/default/pods/b{}", n % *PODS));
         let request = request.header("content-type", "application/merge-patch+json");
         request.body(full(body)).expect("a request")
     };
-    run("patches", &api, CLIENTS, PODS, label).await;
-    run("gets", &api, CLIENTS, PODS * 4, |n| get(&format!("/b{}", n % PODS))).await;
+    run("patches", &api, CLIENTS, *PODS, label).await;
+    run("gets", &api, CLIENTS, *PODS * 4, |n| get(&format!("/b{}", n % *PODS))).await;
     run("lists", &api, 1, 20, |_| get("")).await;
+    run("first list by a label", &api, 1, 1, |_| get("?labelSelector=none%3Dsuch")).await;
     run("lists that match nothing", &api, 1, 20, |_| get("?labelSelector=none%3Dsuch")).await;
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use knarr_api::object::Object;
+use knarr_api::pick;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_store::Entry;
@@ -130,7 +131,8 @@ impl View {
 
     pub fn selectable<'e>(rules: &'static Rules, entry: &'e Entry) -> &'e Selectable {
         View::of(entry).selectable.get_or_init(|| {
-            let object = decode(entry);
+            let paths = ["metadata.labels"].iter().chain(rules.selectable).chain(rules.selectable_reads);
+            let object = pick::fields(&entry.bytes, paths.copied()).expect("stored bytes were encoded here");
             let labels = object.map_at("metadata.labels").cloned().unwrap_or_default();
             let fields = rules.selectable.iter().map(|f| (*f, rules.field_value(&object, f))).collect();
             Selectable { labels, fields }
