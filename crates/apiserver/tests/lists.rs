@@ -223,3 +223,20 @@ async fn a_deletion_before_a_restart_is_told_with_its_own_version() {
     assert_eq!((kind.as_str(), object.str_at("metadata.name")), ("DELETED", "m"));
     assert_eq!(object.str_at("metadata.resourceVersion"), deleted.to_string());
 }
+
+/// Found by the simulator: each further forced deletion was a write, which woke the controller that had asked.
+#[tokio::test]
+async fn a_pod_held_by_finalizers_is_force_deleted_once() {
+    const PODS: &str = "/api/v1/namespaces/default/pods";
+    let api = server().await;
+    let admin = Client::admin(&api);
+    let pod = json!({
+        "metadata": { "name": "p", "finalizers": ["example.com/hold"] },
+        "spec": { "containers": [{ "name": "c", "image": "i" }] },
+    });
+    admin.create(PODS, &pod).await;
+    admin.delete(&format!("{PODS}/p?gracePeriodSeconds=0")).await;
+    let before = api.registry.store.revision();
+    let (status, _) = admin.delete(&format!("{PODS}/p?gracePeriodSeconds=0")).await;
+    assert_eq!((status, api.registry.store.revision()), (200, before));
+}

@@ -4,6 +4,7 @@
 //! this machine, the server's own CPU time and memory are reported beside the rates, since on a shared
 //! machine they say more than times do. How long a cluster takes to start is measured by [`start`].
 
+mod loops;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -30,6 +31,8 @@ const PHASE_MAX: Duration = Duration::from_secs(120);
 enum What {
     /// Start clusters of its own from an empty disk and time each step; needs root.
     Start(start::StartArgs),
+    /// Time the control loops on simulated nodes of a running cluster.
+    Loops(loops::LoopsArgs),
 }
 
 #[derive(Args, Debug)]
@@ -64,7 +67,10 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
         return start::start(args);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(run(args))
+    match &args.what {
+        Some(What::Loops(args)) => runtime.block_on(loops::loops(args)),
+        _ => runtime.block_on(run(args)),
+    }
 }
 
 async fn run(args: &BenchArgs) -> Result<()> {
