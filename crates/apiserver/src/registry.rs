@@ -851,7 +851,8 @@ impl Registry {
         if pending {
             let current = old.int_at("metadata.deletionGracePeriodSeconds").unwrap_or(0);
             let shorter = options.grace_period_seconds.is_some() && grace < current;
-            let forced = kind.plural == "pods" && options.grace_period_seconds == Some(0);
+            // Once without grace, finalizers alone hold it: asked again, nothing changes.
+            let forced = kind.plural == "pods" && options.grace_period_seconds == Some(0) && current > 0;
             if !shorter && !forced && new == *old {
                 return if is_finished(&new) { Some(new) } else { None };
             }

@@ -3,10 +3,12 @@
 
 mod finish;
 mod indexes;
+mod orphans;
 mod policy;
 mod tracking;
 mod ttl;
 
+pub use orphans::start_orphans;
 pub use ttl::start_ttl;
 
 use crate::family::{Family, PodOwner, retry_with_more_room};

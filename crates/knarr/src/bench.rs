@@ -3,8 +3,9 @@
 //! Load comes from this process, over TLS, on as many connections as asked for. Where the cluster runs on
 //! this machine, the server's own CPU time and memory are reported beside the rates, since on a shared
 //! machine they say more than times do. How long a cluster takes to start is measured by [`start`], how fast pods
-//! get their nodes by [`scheduler`].
+//! get their nodes by [`scheduler`], how fast the control loops are by [`loops`].
 
+mod loops;
 mod scheduler;
 mod start;
 
@@ -37,6 +38,8 @@ enum What {
     Start(start::StartArgs),
     /// Bind pods to nodes that exist as objects only, and count how many a second.
     Scheduler(scheduler::SchedulerArgs),
+    /// Time the control loops on simulated nodes of a running cluster.
+    Loops(loops::LoopsArgs),
 }
 
 #[derive(Args, Debug)]
@@ -70,6 +73,7 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     match &args.what {
         Some(What::Start(args)) => start::start(args),
+        Some(What::Loops(args)) => runtime()?.block_on(loops::loops(args)),
         Some(What::Scheduler(args)) => runtime()?.block_on(scheduler::run(args)),
         None => runtime()?.block_on(run(args)),
     }

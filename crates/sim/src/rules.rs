@@ -380,6 +380,10 @@ fn surge(history: &History, memory: &mut Memory, change: &Change) -> Option<Stri
     let grown =
         number(after, "/spec/replicas") > change.before.map_or(0, |before| number(before, "/spec/replicas"));
     let (_, deployment) = controller(after).filter(|(kind, _)| *kind == "Deployment" && grown)?;
+    if memory.slack("replicasets.apps", namespace_of(change.key)) > 0 {
+        // A set may exist of which the loop does not know.
+        return None;
+    }
     let most = memory.most(deployment)?;
     let wished: i64 =
         owned(history, "replicasets.apps", deployment).map(|set| number(&set.value, "/spec/replicas")).sum();
