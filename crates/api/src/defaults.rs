@@ -93,7 +93,8 @@ fn set(map: &mut Map<String, Value>, name: &str, value: impl Into<Value>) {
 }
 
 fn pod(map: &mut Map<String, Value>) {
-    let Some(Value::Object(spec)) = map.get_mut("spec") else { return };
+    // Go has a spec even where nobody gave one.
+    let Value::Object(spec) = map.entry("spec").or_insert_with(|| json!({})) else { return };
     set(spec, "enableServiceLinks", true);
     for list in ["containers", "initContainers"] {
         let Some(Value::Array(containers)) = spec.get_mut(list) else { continue };

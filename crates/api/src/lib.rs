@@ -19,6 +19,8 @@ pub mod rules;
 pub mod selector;
 pub mod versions;
 
+pub mod fuzz;
+
 pub mod field;
 pub mod names;
 pub mod object;

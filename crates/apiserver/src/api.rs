@@ -557,6 +557,11 @@ impl Api {
             let value = subresources::bind(&self.registry, place, &binding, &call.context).await?;
             return self.show(call, 201, &value);
         }
+        let accept = call.headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let plain = accept.is_empty() || accept.split(',').any(|clause| !clause.contains("as="));
+        if call.form.shape != Shape::Whole && !plain {
+            return Err(Status::not_acceptable(respond::MEDIA_TYPES));
+        }
         let review = self.decode_body(call, body)?;
         let value = reviews::answer(
             &self.registry,

@@ -560,15 +560,18 @@ impl Registry {
         let mut new = match edit {
             Edit::Replace(object) => object.clone(),
             Edit::JsonPatch(body) => {
-                self.decode_patched(kind, patch::json(&shown_in(served, &old), body)?, context)?
+                let make = || patch::json(&shown_in(served, &old), body);
+                self.decode_patched(kind, make()?, || make().ok().map(|tree| tree.to_string()), context)?
             }
             Edit::MergePatch(body) => {
-                self.decode_patched(kind, patch::merge(&shown_in(served, &old), body)?, context)?
+                let make = || patch::merge(&shown_in(served, &old), body);
+                self.decode_patched(kind, make()?, || make().ok().map(|tree| tree.to_string()), context)?
             }
             Edit::StrategicPatch(body) => {
                 let shown = shown_in(served, &old);
                 let patched = patch::strategic(self.schema, served.type_id, &shown, body)?;
-                self.decode_patched(kind, patched, context)?
+                let sent = || serde_json::from_slice(body).ok().map(|tree| as_go_prints(&tree));
+                self.decode_patched(kind, patched, sent, context)?
             }
             Edit::Apply { config, force } => {
                 let mut config = config.clone();
@@ -693,9 +696,24 @@ impl Registry {
         }
     }
 
-    /// A patched tree is decoded like a body: types are checked, unknown fields dropped.
-    fn decode_patched(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
-        self.decode(kind, tree, context)
+    /// A patched tree is decoded like a body: types are checked, unknown fields dropped. What is wrong then is the
+    /// patch's fault: `shown` is what the message shows of it.
+    fn decode_patched(
+        &self,
+        kind: &Kind,
+        tree: Value,
+        shown: impl FnOnce() -> Option<String>,
+        context: &Context,
+    ) -> Result<Value> {
+        self.decode(kind, tree, context).map_err(|status| {
+            let name = &context.version_of(kind).kind;
+            match status.message.split_once(&format!("cannot be handled as a {name}: ")) {
+                Some((_, why)) if !why.starts_with("no kind") && !why.starts_with("converting") => {
+                    Status::invalid_patch(&shown().unwrap_or_default(), why)
+                }
+                _ => status,
+            }
+        })
     }
 
     /// Decodes a tree as the kind, in the version of the request, judging unknown fields as the request asks.
@@ -1039,6 +1057,22 @@ pub struct Page {
 /// Where a kind's objects are kept; the kind is the stored version.
 pub fn partition(kind: &Kind) -> String {
     kind.resource()
+}
+
+/// A value as Go prints the maps it decodes patches to: `map[spec:map[replicas:1]]`.
+fn as_go_prints(value: &Value) -> String {
+    match value {
+        Value::Null => "<nil>".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => format!("[{}]", items.iter().map(as_go_prints).collect::<Vec<_>>().join(" ")),
+        Value::Object(map) => {
+            let mut entries: Vec<String> =
+                map.iter().map(|(k, v)| format!("{k}:{}", as_go_prints(v))).collect();
+            entries.sort();
+            format!("map[{}]", entries.join(" "))
+        }
+        other => other.to_string(),
+    }
 }
 
 /// The object as the version of the request shows it.

@@ -623,11 +623,10 @@ pub const PRIORITY_CLASS: Rules = Rules {
         one_of("", object, "preemptionPolicy", &["Never", "PreemptLowerPriority"], errors);
     },
     validate_update: |new, old, errors| {
-        for name in ["value", "preemptionPolicy"] {
-            if new.at(name) != old.at(name) {
-                errors.push(field::Error::forbidden(name, "may not be changed in an update."));
-            }
+        if new.at("value") != old.at("value") {
+            errors.push(field::Error::forbidden("value", "may not be changed in an update."));
         }
+        immutable("preemptionPolicy", new, old, errors);
     },
     ..Rules::DEFAULT
 };
