@@ -102,6 +102,10 @@ fn pod(map: &mut Map<String, Value>) {
     // Pod-level resources follow the same rule (KEP-2837).
     if spec.contains_key("resources") {
         let mut shell = json!({ "resources": spec.remove("resources") });
+        // First what its containers ask for, then its own limits.
+        shell["containers"] = spec.get("containers").cloned().unwrap_or_default();
+        shell["initContainers"] = spec.get("initContainers").cloned().unwrap_or_default();
+        crate::kinds::resources::pod_level_defaults(&mut shell);
         requests_from_limits(&mut shell);
         spec.insert("resources".into(), shell["resources"].take());
     }

@@ -62,6 +62,12 @@ fn sample(kind: &Kind) -> Value {
         "runtimeclasses" if kind.version == "v1alpha1" => json!({ "spec": { "runtimeHandler": "h" } }),
         "runtimeclasses" => json!({ "handler": "h" }),
         "priorityclasses" => json!({ "value": 7 }),
+        "flowschemas" => {
+            json!({ "spec": { "priorityLevelConfiguration": { "name": "global-default" } } })
+        }
+        "prioritylevelconfigurations" => {
+            json!({ "spec": { "type": "Limited", "limited": { "limitResponse": { "type": "Reject" } } } })
+        }
         "leases" => json!({ "spec": { "holderIdentity": "me" } }),
         "poddisruptionbudgets" => {
             json!({ "spec": { "minAvailable": 1, "selector": { "matchLabels": { "a": "b" } } } })

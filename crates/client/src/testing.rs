@@ -51,6 +51,8 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("batch", "v1", "cronjobs", "CronJob", true),
     ("batch", "v1", "jobs", "Job", true),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
+    ("networking.k8s.io", "v1", "ipaddresses", "IPAddress", false),
+    ("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", false),
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", true),
     ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
     ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),

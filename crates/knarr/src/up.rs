@@ -45,9 +45,12 @@ pub struct UpArgs {
     /// Addresses of pods [default: 10.42.0.0/16].
     #[arg(long)]
     pub cluster_cidr: Option<String>,
-    /// Addresses of services [default: 10.96.0.0/16].
+    /// Addresses of services: one range, or one of each family with a comma between [default: 10.96.0.0/16].
     #[arg(long)]
     pub service_cidr: Option<String>,
+    /// Ports that services may have on nodes [default: 30000-32767].
+    #[arg(long)]
+    pub service_node_port_range: Option<String>,
     /// A CRI socket to use instead of the built-in container runtime.
     #[arg(long)]
     pub container_runtime_endpoint: Option<String>,
@@ -57,6 +60,9 @@ pub struct UpArgs {
     /// The control plane alone, without a node.
     #[arg(long)]
     pub server_only: bool,
+    /// Have at least so many simulated nodes: nodes without a machine, whose pods live as their annotations declare.
+    #[arg(long, value_name = "N")]
+    pub simulated_nodes: Option<usize>,
     /// Serve API versions that upstream has removed, as older manifests use them [default: true].
     #[arg(long, action = clap::ArgAction::Set)]
     pub legacy_api: Option<bool>,
@@ -92,6 +98,7 @@ impl UpArgs {
             node_ip,
             cluster_cidr,
             service_cidr,
+            service_node_port_range,
             legacy_api,
             context
         );
@@ -112,7 +119,8 @@ impl UpArgs {
             server::scheduler_config(&settings).context("--scheduler-config")?;
         }
         settings.server_only |= self.server_only;
-        settings.service_range()?;
+        settings.service_ranges()?;
+        settings.node_ports()?;
         if settings.node_ip.is_loopback() && !settings.server_only {
             // No way out of the machine: the pods' gateway is an address that both they and the host reach.
             settings.node_ip = IpAddr::V4(gateway(&settings.node_cidr)?);
@@ -168,6 +176,8 @@ pub fn up(args: &UpArgs) -> Result<()> {
             );
         }
         println!("The cluster is already up; nothing was changed.");
+        let progress = Progress { started: Instant::now() };
+        add_simulated(args, &settings, &progress)?;
         return farewell(&settings);
     }
     check::require(&settings)?;
@@ -177,7 +187,8 @@ pub fn up(args: &UpArgs) -> Result<()> {
     }
     settings.save()?;
     progress.step("started", || daemon::start(&settings))?;
-    let result = wait_until_ready(&settings, &progress);
+    let result =
+        wait_until_ready(&settings, &progress).and_then(|()| add_simulated(args, &settings, &progress));
     if result.is_err() {
         eprintln!("See {} for what happened.", daemon::log_place(&settings));
     }
@@ -227,6 +238,18 @@ fn wait_until_ready(settings: &Settings, progress: &Progress) -> Result<()> {
     })
 }
 
+/// `--simulated-nodes`.
+fn add_simulated(args: &UpArgs, settings: &Settings, progress: &Progress) -> Result<()> {
+    let Some(wanted) = args.simulated_nodes else { return Ok(()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    progress.step(&format!("{wanted} simulated nodes are Ready"), || {
+        runtime.block_on(async {
+            let client = knarr_client::connect::from_kubeconfig(&settings.admin_kubeconfig(), None).await?;
+            crate::simulated::ensure(&client, wanted).await.map(|_| ())
+        })
+    })
+}
+
 async fn wait<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + STEP_TIMEOUT;
     loop {
@@ -240,7 +263,7 @@ async fn wait<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T>>) -
     }
 }
 
-fn is_ready(node: &Node) -> bool {
+pub fn is_ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
     conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }

@@ -117,18 +117,15 @@ impl Scheduler {
         scheduler
     }
 
-    /// A scheduler with everything of its own: what `knarr server` runs.
-    pub async fn run_with(client: Client, config: Config, shutdown: CancellationToken) {
+    /// What `knarr server` runs: on the caches of the process, writing as the informers' client.
+    pub async fn run_with(informers: Informers, config: Config, shutdown: CancellationToken) {
         let election = config.election.clone();
+        let client = informers.client();
         let work = |shutdown: CancellationToken| {
-            let informers = Informers::new(client.clone());
             let recorder = Recorder::new(client.clone(), Clock::System, crate::DEFAULT_NAME, "");
             let scheduler =
                 Scheduler::new(config.clone(), &informers, &recorder, Clock::System, rand::random());
-            async move {
-                scheduler.run(shutdown).await;
-                drop(informers);
-            }
+            scheduler.run(shutdown)
         };
         let Some(election) = election else { return work(shutdown).await };
         // Who lost the lease stands for it again.
@@ -146,7 +143,7 @@ impl Scheduler {
 
     /// The default scheduler.
     pub async fn run_default(client: Client, shutdown: CancellationToken) {
-        Scheduler::run_with(client, Config::default(), shutdown).await;
+        Scheduler::run_with(Informers::new(client), Config::default(), shutdown).await;
     }
 
     fn watch_all(&mut self, informers: &Informers) {
