@@ -124,6 +124,7 @@ fn read(value: &Value, errors: &mut Vec<String>) -> Config {
     for profile in &mut profiles {
         let ignored = extenders.iter().flat_map(|(_, ignored)| ignored.iter().cloned());
         profile.args.fit.ignored_resources.extend(ignored);
+        profile.asks_about_victims = extenders.iter().any(|(extender, _)| extender.preempts());
     }
     Config {
         profiles,

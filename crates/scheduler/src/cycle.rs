@@ -1,7 +1,9 @@
 //! One decision, without I/O: which node, or why none. The wording is upstream's `FitError`.
 
 use crate::objects::World;
-use crate::plugins::{Cycle, PLUGINS, PluginId, Prepared, Verdict, VolumePlan, plan_volumes, plugin_id};
+use crate::plugins::{
+    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Verdict, VolumePlan, plan_volumes, plugin_id,
+};
 use crate::pod::PodInfo;
 use crate::preemption::{self, Preemption};
 use crate::profile::Profile;
@@ -253,13 +255,62 @@ impl Found {
         };
         let mut looked_at = 0;
         let first = *start % self.nodes;
+        let nodes = self.nodes;
+        let place =
+            |offset: usize| if first + offset < nodes { first + offset } else { first + offset - nodes };
+        let one_by_one = advice.is_some() || world.table.has_nominated();
         while looked_at < self.nodes && self.fitting.len() < enough {
-            let place = first + looked_at;
-            let slot = world.table.live()[if place < self.nodes { place } else { place - self.nodes }];
-            looked_at += 1;
-            self.look_at(cycle, world, slot, advice);
+            let wanted = if one_by_one { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
+            let ahead = looked_at..self.nodes.min(looked_at + wanted);
+            let slots: Vec<Slot> = ahead.map(|offset| world.table.live()[place(offset)]).collect();
+            match one_by_one {
+                true => {
+                    self.look_at(cycle, world, slots[0], advice);
+                    looked_at += 1;
+                }
+                false => looked_at += self.look_at_many(cycle, world, &slots, enough),
+            }
         }
         *start = (first + looked_at) % self.nodes;
+    }
+
+    /// Looks at nodes together, filter by filter, until enough of them fit; how many it came to.
+    fn look_at_many(&mut self, cycle: &Cycle, world: &World, slots: &[Slot], enough: usize) -> usize {
+        let mut verdicts = [Verdict::Fits; BLOCK];
+        let verdicts = &mut verdicts[..slots.len()];
+        let mut refused_by = [PluginId::MAX; BLOCK];
+        for &id in &self.active {
+            match (PLUGINS[id].filter_many, PLUGINS[id].filter) {
+                (Some(filter), _) if !cycle.node_affinity.direct => filter(cycle, world, slots, verdicts),
+                (_, Some(filter)) => {
+                    for (slot, verdict) in slots.iter().zip(&mut *verdicts) {
+                        if *verdict == Verdict::Fits {
+                            *verdict = filter(cycle, world, *slot);
+                        }
+                    }
+                }
+                (_, None) => unreachable!("only plugins with a filter are active"),
+            }
+            for (verdict, by) in verdicts.iter().zip(&mut refused_by) {
+                if *verdict != Verdict::Fits && *by == PluginId::MAX {
+                    *by = id;
+                }
+            }
+        }
+        for (index, verdict) in verdicts.iter().enumerate() {
+            match verdict {
+                Verdict::Fits => self.fitting.push(slots[index]),
+                Verdict::Hopeless(code) => self.note(refused_by[index], *code),
+                Verdict::Refused(code) => {
+                    self.refused.push(slots[index]);
+                    self.note(refused_by[index], *code);
+                }
+            }
+            if self.fitting.len() >= enough {
+                return index + 1;
+            }
+        }
+        slots.len()
     }
 
     fn look_at(&mut self, cycle: &Cycle, world: &mut World, slot: Slot, advice: Option<&Advice>) {

@@ -168,6 +168,11 @@ impl Filters {
         self.entry(id).bits[slot]
     }
 
+    /// The set, by slot.
+    pub fn bits(&self, id: FilterId) -> &[bool] {
+        &self.entry(id).bits
+    }
+
     pub fn hold(&mut self, id: FilterId) {
         self.entry_mut(id).users += 1;
     }

@@ -145,6 +145,8 @@ struct Levels {
     nodes: Vec<u32>,
     /// How many domains have so many pods.
     domains: BTreeMap<u32, u32>,
+    /// Pods in the emptiest domain, and the number of domains: read for every node, so kept apart.
+    least: (u32, u32),
 }
 
 /// Weights of running pods' rules by domain.
@@ -167,11 +169,18 @@ impl Counter {
         self.counts.get(domain as usize).copied().unwrap_or(0)
     }
 
+    /// By domain; domains beyond the end have none.
+    pub fn column(&self) -> &[u32] {
+        &self.counts
+    }
+
+    pub fn topology(&self) -> TopologyId {
+        self.key.topology
+    }
+
     /// Pods in the emptiest domain, and the number of domains.
     pub fn least(&self) -> (u32, u32) {
-        let domains = self.levels.iter().flat_map(|levels| levels.domains.values()).sum();
-        let least = self.levels.as_ref().and_then(|levels| levels.domains.keys().next());
-        (least.copied().unwrap_or(0), domains)
+        self.levels.as_ref().map_or((0, 0), |levels| levels.least)
     }
 
     fn counts_slot(&self, slot: Slot, topologies: &Slab<Topology>, filters: &Filters) -> Option<DomainId> {
@@ -229,6 +238,8 @@ impl Levels {
         if let Some(to) = to {
             *self.domains.entry(to).or_insert(0) += 1;
         }
+        let number = self.least.1 - u32::from(from.is_some()) + u32::from(to.is_some());
+        self.least = (self.domains.keys().next().copied().unwrap_or(0), number);
     }
 }
 
@@ -564,18 +575,18 @@ impl Groups {
 
 /// Changes of the cluster.
 impl Groups {
-    /// Pods of a class came to a slot (`1`) or left it (`-1`).
-    pub fn count_pod(&mut self, class: ClassId, slot: Slot, pods: i32, filters: &Filters) {
+    /// A pod of a class has its place on a slot (`1`) or no more (`-1`). What counters say is [`Groups::bump`]'s.
+    pub fn set_place(&mut self, class: ClassId, slot: Slot, pods: i32) {
         let places = &mut self.classes.get_mut(class).places;
         let there = places.entry(slot).or_insert(0);
         *there = (*there as i32 + pods) as u32;
         if *there == 0 {
             places.remove(&slot);
         }
-        self.bump(class, slot, pods.into(), filters);
     }
 
-    /// Counts pods for the counters only: their node becomes or stops being one that counts.
+    /// Pods of a class came to a slot (`1`) or left it (`-1`), for good or on trial; or their node becomes or stops
+    /// being one that counts.
     pub fn bump(&mut self, class: ClassId, slot: Slot, pods: i64, filters: &Filters) {
         let Groups { classes, predicates, counters, topologies, .. } = self;
         for predicate in &classes.get(class).matches {

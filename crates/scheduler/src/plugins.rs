@@ -63,6 +63,9 @@ pub const PLUGINS: &[Plugin] = &[
     binder::PLUGIN,
 ];
 
+/// Nodes that filters look at together.
+pub const BLOCK: usize = 256;
+
 /// Position in [`PLUGINS`].
 pub type PluginId = usize;
 
@@ -78,6 +81,8 @@ pub struct Plugin {
     /// Whether the pod may run on the node. Pure; called at most once per node and cycle, and by preemption again after
     /// each change of the node's pods, without `prepare` in between.
     pub filter: Option<fn(&Cycle, &World, Slot) -> Verdict>,
+    /// The same for up to [`BLOCK`] nodes at once, where that is faster: what is refused already stays so.
+    pub filter_many: Option<fn(&Cycle, &World, &[Slot], &mut [Verdict])>,
     /// The words for a code that the filter gave.
     pub explain: fn(&Cycle, &World, u32) -> Vec<String>,
     /// How well nodes suit that passed all filters: 0 to 100, written into the last argument. False if it has no opinion
@@ -98,6 +103,7 @@ impl Plugin {
         weight: 0,
         prepare: None,
         filter: None,
+        filter_many: None,
         explain: |_, _, _| Vec::new(),
         score: None,
         hears: 0,
@@ -160,7 +166,6 @@ pub struct Cycle<'a> {
     pub zones: volume_zone::State,
     pub spread: topology_spread::State,
     pub affinity: inter_pod_affinity::State,
-    pub devices: dynamic_resources::State,
 }
 
 impl<'a> Cycle<'a> {
@@ -181,7 +186,6 @@ impl<'a> Cycle<'a> {
             zones: Default::default(),
             spread: Default::default(),
             affinity: Default::default(),
-            devices: Default::default(),
         }
     }
 

@@ -7,7 +7,6 @@ use crate::objects::World;
 use crate::plugins::{Cycle, Verdict};
 use crate::pod::PodInfo;
 use crate::table::{Placed, Slot};
-use jiff::Timestamp;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use knarr_client::selector::Selector;
 use rand::Rng;
@@ -55,19 +54,25 @@ pub fn preempt(cycle: &Cycle, world: &mut World, found: &Found, random: &mut imp
             reasons.into_iter().map(|(reason, nodes)| format!("{nodes} {reason}")).collect(),
         );
     }
-    candidates.sort_by_key(Candidate::rank);
-    let mut candidates = candidates.into_iter();
-    let best = candidates.next().expect("there is a candidate");
-    let lower = world.table.nominated_on(best.slot).iter().filter(|pod| pod.priority < cycle.pod.priority);
-    Outcome::Preempt(Preemption {
-        node: world.table.names[best.slot].clone(),
-        unpromised: lower.cloned().collect(),
-        others: candidates
-            .map(|other| (world.table.names[other.slot].clone(), other.victims, other.violations))
-            .collect(),
-        victims: best.victims,
-        violations: best.violations,
-    })
+    candidates.sort_unstable();
+    // Who has to go is worked out again for those that are asked about: most candidates are not.
+    let budgets = Budgets::new(world);
+    let asked = if cycle.profile.asks_about_victims { candidates.len() } else { 1 };
+    let mut named = Vec::with_capacity(asked);
+    for candidate in candidates.iter().take(asked) {
+        let mut victims = Vec::new();
+        let note = &mut |placed: &[Placed], _| victims.extend(placed.iter().map(|placed| placed.pod.clone()));
+        if try_node(cycle, world, found, candidate.slot, &budgets, note).is_ok() {
+            victims.sort_by_key(|pod| (Reverse(pod.priority), pod.started()));
+            named.push((world.table.names[candidate.slot].clone(), victims, candidate.violations));
+        }
+    }
+    let others = named.split_off(1.min(named.len()));
+    let Some((node, victims, violations)) = named.pop() else { return Outcome::Useless(Vec::new()) };
+    let lower =
+        world.table.nominated_on(candidates[0].slot).iter().filter(|pod| pod.priority < cycle.pod.priority);
+    let unpromised = lower.cloned().collect();
+    Outcome::Preempt(Preemption { node, victims, violations, unpromised, others })
 }
 
 /// Why the pod may not preempt: it does not want to, or its victims are still going.
@@ -93,29 +98,35 @@ fn is_preempted(pod: &PodInfo) -> bool {
     pod.is_terminating() && preempted
 }
 
+/// A node where room can be made. The smallest harms least: budgets, then the most important victim, then all of them,
+/// then how many; and of equals the one whose most important victims started last.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
-    slot: Slot,
-    /// The most important first.
-    victims: Vec<Arc<PodInfo>>,
     violations: usize,
+    highest: i32,
+    sum: i64,
+    count: usize,
+    started: Reverse<i64>,
+    /// The order in which candidates were found.
+    number: usize,
+    slot: Slot,
 }
 
 impl Candidate {
-    /// The smallest harms least: budgets, then the most important victim, then all of them, then how many; and of
-    /// equals the one whose most important victims started last.
-    fn rank(&self) -> (usize, i32, i64, usize, Reverse<Timestamp>) {
-        let highest = self.victims.first().map_or(i32::MIN, |pod| pod.priority);
+    fn new(number: usize, slot: Slot, victims: &[Placed], violations: usize) -> Self {
+        let highest = victims.iter().map(|placed| placed.priority).max().unwrap_or(i32::MIN);
         // Priorities may be negative; each victim weighs something.
-        let weight = |pod: &Arc<PodInfo>| i64::from(pod.priority) + i64::from(i32::MAX) + 1;
-        let started = self.victims.iter().filter(|pod| pod.priority == highest).map(|pod| pod.started());
-        let earliest = started.min().unwrap_or(Timestamp::MAX);
-        (
-            self.violations,
+        let weight = |placed: &Placed| i64::from(placed.priority) + i64::from(i32::MAX) + 1;
+        let of_highest = victims.iter().filter(|placed| placed.priority == highest);
+        Candidate {
+            violations,
             highest,
-            self.victims.iter().map(weight).sum(),
-            self.victims.len(),
-            Reverse(earliest),
-        )
+            sum: victims.iter().map(weight).sum(),
+            count: victims.len(),
+            started: Reverse(of_highest.map(|placed| placed.started).min().unwrap_or(i64::MAX)),
+            number,
+            slot,
+        }
     }
 }
 
@@ -139,17 +150,16 @@ fn dry_run(
             without_victims += 1;
             continue;
         }
-        match victims_on(cycle, world, found, slot, &budgets) {
-            Ok(candidate) => {
-                harmless |= candidate.violations == 0;
-                candidates.push(candidate);
-                if harmless && candidates.len() >= wanted {
-                    break;
-                }
-            }
-            Err(texts) => {
-                texts.into_iter().for_each(|text| *reasons.entry(text).or_insert(0) += 1);
-            }
+        let number = candidates.len();
+        let note = &mut |victims: &[Placed], violations| {
+            harmless |= violations == 0;
+            candidates.push(Candidate::new(number, slot, victims, violations));
+        };
+        if let Err(texts) = try_node(cycle, world, found, slot, &budgets, note) {
+            texts.into_iter().for_each(|text| *reasons.entry(text).or_insert(0) += 1);
+        }
+        if harmless && candidates.len() >= wanted {
+            break;
         }
     }
     if without_victims > 0 {
@@ -158,18 +168,19 @@ fn dry_run(
     candidates
 }
 
-/// The pods that have to go from a node: first all less important ones, then as many as possible may stay, the most
-/// important and those with budgets first.
-fn victims_on(
+/// Finds the pods that have to go from a node, tells `note`, and puts them back: first all less important ones go, then
+/// as many as possible stay, those with budgets and the most important first.
+fn try_node(
     cycle: &Cycle,
     world: &mut World,
     found: &Found,
     slot: Slot,
     budgets: &Budgets,
-) -> Result<Candidate, Vec<String>> {
+    note: &mut dyn FnMut(&[Placed], usize),
+) -> Result<(), Vec<String>> {
     let mut lower = Vec::new();
     for index in (0..world.table.pods[slot].len()).rev() {
-        if world.table.pods[slot][index].pod.priority < cycle.pod.priority {
+        if world.table.pods[slot][index].priority < cycle.pod.priority {
             lower.push(world.table.take(slot, index));
         }
     }
@@ -182,12 +193,11 @@ fn victims_on(
         lower.into_iter().for_each(|placed| world.table.put(slot, placed));
         return Err(explained(cycle, world, plugin, code));
     }
-    lower.sort_by_key(|placed| (Reverse(placed.pod.priority), placed.pod.started()));
+    lower.sort_by_key(|placed| (Reverse(placed.priority), placed.started));
     let (violating, others) = budgets.split(lower);
     let (mut victims, mut violations) = (Vec::new(), 0);
-    for (placed, violates) in
-        violating.into_iter().map(|pod| (pod, true)).chain(others.into_iter().map(|pod| (pod, false)))
-    {
+    let violating = violating.into_iter().map(|placed| (placed, true));
+    for (placed, violates) in violating.chain(others.into_iter().map(|placed| (placed, false))) {
         world.table.put(slot, placed);
         if check_with_nominated(cycle, world, &found.active, slot).is_err() {
             let last = world.table.pods[slot].len() - 1;
@@ -195,14 +205,13 @@ fn victims_on(
             violations += usize::from(violates);
         }
     }
-    let mut pods: Vec<Arc<PodInfo>> = victims.iter().map(|placed| placed.pod.clone()).collect();
-    victims.into_iter().for_each(|placed| world.table.put(slot, placed));
-    if pods.is_empty() {
+    let result = match victims.is_empty() {
         // It would fit as it is: the next try will find that.
-        return Err(vec![NO_VICTIMS.to_owned()]);
-    }
-    pods.sort_by_key(|pod| (Reverse(pod.priority), pod.started()));
-    Ok(Candidate { slot, victims: pods, violations })
+        true => Err(vec![NO_VICTIMS.to_owned()]),
+        false => Ok(note(&victims, violations)),
+    };
+    victims.into_iter().for_each(|placed| world.table.put(slot, placed));
+    result
 }
 
 /// Disruption budgets, with how many more disruptions each allows.

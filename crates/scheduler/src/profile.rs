@@ -17,6 +17,8 @@ pub struct Profile {
     pub args: Args,
     /// How many of the nodes are scored once they fit; 0 lets the size of the cluster decide.
     pub percentage_of_nodes_to_score: usize,
+    /// Extenders choose among all candidates for preemption.
+    pub asks_about_victims: bool,
 }
 
 /// Arguments of plugins that have some.
@@ -65,6 +67,7 @@ impl Profile {
             points,
             args,
             percentage_of_nodes_to_score,
+            asks_about_victims: false,
         }
     }
 

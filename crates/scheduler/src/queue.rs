@@ -192,6 +192,17 @@ impl Queue {
         }
     }
 
+    /// An unschedulable pod is tried again after its back-off: what was done for it did not work out.
+    pub fn reconsider(&mut self, key: &ObjectKey, now: Instant) {
+        if let Some(entry) = self.entries.get(key)
+            && let Place::Unschedulable(..) = entry.place
+        {
+            let (place, rank) = (entry.place.clone(), entry.rank);
+            self.unplace(key, &place, rank);
+            self.requeue(key, now, false);
+        }
+    }
+
     /// Tries again the pods whose refusal the event may turn around; how many these are.
     pub fn wake(&mut self, event: &ClusterEvent, now: Instant) -> usize {
         self.in_flight.values_mut().for_each(|missed| *missed = true);

@@ -87,6 +87,12 @@ pub(crate) enum Outcome {
     },
 }
 
+impl Outcome {
+    fn waits_for_volumes(&self) -> bool {
+        matches!(self, Outcome::Bind { plan, .. } if !plan.is_empty())
+    }
+}
+
 impl Scheduler {
     /// A scheduler for the profiles of `config`. `informers` should be shared with what else runs in the process;
     /// `seed` decides ties.
@@ -226,6 +232,8 @@ impl Shared {
                 drop(permit);
                 return self.wait(deadline).await;
             };
+            // Volumes may take minutes: who waits for them keeps nobody else from being written.
+            let permit = (!outcome.waits_for_volumes()).then_some(permit);
             let this = self.clone();
             tokio::spawn(async move {
                 writes::carry_out(&this, outcome).await;

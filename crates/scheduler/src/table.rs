@@ -7,7 +7,7 @@
 use crate::filters::{Filter, FilterId, Filters, keeps_away};
 use crate::groups::{ClassId, CounterId, Groups, OwnerId, OwnerKind};
 use crate::pod::PodInfo;
-use crate::requests::{Amounts, CPU, MEMORY, Requests, STORAGE, amounts};
+use crate::requests::{Amounts, CPU, MEMORY, STORAGE, amounts};
 use k8s_openapi::api::core::v1::{Node, Taint};
 use knarr_client::ObjectKey;
 use std::collections::{BTreeMap, HashMap};
@@ -25,6 +25,20 @@ pub struct Resource {
     pub name: Arc<str>,
     pub allocatable: Vec<i64>,
     pub requested: Vec<i64>,
+    /// The difference: what the filter asks for every node.
+    pub free: Vec<i64>,
+}
+
+impl Resource {
+    fn offer(&mut self, slot: Slot, amount: i64) {
+        self.allocatable[slot] = amount;
+        self.free[slot] = amount - self.requested[slot];
+    }
+
+    fn request(&mut self, slot: Slot, amount: i64) {
+        self.requested[slot] += amount;
+        self.free[slot] -= amount;
+    }
 }
 
 /// Columns every table has.
@@ -36,10 +50,21 @@ pub const PODS_COLUMN: usize = 3;
 /// Taints of a node; equal lists share one number.
 pub type TaintsId = usize;
 
-/// A pod on a node, and what it counts for there.
+/// A pod on a node, and what it counts for there. The numbers are copies: preemption goes through many pods, and a
+/// look at each pod itself would be a look into cold memory.
 #[derive(Debug)]
 pub struct Placed {
     pub pod: Arc<PodInfo>,
+    pub priority: i32,
+    /// Seconds; the far future if it did not start yet.
+    pub started: i64,
+    cpu: i64,
+    memory: i64,
+    storage: i64,
+    scored_cpu: i64,
+    scored_memory: i64,
+    /// It has other resources or claims.
+    has_more: bool,
     class: ClassId,
     /// Its own rules as others see them, with their weights.
     owned: Vec<(OwnerId, i64)>,
@@ -231,11 +256,11 @@ impl NodeTable {
 
     fn set_allocatable(&mut self, slot: Slot, offered: &Amounts) {
         for resource in &mut self.resources {
-            resource.allocatable[slot] = 0;
+            resource.offer(slot, 0);
         }
         for (name, amount) in offered {
             let column = self.column(name);
-            self.resources[column].allocatable[slot] = *amount;
+            self.resources[column].offer(slot, *amount);
         }
     }
 
@@ -345,6 +370,7 @@ impl NodeTable {
         self.place.insert(pod.key.clone(), slot);
         self.lowest_priority[slot] = self.lowest_priority[slot].min(pod.priority);
         let placed = self.prepare(pod);
+        self.groups.set_place(placed.class, slot, 1);
         self.put(slot, placed);
     }
 
@@ -352,6 +378,7 @@ impl NodeTable {
     pub fn refresh_pod(&mut self, pod: Arc<PodInfo>) {
         let Some(&slot) = self.place.get(&pod.key) else { return };
         if let Some(placed) = self.pods[slot].iter_mut().find(|placed| placed.pod.key == pod.key) {
+            placed.started = pod.started().as_second();
             placed.pod = pod;
         }
     }
@@ -362,9 +389,10 @@ impl NodeTable {
         let index = self.pods[slot].iter().position(|placed| placed.pod.key == *key);
         let placed = self.take(slot, index.expect("a pod with a place is there"));
         let pod = placed.pod.clone();
+        self.groups.set_place(placed.class, slot, -1);
         self.discard(placed);
         if self.lowest_priority[slot] == pod.priority {
-            let rest = self.pods[slot].iter().map(|placed| placed.pod.priority);
+            let rest = self.pods[slot].iter().map(|placed| placed.priority);
             self.lowest_priority[slot] = rest.min().unwrap_or(i32::MAX);
         }
         self.release(slot);
@@ -386,7 +414,19 @@ impl NodeTable {
             affinity.attracts.iter().for_each(|rule| own(rule, OwnerKind::Attracts, 1));
             affinity.preferred.iter().for_each(|(weight, rule)| own(rule, OwnerKind::Prefers, *weight));
         }
-        Placed { pod, class, owned }
+        Placed {
+            priority: pod.priority,
+            started: pod.started().as_second(),
+            cpu: pod.requests.cpu,
+            memory: pod.requests.memory,
+            storage: pod.requests.storage,
+            scored_cpu: pod.scored_cpu,
+            scored_memory: pod.scored_memory,
+            has_more: !pod.requests.others.is_empty() || !pod.claims.is_empty(),
+            pod,
+            class,
+            owned,
+        }
     }
 
     pub fn discard(&mut self, placed: Placed) {
@@ -395,7 +435,7 @@ impl NodeTable {
     }
 
     /// Counts a prepared pod on a slot: for good in [`NodeTable::add_pod`], or while preemption and nominations try
-    /// what would be.
+    /// what would be. No counter may be asked for anew while pods are tried.
     pub fn put(&mut self, slot: Slot, placed: Placed) {
         self.count(slot, &placed, 1);
         self.pods[slot].push(placed);
@@ -409,14 +449,25 @@ impl NodeTable {
     }
 
     fn count(&mut self, slot: Slot, placed: &Placed, sign: i64) {
-        let pod = &placed.pod;
-        self.count_requests(slot, &pod.requests, sign);
-        self.resources[PODS_COLUMN].requested[slot] += sign;
-        self.scored_cpu[slot] += sign * pod.scored_cpu;
-        self.scored_memory[slot] += sign * pod.scored_memory;
-        self.groups.count_pod(placed.class, slot, sign as i32, &self.filters);
+        self.resources[CPU_COLUMN].request(slot, sign * placed.cpu);
+        self.resources[MEMORY_COLUMN].request(slot, sign * placed.memory);
+        self.resources[STORAGE_COLUMN].request(slot, sign * placed.storage);
+        self.resources[PODS_COLUMN].request(slot, sign);
+        self.scored_cpu[slot] += sign * placed.scored_cpu;
+        self.scored_memory[slot] += sign * placed.scored_memory;
+        self.groups.bump(placed.class, slot, sign, &self.filters);
         for (owner, weight) in &placed.owned {
             self.groups.add_owned(*owner, slot, sign * weight);
+        }
+        if placed.has_more {
+            self.count_more(slot, &placed.pod, sign);
+        }
+    }
+
+    fn count_more(&mut self, slot: Slot, pod: &PodInfo, sign: i64) {
+        for (name, amount) in &pod.requests.others {
+            let column = self.column(name);
+            self.resources[column].request(slot, sign * amount);
         }
         for (claim, _) in &pod.claims {
             let key = ObjectKey::new(pod.namespace(), claim);
@@ -425,16 +476,6 @@ impl NodeTable {
             if *users == 0 {
                 self.claims.remove(&key);
             }
-        }
-    }
-
-    fn count_requests(&mut self, slot: Slot, requests: &Requests, sign: i64) {
-        self.resources[CPU_COLUMN].requested[slot] += sign * requests.cpu;
-        self.resources[MEMORY_COLUMN].requested[slot] += sign * requests.memory;
-        self.resources[STORAGE_COLUMN].requested[slot] += sign * requests.storage;
-        for (name, amount) in &requests.others {
-            let column = self.column(name);
-            self.resources[column].requested[slot] += sign * amount;
         }
     }
 
@@ -491,7 +532,12 @@ impl NodeTable {
             return column;
         }
         let zero = vec![0; self.names.len()];
-        self.resources.push(Resource { name: name.into(), allocatable: zero.clone(), requested: zero });
+        self.resources.push(Resource {
+            name: name.into(),
+            allocatable: zero.clone(),
+            requested: zero.clone(),
+            free: zero,
+        });
         self.resources.len() - 1
     }
 
@@ -517,6 +563,7 @@ impl NodeTable {
         for resource in &mut self.resources {
             resource.allocatable.push(0);
             resource.requested.push(0);
+            resource.free.push(0);
         }
         self.names.len() - 1
     }
@@ -529,7 +576,7 @@ impl NodeTable {
         self.by_name.remove(&*self.names[slot]);
         self.lowest_priority[slot] = i32::MAX;
         for resource in &mut self.resources {
-            resource.allocatable[slot] = 0;
+            resource.offer(slot, 0);
             debug_assert_eq!(resource.requested[slot], 0, "a slot without pods has no requests");
         }
         self.free.push(slot);

@@ -219,10 +219,11 @@ async fn volumes_bound(shared: &Shared, node: &str, plan: &VolumePlan) -> Result
 
 async fn explain_refusal(shared: &Shared, pod: &PodInfo, refusal: &Refusal) {
     if let Some(preemption) = &refusal.preemption {
-        futures::future::join_all(
-            preemption.victims.iter().map(|victim| evict(shared, pod, victim, preemption)),
-        )
-        .await;
+        let evicted = preemption.victims.iter().map(|victim| evict(shared, pod, victim, preemption));
+        if futures::future::join_all(evicted).await.contains(&false) {
+            // What is left of them is looked at again.
+            shared.update(|state| state.queue.reconsider(&pod.key, Instant::now()));
+        }
         for other in &preemption.unpromised {
             let nothing = json!({"status": {"nominatedNodeName": null}});
             patch_status(shared, other, nothing).await;
@@ -236,9 +237,10 @@ async fn explain_refusal(shared: &Shared, pod: &PodInfo, refusal: &Refusal) {
 }
 
 /// Ends a pod of lower priority, gracefully, and tells it why.
-async fn evict(shared: &Shared, pod: &PodInfo, victim: &PodInfo, preemption: &Preemption) {
+/// False if it could not be ended.
+async fn evict(shared: &Shared, pod: &PodInfo, victim: &PodInfo, preemption: &Preemption) -> bool {
     if victim.is_terminating() {
-        return;
+        return true;
     }
     let message = format!("{}: preempting to accommodate a higher priority pod", pod.scheduler_name());
     let condition = PodCondition {
@@ -260,8 +262,12 @@ async fn evict(shared: &Shared, pod: &PodInfo, victim: &PodInfo, preemption: &Pr
         Ok(()) => {
             let message = format!("Preempted by pod {} on node {}", pod.uid(), preemption.node);
             shared.recorder(pod).event(&*victim.pod, EventType::Normal, "Preempted", message);
+            true
         }
-        Err(error) => tracing::warn!(pod = %pod.key, victim = %victim.key, %error, "victim not deleted"),
+        Err(error) => {
+            tracing::warn!(pod = %pod.key, victim = %victim.key, %error, "victim not deleted");
+            false
+        }
     }
 }
 

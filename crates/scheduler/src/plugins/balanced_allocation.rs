@@ -37,6 +37,18 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         // Resources of devices count only for pods that want some.
         .filter(|(resource, wanted)| *wanted > 0 || is_native(&resource.name))
         .collect();
+    if let [(a, wants_a), (b, wants_b)] = columns.as_slice() {
+        let share = |resource: &crate::table::Resource, wanted: i64, slot: Slot| {
+            let used = resource.requested[slot] + wanted;
+            (used as f64 / resource.allocatable[slot] as f64).min(1.0)
+        };
+        for (score, slot) in scores.iter_mut().zip(slots) {
+            let known = a.allocatable[*slot] != 0 && b.allocatable[*slot] != 0;
+            let apart = || ((share(a, *wants_a, *slot) - share(b, *wants_b, *slot)) / 2.0).abs();
+            *score = ((1.0 - if known { apart() } else { 0.0 }) * 100.0) as i64;
+        }
+        return true;
+    }
     let mut shares = Vec::with_capacity(columns.len());
     for (score, slot) in scores.iter_mut().zip(slots) {
         shares.clear();

@@ -20,9 +20,6 @@ pub const PLUGIN: Plugin = Plugin {
     ..Plugin::NONE
 };
 
-#[derive(Debug, Default)]
-pub struct State {}
-
 fn prepare(cycle: &mut Cycle, _: &mut World) -> Prepared {
     let claims = cycle.pod.spec().and_then(|spec| spec.resource_claims.as_ref());
     match claims.into_iter().flatten().next() {

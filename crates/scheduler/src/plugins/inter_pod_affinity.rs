@@ -17,6 +17,7 @@ pub const PLUGIN: Plugin = Plugin {
     weight: 2,
     prepare: Some(prepare),
     filter: Some(filter),
+    filter_many: Some(filter_many),
     explain: |_, _, code| {
         let text = match code {
             AFFINITY => "node(s) didn't match pod affinity rules",
@@ -131,6 +132,38 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
         return Verdict::Refused(EXISTING);
     }
     Verdict::Fits
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let (state, groups) = (&cycle.affinity, &world.table.groups);
+    let nobody = state.affinity.iter().all(|(counter, _)| groups.counter(*counter).total == 0);
+    let may_be_first = state.matches_itself && nobody;
+    let refuse = |verdicts: &mut [Verdict], as_what: Verdict, holds: &dyn Fn(Slot) -> bool| {
+        for (slot, verdict) in slots.iter().zip(verdicts) {
+            if *verdict == Verdict::Fits && !holds(*slot) {
+                *verdict = as_what;
+            }
+        }
+    };
+    for (counter, topology) in &state.affinity {
+        let (counts, domain_of) = (groups.counter(*counter).column(), &groups.topology(*topology).of);
+        refuse(verdicts, Verdict::Hopeless(AFFINITY), &|slot| {
+            let domain = domain_of[slot];
+            domain != NOWHERE && (may_be_first || counts.get(domain as usize).is_some_and(|pods| *pods > 0))
+        });
+    }
+    for counter in &state.anti_affinity {
+        let counter = groups.counter(*counter);
+        let (counts, domain_of) = (counter.column(), &groups.topology(counter.topology()).of);
+        refuse(verdicts, Verdict::Refused(ANTI_AFFINITY), &|slot| {
+            counts.get(domain_of[slot] as usize).is_none_or(|pods| *pods == 0)
+        });
+    }
+    for owner in &state.repelled_by {
+        let owner = groups.owner(*owner);
+        let domain_of = &groups.topology(owner.topology()).of;
+        refuse(verdicts, Verdict::Refused(EXISTING), &|slot| owner.get(domain_of[slot]) <= 0);
+    }
 }
 
 /// Matching pods in the node's domains times the weights of the terms; the best becomes 100, the worst 0.

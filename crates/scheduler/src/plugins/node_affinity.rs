@@ -17,6 +17,7 @@ pub const PLUGIN: Plugin = Plugin {
     weight: 2,
     prepare: Some(prepare),
     filter: Some(filter),
+    filter_many: Some(filter_many),
     explain: |_, _, code| {
         let text = match code {
             ADDED => "node(s) didn't match scheduler-enforced node affinity",
@@ -48,7 +49,7 @@ pub struct NodeAffinityArgs {
 pub struct State {
     selection: Option<FilterId>,
     /// Few nodes are asked about: they are held against the rules one by one.
-    direct: bool,
+    pub direct: bool,
     added: Option<FilterId>,
 }
 
@@ -84,6 +85,20 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
         None => true,
     };
     if selected { Verdict::Fits } else { Verdict::Hopeless(0) }
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let state = &cycle.node_affinity;
+    let filters = &world.table.filters;
+    for (filter, code) in [(state.added, ADDED), (state.selection, 0)] {
+        let Some(filter) = filter else { continue };
+        let bits = filters.bits(filter);
+        for (slot, verdict) in slots.iter().zip(&mut *verdicts) {
+            if !bits[*slot] && *verdict == Verdict::Fits {
+                *verdict = Verdict::Hopeless(code);
+            }
+        }
+    }
 }
 
 fn preferred(affinity: Option<&NodeAffinity>) -> impl Iterator<Item = &PreferredSchedulingTerm> {

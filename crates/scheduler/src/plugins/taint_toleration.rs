@@ -18,6 +18,7 @@ pub const PLUGIN: Plugin = Plugin {
     filter: Some(filter),
     explain,
     score: Some(score),
+    filter_many: None,
     hears: kind::NODE,
     wakes: |event, pod| {
         event.taints_changed()

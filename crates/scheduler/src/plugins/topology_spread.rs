@@ -16,6 +16,7 @@ pub const PLUGIN: Plugin = Plugin {
     weight: 2,
     prepare: Some(prepare),
     filter: Some(filter),
+    filter_many: Some(filter_many),
     explain: |_, _, code| {
         let text = "node(s) didn't match pod topology spread constraints";
         vec![if code == MISSING { format!("{text} (missing required label)") } else { text.to_owned() }]
@@ -148,6 +149,28 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
         }
     }
     Verdict::Fits
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let groups = &world.table.groups;
+    for rule in &cycle.spread.hard {
+        let (counter, domains_of) = (groups.counter(rule.counter), &groups.topology(rule.topology).of);
+        let (least, domains) = counter.least();
+        let least = if i64::from(domains) < rule.min_domains { 0 } else { i64::from(least) };
+        let most = rule.max_skew + least - rule.own;
+        let counts = counter.column();
+        for (slot, verdict) in
+            slots.iter().zip(&mut *verdicts).filter(|(_, verdict)| **verdict == Verdict::Fits)
+        {
+            let domain = domains_of[*slot];
+            *verdict = match counts.get(domain as usize) {
+                _ if domain == NOWHERE => Verdict::Hopeless(MISSING),
+                Some(count) if i64::from(*count) > most => Verdict::Refused(0),
+                None if 0 > most => Verdict::Refused(0),
+                _ => Verdict::Fits,
+            };
+        }
+    }
 }
 
 struct Soft {
