@@ -158,7 +158,9 @@ fn read_apply(bytes: &[u8]) {
     let write =
         apply::Write { manager: &manager, reach: Reach::AllBut(&["status"]), now: "2026-01-01T00:00:00Z" };
     let once = |live: &Value| -> Value {
-        let applied = apply::merge(schema, kind.type_id, live, &config, write, true).expect("forced");
+        let owners = live.at("metadata.managedFields").map_or_else(String::new, Value::to_string);
+        let before = apply::Live { object: live, owners: &owners };
+        let applied = apply::merge(schema, kind.type_id, before, &config, write, true).expect("forced");
         let mut object = applied.object.clone();
         let owners = apply::record_apply(schema, kind.type_id, live, applied, &object, write);
         object.remove_at("metadata.managedFields");

@@ -54,7 +54,11 @@ pub async fn server_with(ranges: &str) -> Api {
 
 /// A server on what an earlier one left.
 pub async fn server_after(memory: &Memory) -> Api {
-    server_on(Arc::new(Embedded::open_inline(memory.clone(), Options::default()).expect("opens"))).await
+    server_on(
+        Arc::new(Embedded::open_inline(memory.clone(), Options::default()).expect("opens")),
+        "10.96.0.0/16",
+    )
+    .await
 }
 
 /// Commits in groups, in a thread of its own, as on a disk.
