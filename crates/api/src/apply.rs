@@ -5,10 +5,11 @@
 //! longer mentions, and conflicts with other owners of fields it changes unless forced.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-use crate::fieldset::{FieldSet, Step};
+use crate::fieldset::{FieldSet, Node, Step};
 use crate::object::Object;
 use crate::schema::{Field, ListType, Schema, Shape, TypeId};
 use crate::status::{Result, Status};
@@ -31,9 +32,25 @@ pub struct Manager {
 #[derive(Clone, Copy)]
 pub struct Write<'a> {
     pub manager: &'a Manager,
-    /// Fields this endpoint never owns: `status` on the main resource, and so on.
-    pub reset: &'a [&'a str],
+    pub reach: Reach<'a>,
     pub now: &'a str,
+}
+
+/// What can be owned through the endpoint that is written to, as dotted paths.
+#[derive(Debug, Clone, Copy)]
+pub enum Reach<'a> {
+    /// All but these: `status` on the main resource, and so on.
+    AllBut(&'a [&'a str]),
+    /// These alone; `*` stands for any item of a list or map.
+    Only(&'a [&'a str]),
+}
+
+/// The object before the write.
+#[derive(Clone, Copy)]
+pub struct Live<'a> {
+    pub object: &'a Value,
+    /// Its `managedFields` as JSON; those in the object are not looked at.
+    pub owners: &'a str,
 }
 
 /// The owners of an object's fields: `metadata.managedFields` in memory.
@@ -64,10 +81,11 @@ const STRIPPED: &[&[&str]] = &[
 ];
 
 impl Managers {
-    /// Reads `metadata.managedFields`.
-    pub fn read(object: &Value) -> Managers {
+    /// Reads `metadata.managedFields` of the object from their JSON; empty for none.
+    pub fn parse(owners: &str, object: &Value) -> Managers {
+        let owners: Value = serde_json::from_str(owners).unwrap_or_default();
         let mut entries = BTreeMap::new();
-        for item in object.list_at("metadata.managedFields") {
+        for item in owners.as_array().into_iter().flatten() {
             let manager = Manager {
                 applies: item.str_at("operation") == "Apply",
                 name: item.str_at("manager").to_owned(),
@@ -81,42 +99,41 @@ impl Managers {
         Managers { entries }
     }
 
-    /// Writes `metadata.managedFields`, ordered as upstream: by operation, time, name.
-    pub fn write(&self, object: &mut Value) {
+    /// `metadata.managedFields` as JSON, ordered as upstream: by operation, time, name. Empty without owners.
+    fn print(&self, object: &Value) -> String {
         let mut list: Vec<(&Manager, &Owned)> =
             self.entries.iter().filter(|(_, o)| !o.set.is_empty()).collect();
         list.sort_by_key(|(m, o)| (!m.applies, &o.time, &m.name, &m.api_version, &m.subresource));
-        let items: Vec<Value> = list
-            .into_iter()
-            .map(|(manager, owned)| {
-                let mut set = owned.set.clone();
-                versions::set_from_hub(Schema::builtin(), &manager.api_version, object, &mut set);
-                let mut item = json!({
-                    "manager": manager.name,
-                    "operation": if manager.applies { "Apply" } else { "Update" },
-                    "apiVersion": manager.api_version,
-                    "time": owned.time,
-                    "fieldsType": "FieldsV1",
-                    "fieldsV1": set.to_value(),
-                });
-                if !manager.subresource.is_empty() {
-                    item["subresource"] = json!(manager.subresource);
-                }
-                item
-            })
-            .collect();
-        if items.is_empty() {
-            object.remove_at("metadata.managedFields");
-        } else {
-            object.set_at("metadata.managedFields", items);
+        let mut out = String::new();
+        for (manager, owned) in list {
+            out.push(if out.is_empty() { '[' } else { ',' });
+            let operation = if manager.applies { "Apply" } else { "Update" };
+            let (name, version, time) = (json!(manager.name), json!(manager.api_version), json!(owned.time));
+            write!(
+                out,
+                r#"{{"apiVersion":{version},"fieldsType":"FieldsV1","manager":{name},"operation":"{operation}""#
+            )
+            .expect("strings take everything");
+            if !manager.subresource.is_empty() {
+                write!(out, r#","subresource":{}"#, json!(manager.subresource))
+                    .expect("strings take everything");
+            }
+            write!(out, r#","time":{time},"fieldsV1":"#).expect("strings take everything");
+            let set = versions::set_from_hub(Schema::builtin(), &manager.api_version, object, &owned.set);
+            set.write(&mut out);
+            out.push('}');
         }
+        if !out.is_empty() {
+            out.push(']');
+        }
+        out
     }
 
     /// Everything owned by anybody but `except`.
     fn others(&self, except: &Manager) -> FieldSet {
         let mut union = FieldSet::default();
         for (_, owned) in self.entries.iter().filter(|(m, _)| *m != except) {
-            union.union(&owned.set);
+            union.union(owned.set.clone());
         }
         union
     }
@@ -135,42 +152,52 @@ impl Managers {
             let Some(owned) = self.entries.remove(&manager) else { continue };
             let bucket = Manager { name: "ancient-changes".into(), ..manager };
             let slot = self.entries.entry(bucket).or_default();
-            slot.set.union(&owned.set);
+            slot.set.union(owned.set);
             slot.time = slot.time.clone().max(time);
         }
     }
 }
 
-/// Records a create, update or classic patch: the changed fields become the manager's.
-pub fn record_update(schema: &Schema, type_id: TypeId, live: Option<&Value>, new: &mut Value, write: Write) {
-    let Write { manager, reset, now } = write;
+/// The owners after a create, update or classic patch: the changed fields become the manager's. The result is
+/// the new `metadata.managedFields` as JSON, empty if nobody owns anything.
+pub fn record_update(
+    schema: &Schema,
+    type_id: TypeId,
+    live: Option<Live>,
+    new: &Value,
+    write: Write,
+) -> String {
+    let Write { manager, reach, now } = write;
     let mut managers = match live {
         // A client may clear the record by sending one empty entry; otherwise it is the server's.
-        Some(live) if !is_cleared(new) => Managers::read(live),
+        Some(live) if !is_cleared(new) => Managers::parse(live.owners, live.object),
         _ => Managers::default(),
     };
     let walker = Walker { schema };
     let zero;
     let before = match live {
-        Some(live) => live,
+        Some(live) => live.object,
         None => {
             zero = walker.zero(type_id);
             &zero
         }
     };
-    let changes = walker.compare_objects(type_id, before, new, reset);
-    let mut touched = changes.added.clone();
-    touched.union(&changes.modified);
-    release_from_others(&mut managers, manager, &touched, &changes.removed);
-    let before_set = managers.entries.get(manager).cloned().unwrap_or_default();
-    let mut set = before_set.set.clone();
-    set.subtract(&changes.removed);
-    set.union(&touched);
-    if set != before_set.set {
-        managers.entries.insert(manager.clone(), Owned { set, time: now.to_owned() });
+    let Changes { touched, removed } = walker.compare_objects(type_id, before, new, reach);
+    release_from_others(&mut managers, manager, &touched, &removed);
+    match managers.entries.get_mut(manager) {
+        None if touched.is_empty() => {}
+        None => drop(managers.entries.insert(manager.clone(), Owned { set: touched, time: now.to_owned() })),
+        Some(owned) => {
+            let mut set = owned.set.clone();
+            set.subtract(&removed);
+            set.union(touched);
+            if set != owned.set {
+                *owned = Owned { set, time: now.to_owned() };
+            }
+        }
     }
     managers.cap_updates();
-    managers.write(new);
+    managers.print(new)
 }
 
 fn is_cleared(new: &Value) -> bool {
@@ -193,26 +220,24 @@ fn release_from_others(managers: &mut Managers, except: &Manager, touched: &Fiel
 pub fn merge(
     schema: &Schema,
     type_id: TypeId,
-    live: &Value,
+    Live { object: live, owners }: Live,
     config: &Value,
     write: Write,
     force: bool,
 ) -> Result<Applied> {
-    let Write { manager, reset, .. } = write;
+    let Write { manager, reach, .. } = write;
     let walker = Walker { schema };
-    let mut managers = Managers::read(live);
+    let mut managers = Managers::parse(owners, live);
     let mut set = walker.field_set(type_id, config);
-    strip(&mut set, reset);
+    strip(&mut set, reach);
     let last = managers.entries.get(manager).map(|o| o.set.clone()).unwrap_or_default();
     let mut merged = walker.merge(&Shape::Object(type_id), None, live, config);
     if !last.is_empty() {
         let mut kept = managers.others(manager);
-        kept.union(&set);
+        kept.union(set.clone());
         walker.remove_lost(type_id, &mut merged, &last, &kept);
     }
-    let changes = walker.compare_objects(type_id, live, &merged, reset);
-    let mut touched = changes.added.clone();
-    touched.union(&changes.modified);
+    let touched = walker.compare_objects(type_id, live, &merged, reach).touched;
     let conflicts: Vec<(Manager, FieldSet)> = managers
         .entries
         .iter()
@@ -239,18 +264,18 @@ pub struct Applied {
     set: FieldSet,
 }
 
-/// Writes the record of an apply into the object about to be stored.
+/// The owners after an apply, for the object about to be stored, as [`record_update`] gives them.
 pub fn record_apply(
     schema: &Schema,
     type_id: TypeId,
     live: &Value,
     applied: Applied,
-    object: &mut Value,
+    object: &Value,
     write: Write,
-) {
-    let Write { manager, reset, now } = write;
+) -> String {
+    let Write { manager, reach, now } = write;
     let mut managers = applied.managers;
-    let changes = Walker { schema }.compare_objects(type_id, live, object, reset);
+    let changes = Walker { schema }.compare_objects(type_id, live, object, reach);
     for (other, owned) in &mut managers.entries {
         if other != manager {
             owned.set.subtract(&changes.removed);
@@ -260,7 +285,7 @@ pub fn record_apply(
     if !same {
         managers.entries.insert(manager.clone(), Owned { set: applied.set, time: now.to_owned() });
     }
-    managers.write(object);
+    managers.print(object)
 }
 
 fn conflict(managers: Managers, conflicts: &[(Manager, FieldSet)]) -> Box<Status> {
@@ -317,22 +342,50 @@ pub fn check_config(schema: &Schema, type_id: TypeId, config: &Value) -> Vec<Str
     errors
 }
 
-fn strip(set: &mut FieldSet, reset: &[&str]) {
+fn strip(set: &mut FieldSet, reach: Reach) {
     for path in STRIPPED {
-        let steps: Vec<Step> = path.iter().map(|s| Step::Field((*s).to_owned())).collect();
-        set.remove_tree(&steps);
+        set.remove_tree(path);
     }
-    for top in reset {
-        let steps: Vec<Step> = top.split('.').map(|s| Step::Field(s.to_owned())).collect();
-        set.remove_tree(&steps);
+    match reach {
+        Reach::AllBut(paths) => {
+            for path in paths {
+                set.remove_tree(&path.split('.').collect::<Vec<_>>());
+            }
+        }
+        Reach::Only(paths) => {
+            let patterns: Vec<Vec<&str>> = paths.iter().map(|path| path.split('.').collect()).collect();
+            set.retain_matching(&patterns);
+        }
     }
 }
 
+/// What differs between two objects.
 #[derive(Default)]
 struct Changes {
-    added: FieldSet,
-    modified: FieldSet,
+    /// Added or modified.
+    touched: FieldSet,
     removed: FieldSet,
+}
+
+/// What differs at one path and below it.
+#[derive(Default)]
+struct Difference {
+    touched: Node,
+    removed: Node,
+}
+
+impl Difference {
+    fn put(&mut self, step: Step, below: Difference) {
+        match (below.touched.is_empty(), below.removed.is_empty()) {
+            (true, true) => {}
+            (false, true) => self.touched.below.put(step, below.touched),
+            (true, false) => self.removed.below.put(step, below.removed),
+            (false, false) => {
+                self.touched.below.put(step.clone(), below.touched);
+                self.removed.below.put(step, below.removed);
+            }
+        }
+    }
 }
 
 struct Walker<'s> {
@@ -401,70 +454,64 @@ impl Walker<'_> {
         match list {
             ListType::Map(keys) => {
                 let structure = inner.object_type().map(|id| self.schema.type_of(id));
-                let fields: Map<String, Value> = keys
+                let default = |key: &str| structure?.field(key)?.default.as_ref().map(|d| &d.value);
+                let mut fields: Vec<(&str, &Value)> = keys
                     .iter()
-                    .filter_map(|key| {
-                        let value = item
-                            .get(key)
-                            .cloned()
-                            .or_else(|| structure?.field(key)?.default.as_ref().map(|d| d.value.clone()));
-                        value.map(|v| (key.clone(), v))
-                    })
+                    .filter_map(|key| Some((key.as_str(), item.get(key).or_else(|| default(key))?)))
                     .collect();
-                Step::Key(Value::Object(fields).to_string())
+                fields.sort_unstable_by_key(|(key, _)| *key);
+                let mut text = String::from("{");
+                for (index, (key, value)) in fields.into_iter().enumerate() {
+                    let comma = if index > 0 { "," } else { "" };
+                    write!(text, r#"{comma}"{key}":{value}"#).expect("strings take everything");
+                }
+                text.push('}');
+                Step::Key(text.into())
             }
-            _ => Step::Value(item.to_string()),
+            _ => Step::Value(item.to_string().into()),
         }
     }
 
     // ---- the set of fields a configuration names ----
 
     fn field_set(&self, type_id: TypeId, value: &Value) -> FieldSet {
-        let mut set = FieldSet::default();
-        self.collect(&Shape::Object(type_id), None, value, &mut Vec::new(), &mut set);
-        set
+        self.collect(&Shape::Object(type_id), None, value).below
     }
 
-    fn collect(
-        &self,
-        shape: &Shape,
-        field: Option<&Field>,
-        value: &Value,
-        path: &mut Vec<Step>,
-        set: &mut FieldSet,
-    ) {
+    fn collect(&self, shape: &Shape, field: Option<&Field>, value: &Value) -> Node {
+        let mut set = FieldSet::default();
         match (self.nature(shape, field), value) {
             (Nature::Fields(id, element), Value::Object(map)) => {
                 for (name, item) in map {
                     let Some((shape, field)) = self.child(id, element, name) else { continue };
-                    path.push(Step::Field(name.clone()));
-                    self.collect(shape, field, item, path, set);
+                    let mut node = self.collect(shape, field, item);
                     let empty = item.is_null() || item.as_object().is_some_and(Map::is_empty);
-                    if id.is_none() || empty {
-                        set.insert(path);
+                    node.member |= id.is_none() || empty;
+                    if !node.is_empty() {
+                        set.put(Step::field(name), node);
                     }
-                    path.pop();
                 }
             }
             (Nature::Items(inner, list), Value::Array(items)) => {
                 for item in items {
-                    path.push(self.item_step(inner, list, item));
-                    self.collect(inner, None, item, path, set);
-                    set.insert(path);
-                    path.pop();
+                    let node = self.collect(inner, None, item);
+                    set.put(self.item_step(inner, list, item), Node { member: true, ..node });
                 }
             }
-            _ => set.insert(path),
+            _ => return Node::leaf(),
         }
+        Node { member: false, below: set }
     }
 
     // ---- what changed between two objects ----
 
-    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reset: &[&str]) -> Changes {
-        let mut changes = Changes::default();
-        self.compare(&Shape::Object(type_id), None, Some(before), Some(after), &mut Vec::new(), &mut changes);
-        for set in [&mut changes.added, &mut changes.modified, &mut changes.removed] {
-            strip(set, reset);
+    fn compare_objects(&self, type_id: TypeId, before: &Value, after: &Value, reach: Reach) -> Changes {
+        let all = self.compare(&Shape::Object(type_id), None, Some(before), Some(after));
+        let mut changes = Changes { touched: all.touched.below, removed: all.removed.below };
+        for set in [&mut changes.touched, &mut changes.removed] {
+            if !set.is_empty() {
+                strip(set, reach);
+            }
         }
         changes
     }
@@ -475,66 +522,58 @@ impl Walker<'_> {
         field: Option<&Field>,
         before: Option<&Value>,
         after: Option<&Value>,
-        path: &mut Vec<Step>,
-        changes: &mut Changes,
-    ) {
+    ) -> Difference {
         let is_void = |v: Option<&Value>| match v {
             None | Some(Value::Null) => true,
             Some(Value::Object(map)) => map.is_empty(),
             Some(Value::Array(items)) => items.is_empty(),
             _ => false,
         };
+        let mut found = Difference::default();
         let nature = self.nature(shape, field);
         if matches!(nature, Nature::Leaf) || (is_void(before) && is_void(after)) {
             match (before, after) {
-                (None, None) => {}
-                (None, Some(_)) => changes.added.insert(path),
-                (Some(_), None) => changes.removed.insert(path),
-                (Some(a), Some(b)) if !same(a, b) => changes.modified.insert(path),
+                (None, Some(_)) => found.touched.member = true,
+                (Some(_), None) => found.removed.member = true,
+                (Some(a), Some(b)) if !same(a, b) => found.touched.member = true,
                 _ => {}
             }
-            return;
+            return found;
         }
         match nature {
             Nature::Fields(id, element) => {
-                let empty = Map::new();
-                let a = before.and_then(Value::as_object).unwrap_or(&empty);
-                let b = after.and_then(Value::as_object).unwrap_or(&empty);
-                let only_before = a.keys().filter(|k| !b.contains_key(*k));
-                for name in b.keys().chain(only_before) {
+                let a = before.and_then(Value::as_object);
+                let b = after.and_then(Value::as_object);
+                let only_before =
+                    a.into_iter().flatten().filter(|(k, _)| b.is_none_or(|b| !b.contains_key(*k)));
+                for (name, _) in b.into_iter().flatten().chain(only_before) {
                     let Some((shape, field)) = self.child(id, element, name) else { continue };
-                    path.push(Step::Field(name.clone()));
-                    self.compare(shape, field, a.get(name), b.get(name), path, changes);
-                    path.pop();
+                    let (old, new) = (a.and_then(|a| a.get(name)), b.and_then(|b| b.get(name)));
+                    found.put(Step::field(name), self.compare(shape, field, old, new));
                 }
             }
             Nature::Items(inner, list) => {
-                let index = |v: Option<&Value>| -> Vec<(Step, Value)> {
-                    let items = v.and_then(Value::as_array).cloned().unwrap_or_default();
-                    items.into_iter().map(|i| (self.item_step(inner, list, &i), i)).collect()
+                let steps = |v: Option<&'_ Value>| -> Vec<Step> {
+                    let items = v.and_then(Value::as_array).into_iter().flatten();
+                    items.map(|item| self.item_step(inner, list, item)).collect()
                 };
-                let (a, b) = (index(before), index(after));
-                let find = |list: &[(Step, Value)], step: &Step| {
-                    list.iter().find(|(s, _)| s == step).map(|(_, v)| v.clone())
-                };
-                for (step, item) in &b {
-                    path.push(step.clone());
-                    self.compare(inner, None, find(&a, step).as_ref(), Some(item), path, changes);
-                    path.pop();
-                }
-                for (step, item) in a.iter().filter(|(s, _)| find(&b, s).is_none()) {
-                    path.push(step.clone());
-                    self.compare(inner, None, Some(item), None, path, changes);
-                    path.pop();
+                let (a, b) = (steps(before), steps(after));
+                let at = |steps: &[Step], step: &Step| steps.iter().position(|s| s == step);
+                let only_before = a.iter().filter(|step| at(&b, step).is_none());
+                for step in b.iter().chain(only_before) {
+                    let old = at(&a, step).and_then(|i| before?.get(i));
+                    let new = at(&b, step).and_then(|i| after?.get(i));
+                    found.put(step.clone(), self.compare(inner, None, old, new));
                 }
             }
             Nature::Leaf => {}
         }
         match (before, after) {
-            (None, Some(_)) => changes.added.insert(path),
-            (Some(_), None) => changes.removed.insert(path),
+            (None, Some(_)) => found.touched.member = true,
+            (Some(_), None) => found.removed.member = true,
             _ => {}
         }
+        found
     }
 
     // ---- overlaying a configuration ----
@@ -609,9 +648,9 @@ impl Walker<'_> {
                     let still = kept.contains_at_or_below(step);
                     let named = id.is_some();
                     if still.is_none() && (member || named) {
-                        map.remove(name);
+                        map.remove(name.as_str());
                     } else if let (Some(child), Some((shape, field))) =
-                        (map.get_mut(name), self.child(id, element, name))
+                        (map.get_mut(name.as_str()), self.child(id, element, name))
                     {
                         self.remove(shape, field, child, below, still.unwrap_or(&empty));
                     }
@@ -704,6 +743,14 @@ mod tests {
         (schema, schema.resource("", "v1", "configmaps").expect("served").type_id)
     }
 
+    fn owners_of(object: &Value) -> String {
+        object.at("metadata.managedFields").map_or_else(String::new, Value::to_string)
+    }
+
+    fn parsed(owners: &str) -> Value {
+        serde_json::from_str(owners).expect("JSON")
+    }
+
     fn applier(name: &str) -> Manager {
         Manager { applies: true, name: name.into(), api_version: "v1".into(), subresource: String::new() }
     }
@@ -711,10 +758,12 @@ mod tests {
     fn apply(live: &Value, config: Value, by: &str, force: bool) -> Result<Value> {
         let (schema, id) = config_map();
         let manager = applier(by);
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
-        let applied = merge(schema, id, live, &config, write, force)?;
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
+        let owners = owners_of(live);
+        let applied = merge(schema, id, Live { object: live, owners: &owners }, &config, write, force)?;
         let mut object = applied.object.clone();
-        record_apply(schema, id, live, applied, &mut object, write);
+        let owners = record_apply(schema, id, live, applied, &object, write);
+        object.set_at("metadata.managedFields", parsed(&owners));
         Ok(object)
     }
 
@@ -744,10 +793,13 @@ mod tests {
         let mut new = live.clone();
         new["data"]["a"] = json!("2");
         let updater = Manager { applies: false, ..applier("kubectl-edit") };
-        let write = Write { manager: &updater, reset: &[], now: "2026-01-01T00:00:01Z" };
-        record_update(schema, id, Some(&live), &mut new, write);
-        let owners: Vec<(String, Value)> = new
-            .list_at("metadata.managedFields")
+        let write = Write { manager: &updater, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:01Z" };
+        let owners = owners_of(&live);
+        let live = Live { object: &live, owners: &owners };
+        let owners = parsed(&record_update(schema, id, Some(live), &new, write));
+        let owners: Vec<(String, Value)> = owners
+            .as_array()
+            .expect("a list")
             .iter()
             .map(|m| (m.str_at("manager").to_owned(), m["fieldsV1"].clone()))
             .collect();
@@ -764,13 +816,12 @@ mod tests {
     fn a_created_pod_records_structures_as_upstream() {
         let schema = Schema::builtin();
         let id = schema.resource("", "v1", "pods").expect("served").type_id;
-        let mut pod =
-            json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
+        let pod = json!({"metadata":{"labels":{"app":"x"}},"spec":{"containers":[{"name":"a","image":"i"}]}});
         let manager = Manager { applies: false, ..applier("curl") };
-        let write = Write { manager: &manager, reset: &[], now: "2026-01-01T00:00:00Z" };
-        record_update(schema, id, None, &mut pod, write);
+        let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
+        let owners = record_update(schema, id, None, &pod, write);
         assert_eq!(
-            pod["metadata"]["managedFields"][0]["fieldsV1"],
+            parsed(&owners)[0]["fieldsV1"],
             json!({"f:metadata":{"f:labels":{".":{},"f:app":{}}},
                 "f:spec":{"f:containers":{"k:{\"name\":\"a\"}":{".":{},"f:image":{},"f:name":{}}}}})
         );

@@ -93,7 +93,8 @@ fn set(map: &mut Map<String, Value>, name: &str, value: impl Into<Value>) {
 }
 
 fn pod(map: &mut Map<String, Value>) {
-    let Some(Value::Object(spec)) = map.get_mut("spec") else { return };
+    // Go has a spec even where nobody gave one.
+    let Value::Object(spec) = map.entry("spec").or_insert_with(|| json!({})) else { return };
     set(spec, "enableServiceLinks", true);
     for list in ["containers", "initContainers"] {
         let Some(Value::Array(containers)) = spec.get_mut(list) else { continue };
@@ -102,6 +103,10 @@ fn pod(map: &mut Map<String, Value>) {
     // Pod-level resources follow the same rule (KEP-2837).
     if spec.contains_key("resources") {
         let mut shell = json!({ "resources": spec.remove("resources") });
+        // First what its containers ask for, then its own limits.
+        shell["containers"] = spec.get("containers").cloned().unwrap_or_default();
+        shell["initContainers"] = spec.get("initContainers").cloned().unwrap_or_default();
+        crate::kinds::resources::pod_level_defaults(&mut shell);
         requests_from_limits(&mut shell);
         spec.insert("resources".into(), shell["resources"].take());
     }

@@ -43,6 +43,11 @@ impl Error {
         Error::new(path, ErrorKind::Invalid, value.into(), detail)
     }
 
+    /// A value of another type than the field's.
+    pub fn type_invalid(path: impl Into<String>, value: impl Into<Value>, detail: impl Into<String>) -> Self {
+        Error::new(path, ErrorKind::TypeInvalid, value.into(), detail)
+    }
+
     pub fn duplicate(path: impl Into<String>, value: impl Into<Value>) -> Self {
         Error::new(path, ErrorKind::Duplicate, value.into(), "")
     }

@@ -3,34 +3,37 @@
 //! A set is a tree of path elements. Its JSON form (`FieldsV1`) is the one of
 //! `sigs.k8s.io/structured-merge-diff`: `f:name`, `k:{"key":…}`, `v:value`, and `.` for the node itself.
 
-use std::collections::BTreeMap;
-
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+use smol_str::SmolStr;
 
 /// One step from a value to a part of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
     /// A field of an object or an entry of a map.
-    Field(String),
+    Field(SmolStr),
     /// The list item with these key fields, as canonical JSON.
-    Key(String),
+    Key(SmolStr),
     /// The item of a set, as JSON.
-    Value(String),
+    Value(SmolStr),
 }
 
 impl Step {
-    fn encode(&self) -> String {
+    pub fn field(name: &str) -> Step {
+        Step::Field(name.into())
+    }
+
+    fn encode(&self) -> (&'static str, &str) {
         match self {
-            Step::Field(name) => format!("f:{name}"),
-            Step::Key(keys) => format!("k:{keys}"),
-            Step::Value(value) => format!("v:{value}"),
+            Step::Field(name) => ("f:", name),
+            Step::Key(keys) => ("k:", keys),
+            Step::Value(value) => ("v:", value),
         }
     }
 
     fn decode(text: &str) -> Option<Step> {
         let (kind, rest) = text.split_once(':')?;
         match kind {
-            "f" => Some(Step::Field(rest.to_owned())),
+            "f" => Some(Step::field(rest)),
             "k" => Some(Step::Key(canonical(rest)?)),
             "v" => Some(Step::Value(canonical(rest)?)),
             _ => None,
@@ -38,84 +41,113 @@ impl Step {
     }
 }
 
-fn canonical(text: &str) -> Option<String> {
-    serde_json::from_str::<Value>(text).ok().map(|v| v.to_string())
+fn canonical(text: &str) -> Option<SmolStr> {
+    serde_json::from_str::<Value>(text).ok().map(|v| v.to_string().into())
 }
 
-/// A set of paths.
+/// A set of paths. Every object carries a few, and every write compares them: so they are flat, sorted vectors.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FieldSet {
-    nodes: BTreeMap<Step, Node>,
+    /// Sorted by step, each step once.
+    nodes: Vec<(Step, Node)>,
 }
 
+/// What a set says of one path and of those below it.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Node {
+pub struct Node {
     /// The path up to here is in the set.
-    member: bool,
-    below: FieldSet,
+    pub member: bool,
+    pub below: FieldSet,
+}
+
+impl Node {
+    /// A path of the set with nothing below it.
+    pub fn leaf() -> Node {
+        Node { member: true, below: FieldSet::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        !self.member && self.below.is_empty()
+    }
 }
 
 impl FieldSet {
     pub fn is_empty(&self) -> bool {
-        self.nodes.values().all(|n| !n.member && n.below.is_empty())
+        self.nodes.iter().all(|(_, n)| n.is_empty())
     }
 
-    pub fn insert(&mut self, path: &[Step]) {
-        let Some((first, rest)) = path.split_first() else { return };
-        let node = self.nodes.entry(first.clone()).or_default();
-        if rest.is_empty() {
-            node.member = true;
-        } else {
-            node.below.insert(rest);
+    fn find(&self, step: &Step) -> Result<usize, usize> {
+        self.nodes.binary_search_by(|(s, _)| s.cmp(step))
+    }
+
+    fn get(&self, step: &Step) -> Option<&Node> {
+        self.find(step).ok().map(|at| &self.nodes[at].1)
+    }
+
+    fn get_mut(&mut self, step: &Step) -> Option<&mut Node> {
+        self.find(step).ok().map(|at| &mut self.nodes[at].1)
+    }
+
+    /// Sets what is known of a step; steps that come in order cost nothing to place.
+    pub fn put(&mut self, step: Step, node: Node) {
+        if self.nodes.last().is_none_or(|(last, _)| *last < step) {
+            return self.nodes.push((step, node));
+        }
+        match self.find(&step) {
+            Ok(at) => self.nodes[at].1 = node,
+            Err(at) => self.nodes.insert(at, (step, node)),
         }
     }
 
     /// Removes the path and everything below it.
-    pub fn remove_tree(&mut self, path: &[Step]) {
-        let Some((first, rest)) = path.split_first() else { return };
-        if rest.is_empty() {
-            self.nodes.remove(first);
-        } else if let Some(node) = self.nodes.get_mut(first) {
-            node.below.remove_tree(rest);
-            self.prune();
-        }
+    pub fn remove_tree(&mut self, path: &[&str]) {
+        let steps: Vec<Step> = path.iter().map(|name| Step::field(name)).collect();
+        self.take(&steps);
     }
 
     /// Moves the path and everything below it to another path, as when a field has another name.
     pub fn rename(&mut self, from: &[Step], to: &[Step]) {
         let Some(node) = self.take(from) else { return };
-        let mut nodes = BTreeMap::new();
         let mut steps = to.iter().rev();
         let Some(last) = steps.next() else { return };
-        nodes.insert(last.clone(), node);
-        let moved = steps.fold(FieldSet { nodes }, |below, step| FieldSet {
-            nodes: BTreeMap::from([(step.clone(), Node { member: false, below })]),
+        let bottom = FieldSet { nodes: vec![(last.clone(), node)] };
+        let moved = steps.fold(bottom, |below, step| FieldSet {
+            nodes: vec![(step.clone(), Node { member: false, below })],
         });
-        self.union(&moved);
+        self.union(moved);
     }
 
     fn take(&mut self, path: &[Step]) -> Option<Node> {
         let (first, rest) = path.split_first()?;
+        let at = self.find(first).ok()?;
         if rest.is_empty() {
-            return self.nodes.remove(first);
+            return Some(self.nodes.remove(at).1);
         }
-        let taken = self.nodes.get_mut(first)?.below.take(rest)?;
+        let taken = self.nodes[at].1.below.take(rest)?;
         self.prune();
         Some(taken)
     }
 
-    pub fn union(&mut self, other: &FieldSet) {
-        for (step, theirs) in &other.nodes {
-            let ours = self.nodes.entry(step.clone()).or_default();
-            ours.member |= theirs.member;
-            ours.below.union(&theirs.below);
+    pub fn union(&mut self, other: FieldSet) {
+        if self.nodes.is_empty() {
+            self.nodes = other.nodes;
+            return;
+        }
+        for (step, theirs) in other.nodes {
+            match self.get_mut(&step) {
+                Some(ours) => {
+                    ours.member |= theirs.member;
+                    ours.below.union(theirs.below);
+                }
+                None => self.put(step, theirs),
+            }
         }
     }
 
     /// Removes the members of `other`, not what lies below them.
     pub fn subtract(&mut self, other: &FieldSet) {
         for (step, theirs) in &other.nodes {
-            if let Some(ours) = self.nodes.get_mut(step) {
+            if let Some(ours) = self.get_mut(step) {
                 ours.member &= !theirs.member;
                 ours.below.subtract(&theirs.below);
             }
@@ -124,29 +156,35 @@ impl FieldSet {
     }
 
     pub fn intersection(&self, other: &FieldSet) -> FieldSet {
-        let mut nodes = BTreeMap::new();
-        for (step, ours) in &self.nodes {
-            if let Some(theirs) = other.nodes.get(step) {
-                let node = Node {
-                    member: ours.member && theirs.member,
-                    below: ours.below.intersection(&theirs.below),
-                };
-                nodes.insert(step.clone(), node);
-            }
-        }
-        let mut set = FieldSet { nodes };
+        let both = self.nodes.iter().filter_map(|(step, ours)| {
+            let theirs = other.get(step)?;
+            let below = ours.below.intersection(&theirs.below);
+            Some((step.clone(), Node { member: ours.member && theirs.member, below }))
+        });
+        let mut set = FieldSet { nodes: both.collect() };
         set.prune();
         set
     }
 
-    /// Keeps only what lies at or below one of the top-level fields.
-    pub fn retain_top(&mut self, keep: impl Fn(&str) -> bool) {
-        self.nodes.retain(|step, _| matches!(step, Step::Field(name) if keep(name)));
+    /// Keeps only what lies at or below one of the patterns: names of fields, `*` for any step.
+    pub fn retain_matching(&mut self, patterns: &[Vec<&str>]) {
+        self.nodes.retain_mut(|(step, node)| {
+            let step = &*step;
+            let fits = |name: &str| name == "*" || matches!(step, Step::Field(field) if field == name);
+            let below: Vec<Vec<&str>> =
+                patterns.iter().filter(|p| fits(p[0])).map(|p| p[1..].to_vec()).collect();
+            if below.iter().any(Vec::is_empty) {
+                return true;
+            }
+            node.member = false;
+            node.below.retain_matching(&below);
+            !node.below.is_empty()
+        });
     }
 
-    /// Every path with a member at or below it.
+    /// What lies below a step, if the step or anything below it is in the set.
     pub fn contains_at_or_below(&self, step: &Step) -> Option<&FieldSet> {
-        self.nodes.get(step).map(|n| &n.below)
+        self.get(step).map(|n| &n.below)
     }
 
     /// The steps of this level, each with "is a member" and what lies below.
@@ -176,20 +214,38 @@ impl FieldSet {
     }
 
     fn prune(&mut self) {
-        self.nodes.retain(|_, n| n.member || !n.below.is_empty());
+        self.nodes.retain(|(_, n)| !n.is_empty());
     }
 
-    /// The `FieldsV1` form.
-    pub fn to_value(&self) -> Value {
-        let mut map = Map::new();
-        for (step, node) in &self.nodes {
-            let mut below = node.below.to_value();
-            if node.member && !node.below.is_empty() {
-                below["."] = json!({});
-            }
-            map.insert(step.encode(), below);
+    /// Appends the `FieldsV1` form as JSON.
+    pub fn write(&self, out: &mut String) {
+        self.write_level(false, out);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn to_value(&self) -> Value {
+        let mut text = String::new();
+        self.write(&mut text);
+        serde_json::from_str(&text).expect("JSON")
+    }
+
+    fn write_level(&self, member: bool, out: &mut String) {
+        out.push('{');
+        if member && !self.nodes.is_empty() {
+            out.push_str("\".\":{},");
         }
-        Value::Object(map)
+        for (index, (step, node)) in self.nodes.iter().enumerate() {
+            if index > 0 {
+                out.push(',');
+            }
+            let (kind, text) = step.encode();
+            out.push('"');
+            out.push_str(kind);
+            escape(text, out);
+            out.push_str("\":");
+            node.below.write_level(node.member, out);
+        }
+        out.push('}');
     }
 
     /// Reads `FieldsV1`; what is not understood is left out.
@@ -199,10 +255,19 @@ impl FieldSet {
             let Some(step) = Step::decode(name) else { continue };
             let empty = below.as_object().is_none_or(Map::is_empty);
             let member = empty || below.get(".").is_some();
-            set.nodes.insert(step, Node { member, below: FieldSet::from_value(below) });
+            set.put(step, Node { member, below: FieldSet::from_value(below) });
         }
         set
     }
+}
+
+/// Appends what stands between the quotes of a JSON string.
+fn escape(text: &str, out: &mut String) {
+    if text.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+        return out.push_str(text);
+    }
+    let quoted = Value::from(text).to_string();
+    out.push_str(&quoted[1..quoted.len() - 1]);
 }
 
 fn show_keys(keys: &str) -> String {
@@ -213,6 +278,7 @@ fn show_keys(keys: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn fields_v1_round_trips() {
@@ -229,6 +295,17 @@ mod tests {
         assert_eq!(a.intersection(&b), b);
         a.subtract(&b);
         assert_eq!(a.to_value(), json!({"f:a":{"f:b":{}}}));
+    }
+
+    #[test]
+    fn patterns_keep_what_lies_below_them() {
+        let mut set = FieldSet::from_value(&json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{".":{},"f:image":{},"f:resources":{".":{},"f:limits":{}}},
+            "k:{\"name\":\"b\"}":{".":{},"f:image":{}}}}, "f:status":{}}));
+        set.retain_matching(&[vec!["spec", "containers", "*", "resources"]]);
+        let kept = json!({"f:spec":{"f:containers":{
+            "k:{\"name\":\"a\"}":{"f:resources":{".":{},"f:limits":{}}}}}});
+        assert_eq!(set.to_value(), kept);
     }
 
     #[test]

@@ -11,11 +11,15 @@ pub mod decode;
 pub mod defaults;
 pub mod fieldset;
 pub mod kinds;
+pub mod open_schema;
 pub mod patch;
+pub mod pick;
 pub mod protobuf;
 pub mod rules;
 pub mod selector;
 pub mod versions;
+
+pub mod fuzz;
 
 pub mod field;
 pub mod names;

@@ -36,24 +36,74 @@ pub fn json(target: &Value, patch: &[u8]) -> Result<Value> {
         .map_err(|e| Status::new(422, "Invalid", format!("error decoding patch: {e}")))?;
     let operations = replace_adds(operations);
     let mut result = target.clone();
-    json_patch::patch(&mut result, &operations).map_err(|error| {
-        let what = match error.kind {
-            json_patch::PatchErrorKind::TestFailed => {
-                format!("testing value {} failed: test failed", error.path)
-            }
-            _ => format!(
-                "{} operation does not apply: doc is missing path: {:?}: missing value",
-                operation_name(&operations, error.operation),
-                error.path.to_string()
-            ),
-        };
-        let mut status =
-            Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
-        let cause = serde_json::json!({ "reason": "UnexpectedServerResponse", "message": what });
-        status.details = Some(serde_json::json!({ "causes": [cause] }));
-        status
-    })?;
+    let mut copied = 0;
+    for operation in &operations.0 {
+        check_growth(&result, operation, &mut copied)?;
+        json_patch::patch(&mut result, std::slice::from_ref(operation))
+            .map_err(|error| does_not_apply(operation, &error))?;
+    }
     Ok(result)
+}
+
+/// So much may the copies of one JSON patch add; upstream's limit.
+pub const JSON_PATCH_COPY_BYTES_MAX: usize = 3 << 20;
+/// Nothing is nested deeper: whoever walks an object may do so by recursion. JSON readers stop at half of it.
+pub const DEPTH_MAX: usize = 256;
+
+/// A small patch must not make a large or a deep object: each copy may double it.
+fn check_growth(target: &Value, operation: &json_patch::PatchOperation, copied: &mut usize) -> Result<()> {
+    use json_patch::PatchOperation::{Add, Copy, Move, Replace};
+    let (place, value, copies) = match operation {
+        Add(add) => (&add.path, Some(&add.value), false),
+        Replace(replace) => (&replace.path, Some(&replace.value), false),
+        Copy(copy) => (&copy.path, target.pointer(copy.from.as_str()), true),
+        Move(moved) => (&moved.path, target.pointer(moved.from.as_str()), false),
+        _ => return Ok(()),
+    };
+    let Some(value) = value else { return Ok(()) };
+    if place.count() + depth(value) > DEPTH_MAX {
+        let text = format!("the patch nests values deeper than {DEPTH_MAX} levels");
+        return Err(Status::new(422, "Invalid", text));
+    }
+    if copies {
+        *copied += value.to_string().len();
+        if *copied > JSON_PATCH_COPY_BYTES_MAX {
+            return Err(Status::new(
+                413,
+                "RequestEntityTooLarge",
+                format!(
+                    "Unable to complete the copy, the accumulated size increase of copy is {copied}, exceeding the limit {JSON_PATCH_COPY_BYTES_MAX}"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+fn does_not_apply(operation: &json_patch::PatchOperation, error: &json_patch::PatchError) -> Box<Status> {
+    let what = match error.kind {
+        json_patch::PatchErrorKind::TestFailed => {
+            format!("testing value {} failed: test failed", error.path)
+        }
+        _ => format!(
+            "{} operation does not apply: doc is missing path: {:?}: missing value",
+            operation_name(operation),
+            error.path.to_string()
+        ),
+    };
+    let mut status =
+        Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
+    let cause = serde_json::json!({ "reason": "UnexpectedServerResponse", "message": what });
+    status.details = Some(serde_json::json!({ "causes": [cause] }));
+    status
 }
 
 /// Upstream's library replaces map entries that are not there yet; only the map must be.
@@ -73,16 +123,15 @@ fn replace_adds(mut patch: json_patch::Patch) -> json_patch::Patch {
     patch
 }
 
-fn operation_name(patch: &json_patch::Patch, index: usize) -> &'static str {
+fn operation_name(operation: &json_patch::PatchOperation) -> &'static str {
     use json_patch::PatchOperation::*;
-    match patch.0.get(index) {
-        Some(Add(_)) => "add",
-        Some(Remove(_)) => "remove",
-        Some(Replace(_)) => "replace",
-        Some(Move(_)) => "move",
-        Some(Copy(_)) => "copy",
-        Some(Test(_)) => "test",
-        None => "patch",
+    match operation {
+        Add(_) => "add",
+        Remove(_) => "remove",
+        Replace(_) => "replace",
+        Move(_) => "move",
+        Copy(_) => "copy",
+        Test(_) => "test",
     }
 }
 
@@ -366,6 +415,19 @@ mod tests {
         );
         let merged = merge(&json!({"a":{"b":1,"c":2}}), br#"{"a":{"b":null,"d":[1]}}"#).expect("applies");
         assert_eq!(merged, json!({"a":{"c":2,"d":[1]}}));
+    }
+
+    #[test]
+    fn small_patches_make_no_large_or_deep_objects() {
+        let copy = |from: &str, to: &str| json!({ "op": "copy", "from": from, "path": to });
+        let text = "x".repeat(100 << 10);
+        let doubling: Vec<Value> = (0..40).map(|i| copy("/data", &format!("/data/k{i}"))).collect();
+        let refused = json(&json!({ "data": { "a": text } }), Value::from(doubling).to_string().as_bytes());
+        assert_eq!(refused.expect_err("too large").code, 413);
+        let add = |path: String| json!({ "op": "add", "path": path, "value": {} });
+        let deep: Vec<Value> = (1..400).map(|i| add(format!("/a{}", "/b".repeat(i)))).collect();
+        let refused = json(&json!({ "a": {} }), Value::from(deep).to_string().as_bytes());
+        assert_eq!(refused.expect_err("too deep").code, 422);
     }
 
     #[test]

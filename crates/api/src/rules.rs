@@ -4,13 +4,16 @@
 //! strategy reads as a short list of what is special. The registry runs them at fixed points:
 //!
 //! - `create`: before defaulting and validation of a new object (reset what clients may not set);
-//! - `update`: the same for a replacement, with the stored object at hand;
+//! - `complete`: after admission, before validation (what follows from all the rest);
+//! - `update`: as `create`, for a replacement, with the stored object at hand;
 //! - `update_status`: the same on the `status` subresource;
-//! - `validate` / `validate_update`: collect every broken rule;
+//! - `validate` / `validate_update`: collect every broken rule; `validate_status` those of a status;
+//! - `faces`: the same for subresources that let a part of the object be written;
 //! - `warnings`: what the client should know though it is no error.
 
 use serde_json::Value;
 
+use crate::apply::Reach;
 use crate::field;
 use crate::object::Object;
 use crate::schema::Kind;
@@ -23,13 +26,21 @@ pub struct Rules {
     /// Which names are good.
     pub name: fn(&str) -> Vec<String>,
     pub create: fn(&mut Value),
+    /// What follows from all the rest of a new object, after defaulting and admission.
+    pub complete: fn(&mut Value),
     pub update: fn(&mut Value, &Value),
     pub update_status: fn(&mut Value, &Value),
     pub validate: fn(&Value, &mut Errors),
     pub validate_update: fn(&Value, &Value, &mut Errors),
+    /// Broken rules of a status about to be written.
+    pub validate_status: fn(&Value, &Value, &mut Errors),
     pub warnings: fn(&Value) -> Vec<String>,
+    /// Subresources that show the whole object and let a part of it be written.
+    pub faces: &'static [Face],
     /// Field selectors beside `metadata.name` and `metadata.namespace`.
     pub selectable: &'static [&'static str],
+    /// What [`Rules::selectable_value`] reads beside the selectable paths themselves.
+    pub selectable_reads: &'static [&'static str],
     /// A selectable field whose value is not simply what stands at its path.
     pub selectable_value: Option<fn(&Value, &str) -> Option<String>>,
     /// PUT creates what does not exist.
@@ -50,6 +61,17 @@ pub struct Rules {
     pub reported_group: Option<&'static str>,
 }
 
+/// A subresource through which a part of an object is written, by those who may not write the rest.
+#[derive(Clone, Copy)]
+pub struct Face {
+    pub name: &'static str,
+    /// Takes back what may not change here.
+    pub update: fn(&mut Value, &Value),
+    pub validate: fn(&Value, &Value, &mut Errors),
+    /// The fields a writer comes to own.
+    pub reach: Reach<'static>,
+}
+
 fn nothing(_: &mut Value) {}
 fn nothing_of(_: &mut Value, _: &Value) {}
 
@@ -57,12 +79,16 @@ impl Rules {
     pub const DEFAULT: Rules = Rules {
         name: crate::names::dns_subdomain,
         create: nothing,
+        complete: nothing,
         update: nothing_of,
         update_status: nothing_of,
         validate: |_, _| {},
         validate_update: |_, _, _| {},
+        validate_status: |_, _, _| {},
         warnings: |_| Vec::new(),
+        faces: &[],
         selectable: &[],
+        selectable_reads: &[],
         selectable_value: None,
         create_on_update: false,
         needs_revision: false,
@@ -78,6 +104,11 @@ impl Rules {
     pub fn of(kind: &Kind) -> &'static Rules {
         let found = crate::kinds::RULES.iter().find(|(g, p, _)| *g == kind.group && *p == kind.plural);
         found.map_or(&Rules::DEFAULT, |(_, _, rules)| rules)
+    }
+
+    /// The face served as this subresource.
+    pub fn face(&self, subresource: &str) -> Option<&'static Face> {
+        self.faces.iter().find(|face| face.name == subresource)
     }
 
     /// May the field be selected on?

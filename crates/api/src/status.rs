@@ -140,6 +140,14 @@ impl Status {
     }
 
     /// Options of a request that contradict each other or the kind of request.
+    /// A patch whose result is no object of the kind; `shown` is the patch or what it led to.
+    pub fn invalid_patch(shown: &str, why: &str) -> Box<Status> {
+        let error = field::Error::invalid("patch", shown, why);
+        let mut status = Status::new(422, "Invalid", format!(" \"\" is invalid: {error}"));
+        status.details = Some(json!({ "causes": [error.to_cause()] }));
+        status
+    }
+
     pub fn invalid_options(kind: &str, errors: &[field::Error]) -> Box<Status> {
         let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
         let list = match &texts[..] {

@@ -13,6 +13,8 @@
 //!
 //! What lines cannot say (a field that becomes a list entry, say) is a pair of functions in [`HOOKS`].
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value, json};
 
 use crate::fieldset::{FieldSet, Step};
@@ -268,8 +270,7 @@ fn take(at: &mut Value, path: &[(String, bool)], only: Only) -> Option<Value> {
 /// a whole, so only plain paths need it.
 fn move_set(kind: &Kind, set: &mut FieldSet, to_hub: bool) {
     let Some(version) = &kind.conversion else { return };
-    let steps =
-        |path: &Path| -> Vec<Step> { path.iter().map(|(name, _)| Step::Field(name.clone())).collect() };
+    let steps = |path: &Path| -> Vec<Step> { path.iter().map(|(name, _)| Step::field(name)).collect() };
     let plain = |m: &&Move| !m.here.iter().chain(&m.hub).any(|(_, list)| *list);
     if to_hub {
         for m in version.moves.iter().filter(plain) {
@@ -299,10 +300,17 @@ pub fn set_to_hub(schema: &Schema, api_version: &str, object: &Value, set: &mut 
 }
 
 /// The owned fields of an entry, in the terms of the version it was written through.
-pub fn set_from_hub(schema: &Schema, api_version: &str, object: &Value, set: &mut FieldSet) {
-    if let Some(kind) = entry_kind(schema, api_version, object) {
-        move_set(kind, set, false);
+pub fn set_from_hub<'s>(
+    schema: &Schema,
+    api_version: &str,
+    object: &Value,
+    set: &'s FieldSet,
+) -> Cow<'s, FieldSet> {
+    let mut shown = Cow::Borrowed(set);
+    if let Some(kind) = entry_kind(schema, api_version, object).filter(|k| k.conversion.is_some()) {
+        move_set(kind, shown.to_mut(), false);
     }
+    shown
 }
 
 // ---- what lines cannot say ----

@@ -2,6 +2,8 @@
 //!
 //! Plugins are twins: a mutating or validating function over the same attributes, one line in the list.
 
+use std::sync::Arc;
+
 use knarr_api::object::Object;
 use knarr_api::status::{Result, Status};
 use serde_json::{Value, json};
@@ -42,6 +44,7 @@ const MUTATING: &[(&str, Mutate)] = &[
     ("RuntimeClass", crate::classes::runtime_class),
     ("DefaultIngressClass", crate::classes::default_ingress_class),
     ("CertificateSigningRequestIdentity", request_identity),
+    ("CertificateSigningRequestTimes", crate::signing::date_conditions),
 ];
 
 const VALIDATING: &[(&str, Validate)] = &[
@@ -83,7 +86,7 @@ fn namespace_lifecycle(a: &Attributes) -> Result<()> {
     if a.operation != Operation::Create || !kind.namespaced || namespace.is_empty() {
         return Ok(());
     }
-    let Some(found) = a.registry.lookup("", "namespaces", "", namespace) else {
+    let Some(found) = a.registry.policy("namespaces", "", namespace) else {
         let namespaces = a.registry.schema.resource("", "v1", "namespaces").expect("namespaces are built in");
         return Err(Status::not_found(namespaces, namespace));
     };
@@ -185,7 +188,7 @@ fn service_account(a: &Attributes, pod: &mut Value) -> Result<()> {
     let name = pod.str_at("spec.serviceAccountName").to_owned();
     pod.set_at("spec.serviceAccount", name.clone());
     let namespace = a.place.namespace;
-    let Some(account) = a.registry.lookup("", "serviceaccounts", namespace, &name) else {
+    let Some(account) = a.registry.policy("serviceaccounts", namespace, &name) else {
         let why =
             format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
         return Err(Status::forbidden(a.place.kind, pod.name(), why));
@@ -238,7 +241,7 @@ fn priority(a: &Attributes, pod: &mut Value) -> Result<()> {
     let class = if name.is_empty() {
         global_default(a.registry)
     } else {
-        let found = a.registry.lookup("scheduling.k8s.io", "priorityclasses", "", &name);
+        let found = a.registry.policy(PRIORITY_CLASSES, "", &name);
         Some(found.ok_or_else(|| {
             Status::forbidden(
                 a.place.kind,
@@ -265,10 +268,10 @@ fn priority(a: &Attributes, pod: &mut Value) -> Result<()> {
     Ok(())
 }
 
-fn global_default(registry: &Registry) -> Option<Value> {
-    let listing =
-        registry.store.list("priorityclasses.scheduling.k8s.io", &knarr_store::Range::default()).ok()?;
-    let classes = listing.entries.iter().map(|e| crate::encode::decode(e));
+const PRIORITY_CLASSES: &str = "priorityclasses.scheduling.k8s.io";
+
+fn global_default(registry: &Registry) -> Option<Arc<Value>> {
+    let classes = registry.policies(PRIORITY_CLASSES, "").into_iter();
     classes.filter(|c| c.bool_at("globalDefault")).min_by_key(|c| c.int_at("value"))
 }
 

@@ -23,9 +23,9 @@ use crate::identity::User;
 use crate::metrics::{self, metrics};
 use crate::proxy::Dialer;
 use crate::rbac::{Action, Rbac};
-use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry, Selection};
+use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Page, Place, Registry, Selection};
 use crate::request::{Query, RequestInfo, Target};
-use crate::respond::{self, Answer, Body, Form, Shape};
+use crate::respond::{self, Answer, Body, Form, Shape, WithoutOwners};
 use crate::{compress, discovery, health, openapi, reviews, subresources, watch, wire};
 
 /// Larger bodies are refused with 413; upstream's limit.
@@ -248,7 +248,7 @@ impl Api {
         let aggregated = aggregated_version(accept);
         let value = match (&segments[..], aggregated) {
             (["healthz" | "livez" | "readyz", check @ ..], _) => {
-                return Ok(health::answer(segments[0], check, &info.query));
+                return Ok(health::answer(&self.registry.health, segments[0], check, &info.query));
             }
             (["version"], _) => version(),
             (["metrics"], _) => return Ok(respond::text(200, self.metrics())),
@@ -326,7 +326,8 @@ impl Api {
         }
         let (parts, body) = request.into_parts();
         let converted = served.conversion.is_some().then_some(served);
-        let form = Form { version: converted, ..form? };
+        let owners = parts.extensions.get::<WithoutOwners>().is_none();
+        let form = Form { version: converted, owners, ..form? };
         let mut context = Context::new(user, field_manager(&parts.headers, &info.query));
         context.rbac = Some(self.rbac.clone());
         context.dry_run = info.query.dry_run()?;
@@ -359,6 +360,10 @@ impl Api {
             (verb, "") if call.kind.create_only && verb != "create" => {
                 Err(Status::method_not_allowed(call.kind, verb))
             }
+            ("get" | "list", "") if call.kind.kind == "ComponentStatus" => self.component_statuses(call),
+            ("watch", "") if call.kind.kind == "ComponentStatus" => {
+                Err(Status::method_not_allowed(call.kind, "watch"))
+            }
             ("get", "" | "status") => self.get(call),
             ("list", "") => self.list(call),
             ("watch", "") => self.watch(call),
@@ -375,14 +380,6 @@ impl Api {
                 self.show(call, 200, &subresources::scale_of(&crate::encode::decode(&object)))
             }
             ("update" | "patch", "scale") => self.scale(call, &body).await,
-            ("get", "ephemeralcontainers") => self.get(call),
-            ("update" | "patch", "ephemeralcontainers") => {
-                let config = self.edit_of(call, &body)?;
-                let outcome =
-                    subresources::ephemeral_containers(&self.registry, call.place(), &config, &call.context)
-                        .await?;
-                Ok(self.outcome(call, 200, &outcome))
-            }
             ("create", "binding") => {
                 let binding = self.tree(&call.headers, &body)?;
                 let value = subresources::bind(&self.registry, call.place(), &binding, &call.context).await?;
@@ -397,7 +394,8 @@ impl Api {
             ("create", "token") => {
                 let request = self.tree(&call.headers, &body)?;
                 crate::node::restrict_token(&self.registry, call.place(), &request, &call.context.user)?;
-                let value = subresources::token(&self.registry, &self.tokens, call.place(), &request)?;
+                let value =
+                    subresources::token(&self.registry, &self.tokens, call.place(), &request, &call.context)?;
                 self.show(call, 201, &value)
             }
             ("update", "finalize") => {
@@ -406,10 +404,15 @@ impl Api {
                     subresources::finalize(&self.registry, call.place(), &object, &call.context).await?;
                 Ok(self.outcome(call, 200, &outcome))
             }
-            ("get", "approval") => self.get(call),
-            ("update", "approval") => self.update(call, Endpoint::Other("approval"), &body).await,
-            ("patch", "approval") => self.patch(call, Endpoint::Other("approval"), &body).await,
-            (_, _) => {
+            (verb, name) => {
+                if let Some(face) = knarr_api::rules::Rules::of(call.kind).face(name) {
+                    match verb {
+                        "get" => return self.get(call),
+                        "update" => return self.update(call, Endpoint::Other(face.name), &body).await,
+                        "patch" => return self.patch(call, Endpoint::Other(face.name), &body).await,
+                        _ => {}
+                    }
+                }
                 let verb = if call.info.verb.is_empty() { method.as_str() } else { call.info.verb };
                 Err(Status::method_not_allowed(call.kind, verb))
             }
@@ -459,7 +462,33 @@ impl Api {
         Ok(Selection { labels: call.query().label_selector()?, fields })
     }
 
+    /// Made up anew for each request: nothing is stored.
+    fn component_statuses(&self, call: &Call) -> Result<Answer> {
+        let all = self.registry.health.components();
+        if call.info.verb == "get" {
+            let one = all.into_iter().find(|c| c.name() == call.target.name);
+            let one = one.ok_or_else(|| call.place().not_found())?;
+            let bytes = Bytes::from(one.to_string());
+            return Ok(respond::object(200, call.kind, &bytes, &call.form, self.clock()));
+        }
+        let selection = self.selection(call)?;
+        let matches = |c: &&Value| {
+            selection.labels.matches(c.map_at("metadata.labels"))
+                && selection.fields.exact("metadata.name").is_none_or(|name| name == c.name())
+        };
+        let items: Vec<Bytes> = all.iter().filter(matches).map(|c| Bytes::from(c.to_string())).collect();
+        Ok(respond::list(call.kind, json!({}), &items, &call.form, self.clock()))
+    }
+
     fn list(&self, call: &Call) -> Result<Answer> {
+        let page = self.page(call)?;
+        let metadata = page_metadata(&page);
+        let items: Vec<Bytes> = page.entries.iter().map(|e| e.bytes.clone()).collect();
+        Ok(respond::list(call.kind, metadata, &items, &call.form, self.clock()))
+    }
+
+    /// The page that a list or a deletion of a collection asks for.
+    fn page(&self, call: &Call) -> Result<Page> {
         let query = call.query();
         check_list_options(query)?;
         let selection = self.selection(call)?;
@@ -490,32 +519,16 @@ impl Api {
                 range.at = Some(revision);
             }
         }
-        let page =
-            self.registry.list(call.kind, call.namespace(), &selection, range).map_err(
-                |error| match error {
-                    ReadError::Compacted { .. } if query.get("continue").is_some() => {
-                        let mut status = Status::expired(CONTINUE_EXPIRED);
-                        let after = query
-                            .get("continue")
-                            .and_then(|token| read_continue(token).ok())
-                            .map(|(_, key)| key);
-                        status.continue_token = after.map(|key| write_continue(None, &key));
-                        status
-                    }
-                    other => watch::read_failed(&other),
-                },
-            )?;
-        let mut metadata = json!({ "resourceVersion": page.revision.to_string() });
-        if page.remaining > 0
-            && let Some(last) = page.entries.last()
-        {
-            metadata["continue"] = json!(write_continue(Some(page.revision), &last.key));
-            if page.counted {
-                metadata["remainingItemCount"] = json!(page.remaining);
+        self.registry.list(call.kind, call.namespace(), &selection, range).map_err(|error| match error {
+            ReadError::Compacted { .. } if query.get("continue").is_some() => {
+                let mut status = Status::expired(CONTINUE_EXPIRED);
+                let after =
+                    query.get("continue").and_then(|token| read_continue(token).ok()).map(|(_, key)| key);
+                status.continue_token = after.map(|key| write_continue(None, &key));
+                status
             }
-        }
-        let items: Vec<Bytes> = page.entries.iter().map(|e| e.bytes.clone()).collect();
-        Ok(respond::list(call.kind, metadata, &items, &call.form, self.clock()))
+            other => watch::read_failed(&other),
+        })
     }
 
     fn watch(&self, call: &Call) -> Result<Answer> {
@@ -543,6 +556,11 @@ impl Api {
             let place = Place { kind, namespace: call.namespace(), name: binding.name() };
             let value = subresources::bind(&self.registry, place, &binding, &call.context).await?;
             return self.show(call, 201, &value);
+        }
+        let accept = call.headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let plain = accept.is_empty() || accept.split(',').any(|clause| !clause.contains("as="));
+        if call.form.shape != Shape::Whole && !plain {
+            return Err(Status::not_acceptable(respond::MEDIA_TYPES));
         }
         let review = self.decode_body(call, body)?;
         let value = reviews::answer(
@@ -674,11 +692,7 @@ impl Api {
 
     async fn delete_collection(&self, call: &Call<'_>, body: &Bytes) -> Result<Answer> {
         let options = self.delete_options(call, body)?;
-        let selection = self.selection(call)?;
-        let page = self
-            .registry
-            .list(call.kind, call.namespace(), &selection, Range::default())
-            .map_err(|e| watch::read_failed(&e))?;
+        let page = self.page(call)?;
         let mut deleted = Vec::new();
         for entry in &page.entries {
             let (namespace, name) = crate::encode::split_key(&entry.key);
@@ -690,7 +704,7 @@ impl Api {
                 Err(status) => return Err(status),
             }
         }
-        let metadata = json!({ "resourceVersion": self.registry.store.revision().to_string() });
+        let metadata = page_metadata(&page);
         Ok(respond::list(call.kind, metadata, &deleted, &call.form, self.clock()))
     }
 
@@ -867,6 +881,20 @@ fn check_list_options(query: &Query) -> Result<()> {
         errors.push(field::Error::forbidden("sendInitialEvents", detail));
     }
     if errors.is_empty() { Ok(()) } else { Err(Status::invalid_options("ListOptions", &errors)) }
+}
+
+/// The revision of a page and where the next one begins.
+fn page_metadata(page: &Page) -> Value {
+    let mut metadata = json!({ "resourceVersion": page.revision.to_string() });
+    if page.remaining > 0
+        && let Some(last) = page.entries.last()
+    {
+        metadata["continue"] = json!(write_continue(Some(page.revision), &last.key));
+        if page.counted {
+            metadata["remainingItemCount"] = json!(page.remaining);
+        }
+    }
+    metadata
 }
 
 /// Where a list goes on; without a revision, in whatever is there then.

@@ -5,11 +5,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use futures::future::{try_join_all, try_join4};
+use futures::future::try_join_all;
+use futures::try_join;
 use knarr_api::object::Object;
 use knarr_api::status::Result;
 use serde_json::{Value, json};
 
+use crate::flow_objects;
 use crate::identity::{MASTERS, User};
 use crate::registry::{Context, Edit, Endpoint, Place, Registry};
 
@@ -43,10 +45,58 @@ pub async fn run(registry: &Registry, advertised: &[SocketAddr]) -> Result<()> {
             "roleRef": { "apiGroup": RBAC, "kind": "ClusterRole", "name": role } });
         ensure(registry, RBAC, "clusterrolebindings", "", binding, context)
     });
-    try_join4(try_join_all(classes), try_join_all(roles), try_join_all(aggregates), try_join_all(bindings))
-        .await?;
+    let flow = |plural: &'static str, objects: Vec<Value>| {
+        let each = objects
+            .into_iter()
+            .map(move |object| ensure(registry, "flowcontrol.apiserver.k8s.io", plural, "", object, context));
+        try_join_all(each)
+    };
+    try_join!(
+        try_join_all(classes),
+        try_join_all(roles),
+        try_join_all(aggregates),
+        try_join_all(bindings),
+        flow("prioritylevelconfigurations", flow_objects::priority_levels()),
+        flow("flowschemas", flow_objects::flow_schemas()),
+    )?;
     unbind_nodes(registry, context).await?;
+    service_ranges(registry, context).await?;
     publish_self(registry, advertised, context).await
+}
+
+/// The ranges of service addresses, as the ServiceCIDR `kubernetes`. It stays what it first was, but for a second
+/// family that is added.
+async fn service_ranges(registry: &Registry, context: &Context) -> Result<()> {
+    const GROUP: &str = "networking.k8s.io";
+    let kind = registry.schema.resource(GROUP, "v1", "servicecidrs").expect("ranges are built in");
+    let cidrs: Vec<String> = registry.services.configured().iter().map(|range| range.to_string()).collect();
+    let object = json!({ "metadata": { "name": "kubernetes" }, "spec": { "cidrs": cidrs } });
+    ensure(registry, GROUP, "servicecidrs", "", object, context).await?;
+    let stored = registry.lookup(GROUP, "servicecidrs", "", "kubernetes").unwrap_or_default();
+    let place = Place { kind, namespace: "", name: "kubernetes" };
+    let had = stored.list_at("spec.cidrs");
+    if had.len() < cidrs.len() && had.first().and_then(Value::as_str) == cidrs.first().map(String::as_str) {
+        let grow = |old: &Value| {
+            let mut new = old.clone();
+            new.set_at("spec.cidrs", cidrs.clone());
+            Ok(new)
+        };
+        registry.modify(place, Endpoint::Main, &Edit::With(&grow), context).await?;
+    } else if had.iter().filter_map(Value::as_str).ne(cidrs.iter().map(String::as_str)) {
+        tracing::warn!(stored = ?had, configured = ?cidrs, "the ranges of services stay what they were first");
+    }
+    if stored.list_at("status.conditions").is_empty() {
+        let ready = json!([{ "type": crate::services::addresses::READY, "status": "True", "reason": "",
+            "message": "Kubernetes default Service CIDR is ready", "lastTransitionTime": registry.now() }]);
+        let tell = |old: &Value| {
+            let mut new = old.clone();
+            new.set_at("status.conditions", ready.clone());
+            Ok(new)
+        };
+        registry.modify(place, Endpoint::Status, &Edit::With(&tell), context).await?;
+    }
+    crate::services::addresses::repair(registry).await;
+    Ok(())
 }
 
 /// Name, value, description.
@@ -371,6 +421,13 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
                     &READ,
                 ),
                 rule(&["resource.k8s.io"], &["*"], &READ),
+                // What upstream grants as system:volume-scheduler, and for claims of devices.
+                rule(&[""], &["persistentvolumeclaims", "persistentvolumes"], &["patch", "update"]),
+                rule(
+                    &["resource.k8s.io"],
+                    &["resourceclaims", "resourceclaims/status"],
+                    &["patch", "update"],
+                ),
             ],
         ),
         // The loops run as one identity for now; the garbage collector among them must reach every kind.

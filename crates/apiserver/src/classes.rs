@@ -1,12 +1,12 @@
 //! Classes at admission: the default storage and ingress class, and what a runtime class adds to a pod.
 
+use std::sync::Arc;
+
 use knarr_api::object::Object;
 use knarr_api::status::{Result, Status};
-use knarr_store::Range;
 use serde_json::{Value, json};
 
 use crate::admission::{Attributes, Operation};
-use crate::encode;
 
 fn is_new(a: &Attributes, resource: &str) -> bool {
     a.operation == Operation::Create && a.place.kind.resource() == resource
@@ -14,13 +14,12 @@ fn is_new(a: &Attributes, resource: &str) -> bool {
 
 /// The class marked as default; the newest, where several are.
 fn default_class(a: &Attributes, partition: &str, annotations: &[&str]) -> Option<String> {
-    let listing = a.registry.store.list(partition, &Range::default()).ok()?;
-    let classes = listing.entries.iter().map(|e| encode::decode(e));
-    let is_default = |class: &Value| {
+    let is_default = |class: &Arc<Value>| {
         let marks = class.map_at("metadata.annotations");
         annotations.iter().any(|name| marks.and_then(|m| m.get(*name)).is_some_and(|v| v == "true"))
     };
-    let mut defaults: Vec<Value> = classes.filter(is_default).collect();
+    let mut defaults = a.registry.policies(partition, "");
+    defaults.retain(is_default);
     defaults.sort_by_key(|c| {
         (std::cmp::Reverse(c.str_at("metadata.creationTimestamp").to_owned()), c.name().to_owned())
     });
@@ -75,7 +74,7 @@ pub fn runtime_class(a: &Attributes, pod: &mut Value) -> Result<()> {
         }
         return Ok(());
     };
-    let Some(class) = a.registry.lookup("node.k8s.io", "runtimeclasses", "", &name) else {
+    let Some(class) = a.registry.policy("runtimeclasses.node.k8s.io", "", &name) else {
         return refuse(pod, format!("RuntimeClass {name:?} not found"));
     };
     match (class.at("overhead.podFixed"), pod.at("spec.overhead")) {

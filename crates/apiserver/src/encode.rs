@@ -1,26 +1,39 @@
 //! Objects as bytes: the one form that is stored, listed, watched and sent.
 //!
-//! `kind` and `apiVersion` come first and `resourceVersion` opens the metadata, so that the store can
-//! write the revision in, and lists can cut the type off, without parsing.
+//! `kind` and `apiVersion` come first, `resourceVersion` opens the metadata and `managedFields` follow, so that the
+//! store can write the revision in, lists can cut the type off, and the loops of this process, who never look at
+//! owners, can be spared them: all without parsing.
 
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use knarr_api::object::Object;
+use knarr_api::pick;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
-use knarr_store::Entry;
+use knarr_store::{Digest, Entry};
 use serde_json::{Map, Value};
 
-/// Encodes an object for the store: bytes, and where the revision goes.
-pub fn encode(kind: &Kind, object: &Value) -> (Vec<u8>, usize) {
-    let mut out = Vec::with_capacity(1024);
+/// Encodes an object for the store: bytes, and where the revision goes. `owners` are the `managedFields` as JSON,
+/// empty for none; without them the object's own are kept.
+pub fn encode(kind: &Kind, object: &Value, owners: Option<&str>) -> (Vec<u8>, usize) {
+    let mut out = Vec::with_capacity(2048);
     out.extend(prefix(kind).as_bytes());
-    out.extend(br#""metadata":{"resourceVersion":""#);
+    out.extend(METADATA.as_bytes());
     let splice = out.len();
     out.push(b'"');
-    for (name, value) in object.map_at("metadata").into_iter().flatten() {
-        if name != "resourceVersion" {
+    let metadata = object.map_at("metadata");
+    match (owners, metadata.and_then(|m| m.get("managedFields"))) {
+        (Some(""), _) | (None, None) => {}
+        (Some(owners), _) => {
+            out.extend(MANAGED.as_bytes());
+            out.extend(owners.as_bytes());
+        }
+        (None, Some(kept)) => member(&mut out, "managedFields", kept),
+    }
+    for (name, value) in metadata.into_iter().flatten() {
+        if !matches!(name.as_str(), "resourceVersion" | "managedFields") {
             member(&mut out, name, value);
         }
     }
@@ -32,6 +45,61 @@ pub fn encode(kind: &Kind, object: &Value) -> (Vec<u8>, usize) {
     }
     out.push(b'}');
     (out, splice)
+}
+
+const METADATA: &str = r#""metadata":{"resourceVersion":""#;
+const MANAGED: &str = r#","managedFields":"#;
+
+/// The stored bytes in two parts, without `managedFields`.
+pub fn without_owners<'b>(kind: &Kind, bytes: &'b [u8]) -> (&'b [u8], &'b [u8]) {
+    let whole = (bytes, &[][..]);
+    let head = prefix(kind).len() + METADATA.len();
+    let digits = bytes.iter().skip(head).take_while(|b| b.is_ascii_digit()).count();
+    let start = head + digits + 1;
+    let Some(list) = bytes.get(start..).and_then(|rest| rest.strip_prefix(MANAGED.as_bytes())) else {
+        return whole;
+    };
+    match end_of_list(list) {
+        Some(end) => (&bytes[..start], &list[end..]),
+        None => whole,
+    }
+}
+
+/// The object of an entry without its `managedFields`, and those as JSON (empty for none).
+pub fn apart<'e>(kind: &Kind, entry: &'e Entry) -> (Value, Cow<'e, str>) {
+    let (head, tail) = without_owners(kind, &entry.bytes);
+    if tail.is_empty() {
+        // Nobody owns anything, or the bytes were written when owners had no place of their own.
+        let mut object = decode(entry);
+        let owners = object.remove_at("metadata.managedFields");
+        return (object, owners.map_or(Cow::Borrowed(""), |o| Cow::Owned(o.to_string())));
+    }
+    let object = serde_json::from_slice(&[head, tail].concat()).expect("stored bytes were encoded here");
+    let owners = &entry.bytes[head.len() + MANAGED.len()..entry.bytes.len() - tail.len()];
+    (object, Cow::Borrowed(std::str::from_utf8(owners).expect("stored bytes were encoded here")))
+}
+
+/// Where the JSON list that the bytes begin with ends.
+fn end_of_list(bytes: &[u8]) -> Option<usize> {
+    let (mut depth, mut at) = (0, 0);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth -= 1,
+            b'"' => {
+                at += 1;
+                while *bytes.get(at)? != b'"' {
+                    at += 1 + usize::from(bytes[at] == b'\\');
+                }
+            }
+            _ => {}
+        }
+        at += 1;
+        if depth == 0 {
+            return Some(at);
+        }
+    }
+    None
 }
 
 fn member(out: &mut Vec<u8>, name: &str, value: &Value) {
@@ -55,23 +123,58 @@ pub fn decode(entry: &Entry) -> Value {
     serde_json::from_slice(&entry.bytes).expect("stored bytes were encoded here")
 }
 
-/// What selectors look at; made once per entry, at first use.
+/// What readers derive from an entry, each part at its first use, kept as long as the entry.
+#[derive(Default)]
 pub struct View {
-    pub labels: Map<String, Value>,
-    /// What the object uses of quotas; made at first use.
+    selectable: OnceLock<Selectable>,
+    /// What the object uses of quotas.
     pub usage: OnceLock<crate::quota::Usage>,
+    tree: OnceLock<Arc<Value>>,
+}
+
+/// What selectors look at.
+pub struct Selectable {
+    pub labels: Map<String, Value>,
     fields: Vec<(&'static str, String)>,
 }
 
 impl View {
-    pub fn of(rules: &'static Rules, entry: &Entry) -> Arc<View> {
-        let shared = entry.view.get_or_init(|| {
-            let object = decode(entry);
+    pub fn of(entry: &Entry) -> &View {
+        let shared = entry.view.get_or_init(|| Arc::new(View::default()));
+        shared.downcast_ref::<View>().expect("only this function sets the view")
+    }
+
+    pub fn selectable<'e>(rules: &'static Rules, entry: &'e Entry) -> &'e Selectable {
+        View::of(entry).selectable.get_or_init(|| {
+            let paths = ["metadata.labels"].iter().chain(rules.selectable).chain(rules.selectable_reads);
+            let object = pick::fields(&entry.bytes, paths.copied()).expect("stored bytes were encoded here");
             let labels = object.map_at("metadata.labels").cloned().unwrap_or_default();
             let fields = rules.selectable.iter().map(|f| (*f, rules.field_value(&object, f))).collect();
-            Arc::new(View { labels, usage: OnceLock::new(), fields })
-        });
-        shared.clone().downcast::<View>().expect("only this function sets the view")
+            let found = Selectable { labels, fields };
+            entry.digest.get_or_init(|| found.digest());
+            found
+        })
+    }
+
+    /// The object of an entry that many requests ask about (a namespace, a service account, a class). Not for
+    /// kinds of which there are many.
+    pub fn tree(entry: &Entry) -> Arc<Value> {
+        View::of(entry).tree.get_or_init(|| Arc::new(decode(entry))).clone()
+    }
+}
+
+impl Selectable {
+    /// The words that [`crate::registry::Selection`] asks for.
+    fn digest(&self) -> Digest {
+        let mut digest = Digest::default();
+        for (key, value) in &self.labels {
+            digest.add(&["label", key]);
+            digest.add(&["label", key, value.as_str().unwrap_or_default()]);
+        }
+        for (field, value) in &self.fields {
+            digest.add(&["field", field, value]);
+        }
+        digest
     }
 
     /// The value of a selectable field; names come from the key.
@@ -100,14 +203,20 @@ mod tests {
     fn the_revision_goes_where_the_splice_says() {
         let kind = Schema::builtin().resource("", "v1", "configmaps").expect("served");
         let object = json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a","resourceVersion":"1"},"data":{"k":"v"}});
-        let (mut bytes, at) = encode(kind, &object);
+        let (mut bytes, at) = encode(kind, &object, None);
         bytes.splice(at..at, b"42".iter().copied());
-        let decoded: Value = serde_json::from_slice(&bytes).expect("json");
+        let spliced = bytes;
+        let decoded: Value = serde_json::from_slice(&spliced).expect("json");
         assert_eq!(
             decoded,
             json!({"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}})
         );
-        let item = format!("{{{}", String::from_utf8_lossy(&list_item(kind, &Bytes::from(bytes))));
+        let owned = br#"[{"manager":"a]\"\\","fieldsV1":{"f:data":{}}}]"#;
+        let owners = std::str::from_utf8(owned).expect("text");
+        let (bytes, _) = encode(kind, &object, Some(owners));
+        let (head, tail) = without_owners(kind, &bytes);
+        assert_eq!([head, tail].concat(), encode(kind, &object, None).0, "exactly the owners are cut out");
+        let item = format!("{{{}", String::from_utf8_lossy(&list_item(kind, &Bytes::from(spliced))));
         let item: Value = serde_json::from_str(&item).expect("json");
         assert_eq!(item, json!({"metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}}));
     }

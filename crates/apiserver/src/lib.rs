@@ -40,6 +40,7 @@ pub mod health;
 pub mod metrics;
 
 pub mod bootstrap;
+mod flow_objects;
 
 /// The API level served.
 pub const VERSION: &str = "v1.36.0";

@@ -1,28 +1,30 @@
 //! LimitRange: defaults for what a container does not say, and bounds for what it says.
 
-use knarr_api::kinds::core::quantity;
+use knarr_api::kinds::resources::{List, quantities, total};
 use knarr_api::object::Object;
 use knarr_api::quantity::Quantity;
 use knarr_api::status::{Result, Status};
-use knarr_store::Range;
 use serde_json::{Value, json};
 
 use crate::admission::{Attributes, Operation};
-use crate::encode;
-use crate::registry::prefix;
+use crate::registry::Endpoint;
 
 /// The items of all limit ranges of the namespace, by upstream's order of names.
 fn items(a: &Attributes) -> Vec<Value> {
-    let range = Range { prefix: prefix(a.place.namespace), ..Range::default() };
-    if a.place.namespace.is_empty() || a.registry.store.count("limitranges") == 0 {
+    if a.place.namespace.is_empty() {
         return Vec::new();
     }
-    let entries = a.registry.store.list("limitranges", &range).map(|l| l.entries).unwrap_or_default();
-    entries.iter().flat_map(|entry| encode::decode(entry).list_at("spec.limits").to_vec()).collect()
+    let ranges = a.registry.policies("limitranges", a.place.namespace);
+    ranges.iter().flat_map(|range| range.list_at("spec.limits").to_vec()).collect()
 }
 
 fn is_new(a: &Attributes, resource: &str) -> bool {
     a.operation == Operation::Create && a.place.kind.resource() == resource
+}
+
+/// Resources of pods are looked at when they are written: at creation, and by a resize.
+fn sets_resources(a: &Attributes) -> bool {
+    is_new(a, "pods") || a.endpoint == Endpoint::Other("resize")
 }
 
 const CONTAINERS: [&str; 2] = ["containers", "initContainers"];
@@ -78,7 +80,7 @@ fn default_container(container: &mut Value, item: &Value) -> Vec<String> {
 /// Refuses what is out of bounds; every broken bound is told.
 pub fn check(a: &Attributes, object: &Value) -> Result<()> {
     let mut broken = Vec::new();
-    if is_new(a, "pods") {
+    if sets_resources(a) {
         for item in items(a) {
             match item.str_at("type") {
                 "Container" => {
@@ -103,9 +105,9 @@ pub fn check(a: &Attributes, object: &Value) -> Result<()> {
             }
             for (name, most) in quantities(item.at("max")) {
                 let about = format!("maximum {name} usage per PersistentVolumeClaim is {most}");
-                match find(&requests, &name) {
+                match requests.get(&name) {
                     None => broken.push(format!("{about}.  No request is specified")),
-                    Some(have) if have > most => broken.push(format!("{about}, but request is {have}")),
+                    Some(have) if *have > most => broken.push(format!("{about}, but request is {have}")),
                     Some(_) => {}
                 }
             }
@@ -120,54 +122,8 @@ pub fn check(a: &Attributes, object: &Value) -> Result<()> {
     Err(Status::forbidden(a.place.kind, name, text))
 }
 
-type List = Vec<(String, Quantity)>;
-
-fn quantities(map: Option<&Value>) -> List {
-    let entries = map.and_then(Value::as_object).into_iter().flatten();
-    entries.filter_map(|(name, value)| Some((name.clone(), quantity(Some(value))?))).collect()
-}
-
 fn lists(resources: &Value) -> (List, List) {
     (quantities(resources.at("requests")), quantities(resources.at("limits")))
-}
-
-fn find(list: &List, name: &str) -> Option<Quantity> {
-    list.iter().find(|(n, _)| n == name).map(|(_, q)| *q)
-}
-
-/// What a pod asks for in all: its containers together, or its greediest init container.
-pub fn total(pod: &Value, list: &str) -> Vec<(String, Quantity)> {
-    let of = |container: &Value| quantities(container.at("resources").and_then(|r| r.at(list)));
-    let mut names: Vec<String> = Vec::new();
-    let mut sums: Vec<Quantity> = Vec::new();
-    let mut add = |name: &str, value: Quantity, largest: bool| match names.iter().position(|n| n == name) {
-        Some(at) if largest => sums[at] = sums[at].max(value),
-        Some(at) => sums[at] = sums[at] + value,
-        None => {
-            names.push(name.to_owned());
-            sums.push(value);
-        }
-    };
-    let sidecar = |c: &&Value| c.str_at("restartPolicy") == "Always";
-    let (init, main) = (pod.list_at("spec.initContainers"), pod.list_at("spec.containers"));
-    for container in main.iter().chain(init.iter().filter(sidecar)) {
-        of(container).iter().for_each(|(name, value)| add(name, *value, false));
-    }
-    for container in init.iter().filter(|c| !sidecar(c)) {
-        of(container).iter().for_each(|(name, value)| add(name, *value, true));
-    }
-    let limited = names.clone();
-    for (name, value) in quantities(pod.at("spec.overhead")) {
-        match names.iter().position(|n| *n == name) {
-            Some(at) => sums[at] = sums[at] + value,
-            None if list == "requests" || limited.contains(&name) => {
-                names.push(name);
-                sums.push(value);
-            }
-            None => {}
-        }
-    }
-    names.into_iter().zip(sums).collect()
 }
 
 fn minimum(
@@ -179,7 +135,7 @@ fn minimum(
     broken: &mut Vec<String>,
 ) {
     let about = format!("minimum {name} usage per {kind} is {least}");
-    match (find(requests, name), find(limits, name)) {
+    match (requests.get(name).copied(), limits.get(name).copied()) {
         (None, _) => broken.push(format!("{about}.  No request is specified")),
         (Some(have), _) if have < least => broken.push(format!("{about}, but request is {have}")),
         (_, Some(have)) if have < least => broken.push(format!("{about}, but limit is {have}")),
@@ -193,7 +149,7 @@ fn bounds(item: &Value, kind: &str, requests: &List, limits: &List, broken: &mut
     }
     for (name, most) in quantities(item.at("max")) {
         let about = format!("maximum {name} usage per {kind} is {most}");
-        match (find(limits, &name), find(requests, &name)) {
+        match (limits.get(&name).copied(), requests.get(&name).copied()) {
             (None, _) => broken.push(format!("{about}.  No limit is specified")),
             (Some(have), _) if have > most => broken.push(format!("{about}, but limit is {have}")),
             (_, Some(have)) if have > most => broken.push(format!("{about}, but request is {have}")),
@@ -202,7 +158,7 @@ fn bounds(item: &Value, kind: &str, requests: &List, limits: &List, broken: &mut
     }
     for (name, most) in quantities(item.at("maxLimitRequestRatio")) {
         let about = format!("{name} max limit to request ratio per {kind} is {most}");
-        let nonzero = |list: &List| find(list, &name).filter(|q| !q.is_zero());
+        let nonzero = |list: &List| list.get(&name).copied().filter(|q| !q.is_zero());
         match (nonzero(requests), nonzero(limits)) {
             (None, _) => broken.push(format!("{about}, but no request is specified or request is 0")),
             (_, None) => broken.push(format!("{about}, but no limit is specified or limit is 0")),

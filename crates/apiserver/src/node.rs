@@ -86,7 +86,7 @@ impl Graph<'_> {
         });
         let range = Range { prefix: crate::registry::prefix(namespace), ..Range::default() };
         let entries = self.store.list("pods", &range).map(|l| l.entries).unwrap_or_default();
-        let here = |entry: &Arc<Entry>| View::of(*PODS, entry).field("spec.nodeName") == self.node;
+        let here = |entry: &Arc<Entry>| View::selectable(*PODS, entry).field("spec.nodeName") == self.node;
         entries.into_iter().filter(here).map(|entry| encode::decode(&entry)).collect::<Vec<_>>().into_iter()
     }
 

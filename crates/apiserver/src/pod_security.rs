@@ -72,7 +72,7 @@ pub fn check(a: &Attributes, object: &Value) -> Result<()> {
     if a.old.is_some_and(same) {
         return Ok(());
     }
-    let Some(namespace) = a.registry.lookup("", "namespaces", "", a.place.namespace) else { return Ok(()) };
+    let Some(namespace) = a.registry.policy("namespaces", "", a.place.namespace) else { return Ok(()) };
     let label = |name: &str| {
         let labels = namespace.map_at("metadata.labels");
         labels.and_then(|l| l.get(&format!("{LABEL}{name}"))).and_then(Value::as_str)

@@ -9,10 +9,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Weak};
 
 use knarr_api::kinds::core::quantity;
-use knarr_api::kinds::pod::qos_class;
+use knarr_api::kinds::resources::{held_requests, qos_class, total};
 use knarr_api::object::Object;
 use knarr_api::quantity::Quantity;
-use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
 use knarr_store::{Change, Entry, Expect, Range, Write};
@@ -20,7 +19,6 @@ use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use crate::encode::{self, View};
-use crate::limit_range::total;
 use crate::registry::{Place, Registry, partition, prefix};
 
 /// How often a quota's status is written anew when somebody else writes the quota meanwhile.
@@ -85,7 +83,7 @@ pub async fn judge(registry: &Registry, place: Place<'_>, new: &Value, old: Opti
         })
         .collect();
     for entry in quotas_of(registry, namespace) {
-        let quota = encode::decode(&entry);
+        let quota = View::tree(&entry);
         if in_scope(&quota, place.kind, new) {
             check(registry, place, &quota, new, old, &wanted)?;
         }
@@ -165,7 +163,7 @@ async fn publish(registry: &Registry, namespace: &str) {
             if new == old {
                 break;
             }
-            let (bytes, splice) = encode::encode(kind, &new);
+            let (bytes, splice) = encode::encode(kind, &new, None);
             let write = Write {
                 partition: partition(kind).into(),
                 key: entry.key.clone(),
@@ -207,7 +205,7 @@ fn used(registry: &Registry, namespace: &str, quota: &Value) -> Usage {
         let entries = registry.store.list(&partition(kind), &range).map(|l| l.entries).unwrap_or_default();
         let scoped = quota.at("spec.scopes").is_some() || quota.at("spec.scopeSelector").is_some();
         for entry in entries.iter().filter(|e| !scoped || in_scope(quota, kind, &encode::decode(e))) {
-            let view = View::of(Rules::of(kind), entry);
+            let view = View::of(entry);
             let amounts = view.usage.get_or_init(|| usage(kind, &encode::decode(entry)));
             for (name, amount) in amounts {
                 if let Some(sum) = used.get_mut(name) {
@@ -278,7 +276,7 @@ fn pod_usage(pod: &Value, usage: &mut Usage) {
         return;
     }
     usage.insert("pods".into(), Quantity::from_units(1));
-    for (name, amount) in total(pod, "requests") {
+    for (name, amount) in held_requests(pod) {
         let native =
             matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage") || name.starts_with("hugepages-");
         if native {

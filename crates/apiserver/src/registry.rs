@@ -9,19 +9,21 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use knarr_api::apply::{self, Manager};
+use knarr_api::apply::{self, Manager, Reach};
 use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
+use knarr_api::selector::{Operator, Requirement};
 use knarr_api::status::{Result, Status};
 use knarr_api::{decode, defaults, patch, time, versions};
-use knarr_store::{Change, Entry, Expect, Range, ReadError, Store, Write, WriteError};
+use knarr_store::{Change, Digest, Entry, Expect, Range, ReadError, Store, Write, WriteError};
 use parking_lot::Mutex;
 use rand::Rng;
 use serde_json::{Value, json};
 
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
+use crate::health::Health;
 use crate::identity::User;
 use crate::quota::{self, Quotas};
 use crate::rbac::Rbac;
@@ -61,6 +63,19 @@ impl Context {
         }
     }
 
+    /// The same request, made to see what would happen.
+    pub fn dry(&self) -> Context {
+        Context {
+            user: self.user.clone(),
+            manager: self.manager.clone(),
+            dry_run: true,
+            validation: self.validation,
+            warnings: Mutex::default(),
+            rbac: self.rbac.clone(),
+            served: self.served,
+        }
+    }
+
     /// The version in which the request speaks of this kind.
     pub fn version_of<'k>(&self, kind: &'k Kind) -> &'k Kind
     where
@@ -73,6 +88,13 @@ impl Context {
     fn metadata_rules(&self, kind: &Kind) -> &'static Rules {
         let served = self.version_of(kind);
         Rules::of(if served.is_old() { kind } else { served })
+    }
+
+    /// Rules that hold beside the stored version's, for who writes through a version with rules of its own. They see
+    /// the object as it is stored.
+    fn stricter_rules(&self, kind: &Kind) -> Option<&'static Rules> {
+        let served = self.served?;
+        (!served.is_old() && served.group != kind.group).then(|| Rules::of(served))
     }
 
     pub fn warn(&self, text: impl Into<String>) {
@@ -106,7 +128,7 @@ impl Place<'_> {
 pub enum Endpoint {
     Main,
     Status,
-    /// Any other subresource: its code has already decided what may change.
+    /// Any other subresource: a [`Face`](rules::Face) of the kind, or one whose code has decided what changes.
     Other(&'static str),
 }
 
@@ -131,6 +153,18 @@ pub enum Edit<'a> {
 }
 
 impl Edit<'_> {
+    /// Whether a patch has to see `managedFields`. JSON may spell the name with escapes; nobody does, and such a
+    /// patch finds no owners.
+    fn mentions_owners(&self) -> bool {
+        const OWNERS: &[u8] = b"managedFields";
+        match self {
+            Edit::JsonPatch(body) | Edit::MergePatch(body) | Edit::StrategicPatch(body) => {
+                body.windows(OWNERS.len()).any(|window| window == OWNERS)
+            }
+            Edit::Replace(_) | Edit::Apply { .. } | Edit::With(_) => false,
+        }
+    }
+
     /// Whether the writer says which version is to be changed. A patch that does not is made again when somebody
     /// else was quicker; all others carry the version they were made from, or none.
     fn names_revision(&self) -> bool {
@@ -178,6 +212,8 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub propagation: Option<String>,
+    /// Nothing is deleted; said here or in the query.
+    pub dry_run: bool,
 }
 
 impl DeleteOptions {
@@ -209,7 +245,17 @@ impl DeleteOptions {
             (None, Some(false)) => Some("Background".to_owned()),
             (None, None) => None,
         };
+        let dry_run: Vec<&str> =
+            body.list_at("dryRun").iter().map(|v| v.as_str().unwrap_or_default()).collect();
+        if dry_run.iter().any(|value| *value != "All") {
+            let shown = format!("{:?}", body.list_at("dryRun")).replace("String(", "").replace(')', "");
+            let text = format!(
+                "DeleteOptions.meta.k8s.io \"\" is invalid: dryRun: Unsupported value: {shown}: supported values: \"All\""
+            );
+            return Err(Status::new(422, "Invalid", text));
+        }
         Ok(DeleteOptions {
+            dry_run: !dry_run.is_empty(),
             grace_period_seconds: match body.int_at("gracePeriodSeconds") {
                 Some(seconds) => Some(seconds),
                 None => query.number("gracePeriodSeconds")?,
@@ -227,6 +273,7 @@ pub struct Registry {
     pub schema: &'static Schema,
     pub services: Allocator,
     pub quotas: Quotas,
+    pub health: Health,
     /// The time of day; a test or the simulation may pass its own.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -249,6 +296,21 @@ impl Registry {
     pub fn lookup(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Value> {
         let partition = if group.is_empty() { plural.to_owned() } else { format!("{plural}.{group}") };
         self.store.get(&partition, &encode::key(namespace, name)).map(|entry| encode::decode(&entry))
+    }
+
+    /// As [`Registry::lookup`], for kinds that many requests ask about and of which there are few: decoded once.
+    pub fn policy(&self, partition: &str, namespace: &str, name: &str) -> Option<Arc<Value>> {
+        self.store.get(partition, &encode::key(namespace, name)).map(|entry| View::tree(&entry))
+    }
+
+    /// All objects of such a kind in a namespace; in all of them, if it is empty.
+    pub fn policies(&self, partition: &str, namespace: &str) -> Vec<Arc<Value>> {
+        if self.store.count(partition) == 0 {
+            return Vec::new();
+        }
+        let range = Range { prefix: prefix(namespace), ..Range::default() };
+        let entries = self.store.list(partition, &range).map(|l| l.entries).unwrap_or_default();
+        entries.iter().map(|entry| View::tree(entry)).collect()
     }
 
     // ---- create ----
@@ -286,11 +348,10 @@ impl Registry {
     ) -> Result<Outcome> {
         let (object, reservation) = self.prepare_create(kind, namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, false);
-        let reset = reset_fields(kind, Endpoint::Main);
-        let mut object = object;
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
-        apply::record_update(self.schema, kind.type_id, None, &mut object, write);
-        self.commit_new(kind, object, reservation, context).await
+        let reach = reach(kind, Endpoint::Main);
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
+        let owners = apply::record_update(self.schema, kind.type_id, None, &object, write);
+        self.commit_new(kind, (object, &owners), reservation, context).await
     }
 
     /// Everything a new object goes through before its owners are recorded.
@@ -311,43 +372,55 @@ impl Registry {
         defaults::apply(self.schema, kind.type_id, &mut object);
         let place = Place { kind, namespace, name: "" };
         admission::mutate(self, (Operation::Create, Endpoint::Main), place, &mut object, None, context)?;
+        (rules.complete)(&mut object);
+        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &object, &mut errors);
         (rules.validate)(&object, &mut errors);
+        if let Some(strict) = context.stricter_rules(kind) {
+            (strict.validate)(&object, &mut errors);
+        }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, object.name(), &errors));
         }
         admission::validate(self, (Operation::Create, Endpoint::Main), place, &object, None, context)?;
         (rules.warnings)(&object).into_iter().for_each(|w| context.warn(w));
-        let reservation = self.services.reserve(self, kind, &mut object, None)?;
         Ok((object, reservation))
     }
 
     async fn commit_new(
         &self,
         kind: &Kind,
-        object: Value,
-        reservation: Reservation<'_>,
+        (object, owners): (Value, &str),
+        mut reservation: Reservation<'_>,
         context: &Context,
     ) -> Result<Outcome> {
         let namespace = object.namespace().to_owned();
         let place = Place { kind, namespace: &namespace, name: object.name() };
         let pass = quota::judge(self, place, &object, None).await?;
         if context.dry_run {
-            return Ok(Outcome::Shown(object));
+            return Ok(Outcome::Shown(with_owners(object, owners)));
         }
-        let (bytes, splice) = encode::encode(kind, &object);
+        let (bytes, splice) = encode::encode(kind, &object, Some(owners));
         let write = Write {
             partition: partition(kind).into(),
             key: encode::key(object.namespace(), object.name()).into(),
             expect: Expect::Absent,
             change: put(Rules::of(kind), bytes, splice),
         };
-        let committed = self.store.commit(write).await.map_err(|error| match error {
-            WriteError::Exists => Status::already_exists(kind, object.name()),
-            other => write_failed(&other),
-        })?;
-        reservation.keep();
+        reservation.hold(self, &object).await?;
+        let committed = match self.store.commit(write).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                // The object that is in the way may hold the same address.
+                reservation.undo(self, &object).await;
+                return Err(match error {
+                    WriteError::Exists => Status::already_exists(kind, object.name()),
+                    other => self.write_failed(&other),
+                });
+            }
+        };
+        reservation.keep(self, &object).await;
         quota::settle(self, &namespace, pass).await;
         Ok(Outcome::Stored(committed.entry))
     }
@@ -453,14 +526,15 @@ impl Registry {
             object.set_at("metadata.name", place.name);
         }
         check_name(place, &object)?;
-        let (mut object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
+        let (object, reservation) = self.prepare_create(kind, place.namespace, object, context)?;
         let owner = manager(kind, context, Endpoint::Main, true);
-        let reset = reset_fields(kind, Endpoint::Main);
+        let reach = reach(kind, Endpoint::Main);
         let empty = json!({});
-        let write = apply::Write { manager: &owner, reset, now: &self.now() };
-        let applied = apply::merge(self.schema, kind.type_id, &empty, config, write, true)?;
-        apply::record_apply(self.schema, kind.type_id, &empty, applied, &mut object, write);
-        self.commit_new(kind, object, reservation, context).await
+        let write = apply::Write { manager: &owner, reach, now: &self.now() };
+        let nothing = apply::Live { object: &empty, owners: "" };
+        let applied = apply::merge(self.schema, kind.type_id, nothing, config, write, true)?;
+        let owners = apply::record_apply(self.schema, kind.type_id, &empty, applied, &object, write);
+        self.commit_new(kind, (object, &owners), reservation, context).await
     }
 
     async fn modify_once(
@@ -473,32 +547,38 @@ impl Registry {
     ) -> Result<Attempt> {
         let Place { kind, .. } = place;
         let rules = Rules::of(kind);
-        let old = encode::decode(entry);
+        let (lean, owned) = encode::apart(kind, entry);
+        // Owners are set aside: no step between here and their record looks at them, unless the patch does.
+        let old = if edit.mentions_owners() { encode::decode(entry) } else { lean };
+        let live = apply::Live { object: &old, owners: &owned };
         let applies = matches!(edit, Edit::Apply { .. });
         let owner = manager(kind, context, endpoint, applies);
         let now = self.now();
-        let write = apply::Write { manager: &owner, reset: reset_fields(kind, endpoint), now: &now };
+        let write = apply::Write { manager: &owner, reach: reach(kind, endpoint), now: &now };
         let mut applied = None;
         let served = context.version_of(kind);
         let mut new = match edit {
             Edit::Replace(object) => object.clone(),
             Edit::JsonPatch(body) => {
-                self.decode_patched(kind, patch::json(&shown_in(served, &old), body)?, context)?
+                let make = || patch::json(&shown_in(served, &old), body);
+                self.decode_patched(kind, make()?, || make().ok().map(|tree| tree.to_string()), context)?
             }
             Edit::MergePatch(body) => {
-                self.decode_patched(kind, patch::merge(&shown_in(served, &old), body)?, context)?
+                let make = || patch::merge(&shown_in(served, &old), body);
+                self.decode_patched(kind, make()?, || make().ok().map(|tree| tree.to_string()), context)?
             }
             Edit::StrategicPatch(body) => {
                 let shown = shown_in(served, &old);
                 let patched = patch::strategic(self.schema, served.type_id, &shown, body)?;
-                self.decode_patched(kind, patched, context)?
+                let sent = || serde_json::from_slice(body).ok().map(|tree| as_go_prints(&tree));
+                self.decode_patched(kind, patched, sent, context)?
             }
             Edit::Apply { config, force } => {
                 let mut config = config.clone();
                 if config.name().is_empty() {
                     config.set_at("metadata.name", place.name);
                 }
-                let merged = apply::merge(self.schema, kind.type_id, &old, &config, write, *force)?;
+                let merged = apply::merge(self.schema, kind.type_id, live, &config, write, *force)?;
                 let decoded = decode::value(self.schema, kind.type_id, merged.object.clone());
                 let object = self.finish_decode(kind, decoded, context)?;
                 applied = Some(merged);
@@ -521,21 +601,36 @@ impl Registry {
                 keep_all_but_status(&mut new, &old);
                 (rules.update_status)(&mut new, &old);
             }
-            Endpoint::Other("approval") => {
-                keep_all_but_status(&mut new, &old);
-                knarr_api::kinds::core::keep(&mut new, &old, "status.certificate");
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.update)(&mut new, &old);
+                }
             }
-            Endpoint::Other(_) => {}
         }
         versions::apply_defaults(served, &mut new);
         defaults::apply(self.schema, kind.type_id, &mut new);
         admission::mutate(self, (Operation::Update, endpoint), place, &mut new, Some(&old), context)?;
+        let mut reservation = match endpoint {
+            Endpoint::Main => self.services.reserve(self, kind, &mut new, Some(&old))?,
+            _ => self.services.nothing(),
+        };
         let mut errors = Vec::new();
         rules::validate_metadata(kind, context.metadata_rules(kind), &new, &mut errors);
         rules::validate_metadata_update(&new, &old, &mut errors);
-        if endpoint == Endpoint::Main {
-            (rules.validate)(&new, &mut errors);
-            (rules.validate_update)(&new, &old, &mut errors);
+        match endpoint {
+            Endpoint::Main => {
+                (rules.validate)(&new, &mut errors);
+                (rules.validate_update)(&new, &old, &mut errors);
+                if let Some(strict) = context.stricter_rules(kind) {
+                    (strict.validate_update)(&new, &old, &mut errors);
+                }
+            }
+            Endpoint::Status => (rules.validate_status)(&new, &old, &mut errors),
+            Endpoint::Other(name) => {
+                if let Some(face) = rules.face(name) {
+                    (face.validate)(&new, &old, &mut errors);
+                }
+            }
         }
         if !errors.is_empty() {
             return Err(Status::invalid(kind, place.name, &errors));
@@ -544,28 +639,30 @@ impl Registry {
         if endpoint == Endpoint::Main {
             (rules.warnings)(&new).into_iter().for_each(|w| context.warn(w));
         }
-        let reservation = self.services.reserve(self, kind, &mut new, Some(&old))?;
         if rules.generation && changes_beyond_metadata_and_status(&new, &old) {
             new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
         }
-        match applied {
-            Some(applied) => apply::record_apply(self.schema, kind.type_id, &old, applied, &mut new, write),
-            None => apply::record_update(self.schema, kind.type_id, Some(&old), &mut new, write),
-        }
-        if same_but_for_times(&new, &old) {
+        let owners = match applied {
+            Some(applied) => apply::record_apply(self.schema, kind.type_id, &old, applied, &new, write),
+            None => apply::record_update(self.schema, kind.type_id, Some(live), &new, write),
+        };
+        if same_but_for_times(&new, &owners, live) {
             return Ok(Attempt::Done(Outcome::Stored(entry.clone())));
         }
         let pass = match endpoint {
-            Endpoint::Main => Some(quota::judge(self, place, &new, Some(&old)).await?),
+            Endpoint::Main | Endpoint::Other("resize") => {
+                Some(quota::judge(self, place, &new, Some(&old)).await?)
+            }
             _ => None,
         };
         if context.dry_run {
-            return Ok(Attempt::Done(Outcome::Shown(new)));
+            return Ok(Attempt::Done(Outcome::Shown(with_owners(new, &owners))));
         }
+        reservation.hold(self, &new).await?;
         let written = if is_finished(&new) {
-            self.remove(kind, entry, &new).await
+            self.remove(kind, entry, &new, Some(&owners)).await
         } else {
-            let (bytes, splice) = encode::encode(kind, &new);
+            let (bytes, splice) = encode::encode(kind, &new, Some(&owners));
             let write = Write {
                 partition: partition(kind).into(),
                 key: entry.key.clone(),
@@ -576,7 +673,7 @@ impl Registry {
         };
         match written {
             Ok(committed) => {
-                reservation.keep();
+                reservation.keep(self, &new).await;
                 match pass {
                     Some(pass) => quota::settle(self, place.namespace, pass).await,
                     // A pod that ends frees what it used.
@@ -587,16 +684,36 @@ impl Registry {
                 }
                 Ok(Attempt::Done(Outcome::Stored(committed.entry)))
             }
-            Err(WriteError::Changed(_) | WriteError::NotFound) if unconditional => Ok(Attempt::Raced),
-            Err(WriteError::Changed(_)) => Err(Status::modified(kind, place.name)),
-            Err(WriteError::NotFound) => Err(place.not_found()),
-            Err(other) => Err(write_failed(&other)),
+            Err(error) => {
+                reservation.undo(self, &new).await;
+                match error {
+                    WriteError::Changed(_) | WriteError::NotFound if unconditional => Ok(Attempt::Raced),
+                    WriteError::Changed(_) => Err(Status::modified(kind, place.name)),
+                    WriteError::NotFound => Err(place.not_found()),
+                    other => Err(self.write_failed(&other)),
+                }
+            }
         }
     }
 
-    /// A patched tree is decoded like a body: types are checked, unknown fields dropped.
-    fn decode_patched(&self, kind: &Kind, tree: Value, context: &Context) -> Result<Value> {
-        self.decode(kind, tree, context)
+    /// A patched tree is decoded like a body: types are checked, unknown fields dropped. What is wrong then is the
+    /// patch's fault: `shown` is what the message shows of it.
+    fn decode_patched(
+        &self,
+        kind: &Kind,
+        tree: Value,
+        shown: impl FnOnce() -> Option<String>,
+        context: &Context,
+    ) -> Result<Value> {
+        self.decode(kind, tree, context).map_err(|status| {
+            let name = &context.version_of(kind).kind;
+            match status.message.split_once(&format!("cannot be handled as a {name}: ")) {
+                Some((_, why)) if !why.starts_with("no kind") && !why.starts_with("converting") => {
+                    Status::invalid_patch(&shown().unwrap_or_default(), why)
+                }
+                _ => status,
+            }
+        })
     }
 
     /// Decodes a tree as the kind, in the version of the request, judging unknown fields as the request asks.
@@ -713,13 +830,13 @@ impl Registry {
                 return Ok((Outcome::Stored(entry), false));
             };
             let gone = is_finished(&new);
-            if context.dry_run {
+            if context.dry_run || options.dry_run {
                 return Ok((Outcome::Shown(new), gone));
             }
             let written = if gone {
-                self.remove(place.kind, &entry, &new).await
+                self.remove(place.kind, &entry, &new, None).await
             } else {
-                let (bytes, splice) = encode::encode(place.kind, &new);
+                let (bytes, splice) = encode::encode(place.kind, &new, None);
                 let write = Write {
                     partition: partition(place.kind).into(),
                     key: entry.key.clone(),
@@ -737,7 +854,7 @@ impl Registry {
                 }
                 Err(WriteError::Changed(_)) => {}
                 Err(WriteError::NotFound) => return Err(place.not_found()),
-                Err(other) => return Err(write_failed(&other)),
+                Err(other) => return Err(self.write_failed(&other)),
             }
         }
         Err(Status::modified(place.kind, place.name))
@@ -783,6 +900,7 @@ impl Registry {
         kind: &Kind,
         entry: &Arc<Entry>,
         last: &Value,
+        owners: Option<&str>,
     ) -> std::result::Result<knarr_store::Committed, WriteError> {
         let write = Write {
             partition: partition(kind).into(),
@@ -790,14 +908,27 @@ impl Registry {
             expect: Expect::Revision(entry.revision),
             change: Change::Delete {
                 last: Some({
-                    let (bytes, splice) = encode::encode(kind, last);
+                    let (bytes, splice) = encode::encode(kind, last, owners);
                     (bytes, Some(splice))
                 }),
             },
         };
         let committed = self.store.commit(write).await?;
-        self.services.release(kind, last);
+        self.services.release(self, kind, last).await;
         Ok(committed)
+    }
+
+    /// What a failed commit means for the client. The disk's complaint is worth telling.
+    pub fn write_failed(&self, error: &WriteError) -> Box<Status> {
+        match error {
+            WriteError::Closed => Status::service_unavailable("the server is shutting down"),
+            other => {
+                if let WriteError::Disk(why) = other {
+                    self.health.store_failed(why);
+                }
+                Status::internal(other)
+            }
+        }
     }
 
     // ---- lists ----
@@ -833,6 +964,7 @@ impl Registry {
                 counted: true,
             });
         }
+        range.about = selection.words();
         let listing = self.store.list(&partition(kind), &range)?;
         let mut matching = listing.entries.into_iter().filter(|entry| selection.matches(rules, entry));
         if limit == 0 {
@@ -867,6 +999,24 @@ impl Selection {
         self.labels.is_everything() && self.fields.is_everything()
     }
 
+    /// What every selected object's digest holds.
+    fn words(&self) -> Digest {
+        let mut words = Digest::default();
+        for requirement in self.labels.requirements() {
+            let Requirement { key, operator, values } = requirement;
+            match (operator, &values[..]) {
+                (Operator::In, [value]) => words.add(&["label", key, value]),
+                (Operator::NotIn | Operator::DoesNotExist, _) => {}
+                _ => words.add(&["label", key]),
+            }
+        }
+        let is_name = |field: &str| matches!(field, "metadata.name" | "metadata.namespace");
+        for term in self.fields.terms.iter().filter(|t| t.equal && !is_name(&t.field)) {
+            words.add(&["field", &term.field, &term.value]);
+        }
+        words
+    }
+
     pub fn matches(&self, rules: &'static Rules, entry: &Entry) -> bool {
         if self.is_everything() {
             return true;
@@ -884,7 +1034,7 @@ impl Selection {
         if self.labels.is_everything() && self.fields.terms.iter().all(|t| names(&t.field).is_some()) {
             return true;
         }
-        let view = View::of(rules, entry);
+        let view = View::selectable(rules, entry);
         self.labels.matches(Some(&view.labels))
             && self
                 .fields
@@ -909,6 +1059,22 @@ pub fn partition(kind: &Kind) -> String {
     kind.resource()
 }
 
+/// A value as Go prints the maps it decodes patches to: `map[spec:map[replicas:1]]`.
+fn as_go_prints(value: &Value) -> String {
+    match value {
+        Value::Null => "<nil>".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => format!("[{}]", items.iter().map(as_go_prints).collect::<Vec<_>>().join(" ")),
+        Value::Object(map) => {
+            let mut entries: Vec<String> =
+                map.iter().map(|(k, v)| format!("{k}:{}", as_go_prints(v))).collect();
+            entries.sort();
+            format!("map[{}]", entries.join(" "))
+        }
+        other => other.to_string(),
+    }
+}
+
 /// The object as the version of the request shows it.
 fn shown_in<'o>(served: &Kind, object: &'o Value) -> Cow<'o, Value> {
     if served.conversion.is_none() {
@@ -929,15 +1095,6 @@ fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
     Change::Put { bytes, splice: Some(splice), time_to_live }
 }
 
-/// What a failed commit means for the client. The disk's complaint is worth telling.
-pub fn write_failed(error: &WriteError) -> Box<Status> {
-    match error {
-        WriteError::Disk(_) => Status::internal(error),
-        WriteError::Closed => Status::service_unavailable("the server is shutting down"),
-        other => Status::internal(other),
-    }
-}
-
 fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) -> Manager {
     Manager {
         applies,
@@ -947,12 +1104,16 @@ fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) ->
     }
 }
 
-/// Fields an endpoint never owns.
-fn reset_fields(kind: &Kind, endpoint: Endpoint) -> &'static [&'static str] {
+/// The fields that a writer to the endpoint comes to own.
+fn reach(kind: &Kind, endpoint: Endpoint) -> Reach<'static> {
     match endpoint {
-        Endpoint::Main if kind.has_sub("status") => &["status"],
-        Endpoint::Status => &["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"],
-        _ => &[],
+        Endpoint::Main if kind.has_sub("status") => Reach::AllBut(&["status"]),
+        Endpoint::Main => Reach::AllBut(&[]),
+        Endpoint::Status => {
+            Reach::AllBut(&["spec", "metadata.deletionTimestamp", "metadata.ownerReferences"])
+        }
+        Endpoint::Other("scale") => Reach::Only(&["spec.replicas"]),
+        Endpoint::Other(name) => Rules::of(kind).face(name).map_or(Reach::AllBut(&[]), |face| face.reach),
     }
 }
 
@@ -1070,8 +1231,9 @@ fn changes_beyond_metadata_and_status(new: &Value, old: &Value) -> bool {
     new.keys().chain(old.keys()).filter(counts).any(|name| new.get(name) != old.get(name))
 }
 
-/// Nothing to write: equal but for the times in `managedFields`.
-fn same_but_for_times(new: &Value, old: &Value) -> bool {
+/// Nothing to write: equal but for the times in `managedFields`; the new ones are `owners`.
+fn same_but_for_times(new: &Value, owners: &str, live: apply::Live) -> bool {
+    let old = live.object;
     let (Some(new_map), Some(old_map)) = (new.as_object(), old.as_object()) else { return false };
     let same_body = new_map.len() == old_map.len()
         && new_map.iter().all(|(name, value)| name == "metadata" || old_map.get(name) == Some(value));
@@ -1080,13 +1242,24 @@ fn same_but_for_times(new: &Value, old: &Value) -> bool {
     }
     let (Some(a), Some(b)) = (new.map_at("metadata"), old.map_at("metadata")) else { return false };
     let keys = a.keys().chain(b.keys()).filter(|k| *k != "managedFields");
-    keys.into_iter().all(|k| a.get(k) == b.get(k)) && owners(new) == owners(old)
+    if !keys.into_iter().all(|k| a.get(k) == b.get(k)) {
+        return false;
+    }
+    let timeless = |owners: &str| -> Vec<Value> {
+        let mut owners: Vec<Value> = serde_json::from_str(owners).unwrap_or_default();
+        owners.iter_mut().for_each(|o| drop(o.remove_at("time")));
+        owners
+    };
+    timeless(owners) == timeless(live.owners)
 }
 
-fn owners(object: &Value) -> Vec<Value> {
-    let mut owners = object.list_at("metadata.managedFields").to_vec();
-    owners.iter_mut().for_each(|o| drop(o.remove_at("time")));
-    owners
+/// The object as it would be stored: for answers to dry runs.
+fn with_owners(mut object: Value, owners: &str) -> Value {
+    match serde_json::from_str::<Value>(owners) {
+        Ok(owners) => object.set_at("metadata.managedFields", owners),
+        Err(_) => drop(object.remove_at("metadata.managedFields")),
+    }
+    object
 }
 
 /// Marked for deletion, with no grace left and nobody to wait for.

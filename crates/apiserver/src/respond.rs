@@ -40,7 +40,13 @@ pub struct Form {
     pub pretty: bool,
     /// The version to show objects in, if they are stored in another.
     pub version: Option<&'static Kind>,
+    /// False leaves `managedFields` out of whole objects in JSON: the loops of this process never look at them.
+    pub owners: bool,
 }
+
+/// An extension of requests whose answers need no `managedFields`.
+#[derive(Debug, Clone, Copy)]
+pub struct WithoutOwners;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Encoding {
@@ -73,7 +79,7 @@ pub enum Include {
 
 impl Form {
     pub const JSON: Form =
-        Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false, version: None };
+        Form { encoding: Encoding::Json, shape: Shape::Whole, pretty: false, version: None, owners: true };
 
     /// Picks the form of the `Accept` header that the server has and the client likes best.
     pub fn negotiate(headers: &HeaderMap, query: &crate::request::Query, stream: bool) -> Result<Form> {
@@ -114,9 +120,15 @@ impl Form {
         object
     }
 
-    /// True if stored bytes are already the answer.
+    /// True if stored bytes are already the answer, but for the owners perhaps.
     pub fn is_stored_form(&self) -> bool {
-        *self == Form::JSON
+        let Form { encoding, shape, pretty, version, owners: _ } = self;
+        *encoding == Encoding::Json && *shape == Shape::Whole && !pretty && version.is_none()
+    }
+
+    /// Stored bytes as the answer, in two parts.
+    pub fn stored<'b>(&self, kind: &Kind, bytes: &'b [u8]) -> (&'b [u8], &'b [u8]) {
+        if self.owners { (bytes, &[]) } else { encode::without_owners(kind, bytes) }
     }
 
     /// The value in this form; `None` if it has no protobuf form.
@@ -180,7 +192,7 @@ impl<'h> Clause<'h> {
             Some(_) => return None,
         };
         let pretty = self.find("pretty").map_or(pretty, |p| p == "1");
-        Some(Form { encoding, shape, pretty, version: None })
+        Some(Form { encoding, shape, pretty, version: None, owners: true })
     }
 }
 
@@ -316,11 +328,15 @@ pub fn list(kind: &Kind, metadata: Value, items: &[Bytes], form: &Form, clock: C
                 kind.kind,
                 kind.api_version()
             );
-            let mut chunks = Vec::with_capacity(items.len() * 2 + 2);
+            let mut chunks = Vec::with_capacity(items.len() * 3 + 2);
             chunks.push(Bytes::from(head));
             for (index, item) in items.iter().enumerate() {
                 chunks.push(Bytes::from_static(if index == 0 { b"{" } else { b",{" }));
-                chunks.push(encode::list_item(kind, item));
+                let (head, tail) = form.stored(kind, item);
+                chunks.push(encode::list_item(kind, &item.slice_ref(head)));
+                if !tail.is_empty() {
+                    chunks.push(item.slice_ref(tail));
+                }
             }
             chunks.push(Bytes::from_static(b"]}\n"));
             answer(200, form.content_type(), pieces(chunks))

@@ -18,7 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::api::{Api, Peer};
 use crate::authn;
 use crate::identity::User;
-use crate::respond::{Answer, Body};
+use crate::respond::{Answer, Body, WithoutOwners};
 
 /// How long a client may take for the TLS handshake.
 const HANDSHAKE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
@@ -68,7 +68,8 @@ async fn connection(
     builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await
 }
 
-/// The API server as a service in this process, for one identity: no socket, no TLS, the same code path.
+/// The API server as a service in this process, for one identity: no socket, no TLS, the same code path. Lists and
+/// watches leave `managedFields` out.
 #[derive(Clone)]
 pub struct InProcess {
     api: Arc<Api>,
@@ -96,7 +97,8 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let (api, peer) = (self.api.clone(), self.peer.clone());
-        let request = request.map(|body| body.map_err(std::io::Error::other).boxed_unsync());
+        let mut request = request.map(|body| body.map_err(std::io::Error::other).boxed_unsync());
+        request.extensions_mut().insert(WithoutOwners);
         Box::pin(async move { Ok(api.handle(request, &peer).await) })
     }
 }

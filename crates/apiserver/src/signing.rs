@@ -43,6 +43,32 @@ pub fn check(a: &Attributes, request: &Value) -> Result<()> {
     }
 }
 
+/// Verdicts say when they were written, and since when they hold.
+pub fn date_conditions(a: &Attributes, request: &mut Value) -> Result<()> {
+    let written = matches!(a.endpoint, Endpoint::Status | Endpoint::Other("approval"));
+    if !written || a.place.kind.resource() != "certificatesigningrequests.certificates.k8s.io" {
+        return Ok(());
+    }
+    let (now, none) = (a.registry.now(), Value::Null);
+    let before = a.old.unwrap_or(&none).list_at("status.conditions");
+    let conditions =
+        request.get_mut("status").and_then(|s| s.get_mut("conditions")).and_then(Value::as_array_mut);
+    for condition in conditions.into_iter().flatten() {
+        if condition.at("lastUpdateTime").is_none() {
+            condition["lastUpdateTime"] = Value::from(now.as_str());
+        }
+        let (kind, status) = (condition.str_at("type"), condition.str_at("status"));
+        let same = before.iter().find(|c| c.str_at("type") == kind && c.str_at("status") == status);
+        let since = same.and_then(|c| c.at("lastTransitionTime")).cloned();
+        if let Some(since) = since {
+            condition["lastTransitionTime"] = since;
+        } else if condition.at("lastTransitionTime").is_none() {
+            condition["lastTransitionTime"] = Value::from(now.as_str());
+        }
+    }
+    Ok(())
+}
+
 /// The verb on the signer itself, or on all signers of its domain.
 fn may(a: &Attributes, verb: &str, signer: &str) -> bool {
     let Some(rbac) = &a.context.rbac else { return true };

@@ -1,4 +1,4 @@
-//! Subresources that are more than a view: scale, binding, eviction, ephemeral containers, tokens, finalize.
+//! Subresources that are more than a view: scale, binding, eviction, tokens, finalize.
 
 use knarr_api::object::Object;
 use knarr_api::schema::Kind;
@@ -175,6 +175,8 @@ pub async fn evict(
 ) -> Result<Value> {
     let empty = json!({});
     let options = DeleteOptions::read(eviction.at("deleteOptions").unwrap_or(&empty), &Default::default())?;
+    let dry = options.dry_run.then(|| context.dry());
+    let context = dry.as_ref().unwrap_or(context);
     let pod = registry.get(place)?;
     let pod = crate::encode::decode(&pod);
     crate::node::restrict_eviction(&context.user, place.kind, &pod)?;
@@ -279,47 +281,6 @@ fn budgets_of(registry: &Registry, namespace: &str, pod: &Value) -> Vec<Value> {
         .collect()
 }
 
-/// Adds ephemeral containers: nothing else may change, and none may go.
-pub async fn ephemeral_containers(
-    registry: &Registry,
-    place: Place<'_>,
-    edit: &Edit<'_>,
-    context: &Context,
-) -> Result<Outcome> {
-    // The edit is worked out on a scratch copy, so that only its containers reach the pod.
-    let change = |pod: &Value| -> Result<Value> {
-        let wanted = match edit {
-            Edit::Replace(object) => object.clone(),
-            Edit::JsonPatch(body) => knarr_api::patch::json(pod, body)?,
-            Edit::MergePatch(body) => knarr_api::patch::merge(pod, body)?,
-            Edit::StrategicPatch(body) => {
-                knarr_api::patch::strategic(registry.schema, place.kind.type_id, pod, body)?
-            }
-            Edit::Apply { .. } | Edit::With(_) => {
-                return Err(Status::bad_request(
-                    "ephemeral containers cannot be applied; patch or update them",
-                ));
-            }
-        };
-        let wanted = registry.decode(place.kind, wanted, context)?;
-        let containers = wanted.list_at("spec.ephemeralContainers");
-        let old = pod.list_at("spec.ephemeralContainers");
-        if let Some(missing) = old.iter().find(|o| !containers.contains(o)) {
-            let detail = format!(
-                "existing ephemeral containers {:?} may not be removed or changed",
-                missing.str_at("name")
-            );
-            let error = field::Error::forbidden("spec.ephemeralContainers", detail);
-            return Err(Status::invalid(place.kind, place.name, &[error]));
-        }
-        let mut new = pod.clone();
-        new.set_at("spec.ephemeralContainers", containers.to_vec());
-        new.remove_at("metadata.resourceVersion");
-        Ok(new)
-    };
-    registry.modify(place, Endpoint::Other("ephemeralcontainers"), &Edit::With(&change), context).await
-}
-
 /// Only `spec.finalizers` of a namespace; without any left, a namespace marked for deletion goes.
 pub async fn finalize(
     registry: &Registry,
@@ -347,7 +308,13 @@ const TOKEN_SECONDS_MAX: i64 = 1 << 32;
 const TOKEN_SECONDS_MIN: i64 = 600;
 
 /// Issues a token for a service account.
-pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value) -> Result<Value> {
+pub fn token(
+    registry: &Registry,
+    tokens: &Tokens,
+    place: Place,
+    request: &Value,
+    context: &Context,
+) -> Result<Value> {
     let account = registry
         .lookup("", "serviceaccounts", place.namespace, place.name)
         .ok_or_else(|| place.not_found())?;
@@ -435,6 +402,8 @@ pub fn token(registry: &Registry, tokens: &Tokens, place: Place, request: &Value
         "spec.audiences",
         if audiences.is_empty() { vec![tokens.issuer().to_owned()] } else { audiences },
     );
+    // A dry run gives no key to anything.
+    let token = if context.dry_run { String::new() } else { token };
     answer.set_at("status", json!({ "token": token, "expirationTimestamp": time::print(expires, 0) }));
     Ok(answer)
 }

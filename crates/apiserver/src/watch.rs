@@ -299,7 +299,9 @@ impl Stream {
             out.extend(br#"{"type":""#);
             out.extend(name.as_bytes());
             out.extend(br#"","object":"#);
-            out.extend(bytes.iter());
+            let (head, tail) = self.form.stored(self.kind, bytes);
+            out.extend(head);
+            out.extend(tail);
             out.extend(b"}\n");
             return;
         }

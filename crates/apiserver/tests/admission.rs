@@ -94,6 +94,7 @@ async fn limit_ranges_fill_in_and_refuse() {
     let made = admin.create(PODS, &pod("plain", &json!({}))).await;
     let container = &made["spec"]["containers"][0]["resources"];
     assert_eq!(*container, json!({ "limits": { "cpu": "500m" }, "requests": { "cpu": "100m" } }));
+    assert_eq!(made["status"]["qosClass"], "Burstable", "by what the pod has in the end");
     assert_eq!(
         made["metadata"]["annotations"]["kubernetes.io/limit-ranger"],
         "LimitRanger plugin set: cpu request for container c; cpu limit for container c"

@@ -62,6 +62,12 @@ fn sample(kind: &Kind) -> Value {
         "runtimeclasses" if kind.version == "v1alpha1" => json!({ "spec": { "runtimeHandler": "h" } }),
         "runtimeclasses" => json!({ "handler": "h" }),
         "priorityclasses" => json!({ "value": 7 }),
+        "flowschemas" => {
+            json!({ "spec": { "priorityLevelConfiguration": { "name": "global-default" } } })
+        }
+        "prioritylevelconfigurations" => {
+            json!({ "spec": { "type": "Limited", "limited": { "limitResponse": { "type": "Reject" } } } })
+        }
         "leases" => json!({ "spec": { "holderIdentity": "me" } }),
         "poddisruptionbudgets" => {
             json!({ "spec": { "minAvailable": 1, "selector": { "matchLabels": { "a": "b" } } } })
@@ -259,4 +265,234 @@ async fn every_kind_keeps_the_contract() {
     }
     assert!(trouble.is_empty(), "{} of {walked} kinds:\n{}", trouble.len(), trouble.join("\n"));
     assert!(walked >= 60, "only {walked} kinds are served");
+}
+
+/// What of a kind never changes, how one tries, and what upstream says.
+fn immutable_fields() -> Vec<(&'static str, &'static str, Value, &'static str)> {
+    let container = json!([{ "name": "c", "image": "other" }]);
+    vec![
+        (
+            "",
+            "pods",
+            json!({ "spec": { "restartPolicy": "Never" } }),
+            "spec: Forbidden: pod updates may not change fields other than",
+        ),
+        ("", "secrets", json!({ "type": "other" }), "type: Invalid value: \"other\": field is immutable"),
+        (
+            "",
+            "services",
+            json!({ "spec": { "clusterIP": "10.96.7.7" } }),
+            "spec.clusterIPs[0]: Invalid value: [\"10.96.7.7\"]: may not change once set",
+        ),
+        ("", "nodes", json!({ "spec": { "podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24"] } }), ""),
+        (
+            "",
+            "persistentvolumeclaims",
+            json!({ "spec": { "accessModes": ["ReadOnlyMany"] } }),
+            "spec: Forbidden: spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims",
+        ),
+        (
+            "",
+            "persistentvolumes",
+            json!({ "spec": { "hostPath": { "path": "/y" } } }),
+            "spec.persistentvolumesource: Forbidden: spec.persistentvolumesource is immutable after creation",
+        ),
+        (
+            "",
+            "persistentvolumes",
+            json!({ "spec": { "volumeMode": "Block" } }),
+            "spec.volumeMode: Invalid value: \"Block\": field is immutable",
+        ),
+        (
+            "apps",
+            "deployments",
+            json!({ "spec": { "selector": { "matchLabels": { "c": "d" } }, "template": { "metadata": { "labels": { "c": "d" } } } } }),
+            "spec.selector: Invalid value: ",
+        ),
+        (
+            "apps",
+            "replicasets",
+            json!({ "spec": { "selector": { "matchLabels": { "c": "d" } }, "template": { "metadata": { "labels": { "c": "d" } } } } }),
+            "spec.selector: Invalid value: ",
+        ),
+        (
+            "apps",
+            "daemonsets",
+            json!({ "spec": { "selector": { "matchLabels": { "c": "d" } }, "template": { "metadata": { "labels": { "c": "d" } } } } }),
+            "spec.selector: Invalid value: ",
+        ),
+        (
+            "apps",
+            "statefulsets",
+            json!({ "spec": { "serviceName": "other" } }),
+            "spec: Forbidden: updates to statefulset spec for fields other than 'replicas', 'ordinals', 'template', 'updateStrategy'",
+        ),
+        ("apps", "controllerrevisions", json!({ "data": { "x": 2 } }), "data: Invalid value: "),
+        (
+            "batch",
+            "jobs",
+            json!({ "spec": { "template": { "spec": { "containers": container } } } }),
+            "spec.template: Invalid value: ",
+        ),
+        (
+            "batch",
+            "jobs",
+            json!({ "spec": { "completions": 7 } }),
+            "spec.completions: Invalid value: 7: field is immutable",
+        ),
+        (
+            "discovery.k8s.io",
+            "endpointslices",
+            json!({ "addressType": "IPv6", "endpoints": [] }),
+            "addressType: Invalid value: \"IPv6\": field is immutable",
+        ),
+        (
+            "networking.k8s.io",
+            "ingressclasses",
+            json!({ "spec": { "controller": "acme.io/other" } }),
+            "spec.controller: Invalid value: \"acme.io/other\": field is immutable",
+        ),
+        (
+            "networking.k8s.io",
+            "ipaddresses",
+            json!({ "spec": { "parentRef": { "name": "other" } } }),
+            "spec.parentRef: Invalid value: ",
+        ),
+        (
+            "networking.k8s.io",
+            "servicecidrs",
+            json!({ "spec": { "cidrs": ["10.98.0.0/24"] } }),
+            "spec.cidrs[0]: Invalid value: \"10.98.0.0/24\": field is immutable",
+        ),
+        (
+            "node.k8s.io",
+            "runtimeclasses",
+            json!({ "handler": "other" }),
+            "handler: Invalid value: \"other\": field is immutable",
+        ),
+        (
+            "rbac.authorization.k8s.io",
+            "rolebindings",
+            json!({ "roleRef": { "name": "other" } }),
+            "roleRef: Invalid value: ",
+        ),
+        (
+            "rbac.authorization.k8s.io",
+            "clusterrolebindings",
+            json!({ "roleRef": { "name": "other" } }),
+            "cannot change roleRef",
+        ),
+        (
+            "scheduling.k8s.io",
+            "priorityclasses",
+            json!({ "value": 8 }),
+            "value: Forbidden: may not be changed in an update.",
+        ),
+        (
+            "scheduling.k8s.io",
+            "priorityclasses",
+            json!({ "preemptionPolicy": "Never" }),
+            "preemptionPolicy: Invalid value: ",
+        ),
+        (
+            "storage.k8s.io",
+            "storageclasses",
+            json!({ "provisioner": "acme.io/q" }),
+            "provisioner: Forbidden: updates to provisioner are forbidden.",
+        ),
+        (
+            "storage.k8s.io",
+            "storageclasses",
+            json!({ "parameters": { "a": "b" } }),
+            "parameters: Forbidden: updates to parameters are forbidden.",
+        ),
+        (
+            "storage.k8s.io",
+            "storageclasses",
+            json!({ "reclaimPolicy": "Retain" }),
+            "reclaimPolicy: Forbidden: updates to reclaimPolicy are forbidden.",
+        ),
+        (
+            "storage.k8s.io",
+            "volumeattachments",
+            json!({ "spec": { "nodeName": "other" } }),
+            "spec: Invalid value: ",
+        ),
+        (
+            "storage.k8s.io",
+            "volumeattributesclasses",
+            json!({ "driverName": "acme.com" }),
+            "driverName: Invalid value: \"acme.com\": field is immutable",
+        ),
+        (
+            "storage.k8s.io",
+            "volumeattributesclasses",
+            json!({ "parameters": { "a": "c" } }),
+            "parameters: Invalid value: ",
+        ),
+        (
+            "storage.k8s.io",
+            "csidrivers",
+            json!({ "spec": { "attachRequired": false } }),
+            "spec.attachRequired: Invalid value: false: field is immutable",
+        ),
+        (
+            "storage.k8s.io",
+            "csinodes",
+            json!({ "spec": { "drivers": [{ "name": "acme.io", "nodeID": "other" }] } }),
+            "CSINodeDrivers: Invalid value: ",
+        ),
+        (
+            "storage.k8s.io",
+            "csistoragecapacities",
+            json!({ "storageClassName": "other" }),
+            "storageClassName: Invalid value: \"other\": field is immutable",
+        ),
+        (
+            "apiextensions.k8s.io",
+            "customresourcedefinitions",
+            json!({ "spec": { "group": "acme.com" } }),
+            "spec.group: Invalid value: \"acme.com\": field is immutable",
+        ),
+        (
+            "apiregistration.k8s.io",
+            "apiservices",
+            json!({ "spec": { "group": "y.acme.io" } }),
+            "metadata.name: Invalid value: ",
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn what_never_changes_is_refused_in_upstreams_words() {
+    let api = server().await;
+    let admin = Client::admin(&api);
+    let mut trouble = Vec::new();
+    for (group, plural, change, why) in immutable_fields() {
+        let kinds = Schema::builtin().kinds();
+        let kind = kinds.iter().find(|k| k.group == group && k.plural == plural && k.conversion.is_none());
+        let kind = kind.unwrap_or_else(|| panic!("{plural}.{group} is served"));
+        let mut sample = sample(kind);
+        if sample.name().is_empty() {
+            sample.set_at("metadata.name", "fixed");
+        }
+        let base = match group {
+            "" => "/api/v1".to_owned(),
+            _ => format!("/apis/{}", kind.api_version()),
+        };
+        let collection = match kind.namespaced {
+            true => format!("{base}/namespaces/default/{plural}"),
+            false => format!("{base}/{plural}"),
+        };
+        let one = format!("{collection}/{}", sample.name());
+        let (status, made) = admin.post(&collection, &sample).await;
+        assert!(matches!(status, 201 | 409), "{plural}: {made}");
+        let (status, answer) = admin.patch(&one, &change).await;
+        let message = answer["message"].as_str().unwrap_or_default();
+        let refused = status == 422 && message.contains(why);
+        if !why.is_empty() && !refused {
+            trouble.push(format!("{plural} {change}: {status} {message}"));
+        }
+    }
+    assert!(trouble.is_empty(), "{}", trouble.join("\n"));
 }

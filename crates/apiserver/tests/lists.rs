@@ -205,6 +205,28 @@ async fn a_list_and_a_watch_from_it_miss_and_repeat_nothing() {
     }
 }
 
+#[tokio::test]
+async fn a_collection_is_deleted_page_by_page() {
+    let api = server().await;
+    let admin = Client::admin(&api);
+    let maps = "/api/v1/namespaces/default/configmaps";
+    for i in 0..5 {
+        let labels = json!({ "kept": (i == 0).to_string() });
+        admin.create(maps, &json!({ "metadata": { "name": format!("m{i}"), "labels": labels } })).await;
+    }
+    let (status, page) = admin.delete(&format!("{maps}?limit=2&labelSelector=kept%3Dfalse")).await;
+    assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(2)), "{page}");
+    let token = page["metadata"]["continue"].as_str().expect("a token").to_owned();
+    let (_, page) =
+        admin.delete(&format!("{maps}?limit=2&labelSelector=kept%3Dfalse&continue={token}")).await;
+    assert_eq!(page["items"].as_array().map(Vec::len), Some(2), "{page}");
+    assert_eq!(page["metadata"]["continue"], Value::Null);
+    let (_, left) = admin.get(maps).await;
+    assert_eq!(left["items"].as_array().map(Vec::len), Some(1));
+    let (status, _) = admin.delete(&format!("{maps}?dryRun=All")).await;
+    assert_eq!((status, admin.get(&format!("{maps}/m0")).await.0), (200, 200), "a dry run deletes nothing");
+}
+
 /// Found by the simulator: history that was read back from the log told deletions with the version before them, so
 /// that a client that went on from there saw them twice.
 #[tokio::test]

@@ -51,10 +51,19 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("batch", "v1", "cronjobs", "CronJob", true),
     ("batch", "v1", "jobs", "Job", true),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
+    ("networking.k8s.io", "v1", "ipaddresses", "IPAddress", false),
+    ("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", false),
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", true),
     ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
     ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),
+    ("resource.k8s.io", "v1", "deviceclasses", "DeviceClass", false),
+    ("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", true),
+    ("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", false),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", false),
+    ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
+    ("storage.k8s.io", "v1", "csinodes", "CSINode", false),
+    ("storage.k8s.io", "v1", "csistoragecapacities", "CSIStorageCapacity", true),
+    ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
 ];
 
 /// What a test wants to go wrong. Probabilities are between 0 and 1.

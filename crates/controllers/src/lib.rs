@@ -33,6 +33,7 @@ mod replicaset;
 mod root_ca;
 mod service;
 mod service_account;
+mod service_cidr;
 mod statefulset;
 mod volume_protection;
 

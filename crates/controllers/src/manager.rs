@@ -30,6 +30,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("pod-gc", crate::pod_gc::start),
     ("pvc-protection", crate::volume_protection::start),
     ("pv-protection", crate::volume_protection::start_volumes),
+    ("service-cidr", crate::service_cidr::start),
     ("clusterrole-aggregation", crate::cluster_role_aggregation::start),
     // Last, so that it shares the typed watches of those above.
     ("garbage-collector", crate::garbage_collector::start),

@@ -14,7 +14,7 @@ use knarr_apiserver::proxy::Dialer;
 use knarr_apiserver::rbac::Rbac;
 use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
-use knarr_apiserver::services::{Allocator, Cidr};
+use knarr_apiserver::services::{Allocator, Ranges};
 use knarr_client::{Client, Clock, connect};
 use knarr_controllers::{Config, Context, ControllerManager};
 use knarr_scheduler::Scheduler;
@@ -41,11 +41,12 @@ struct Cluster {
 fn server() -> Arc<Server> {
     let store =
         Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("an empty store opens"));
-    let range: Cidr = "10.96.0.0/16".parse().expect("a valid range");
+    let ranges: Ranges = "10.96.0.0/16".parse().expect("a valid range");
     let registry = Registry {
-        services: Allocator::load(&*store, range, 30000..=32767),
+        services: Allocator::load(&*store, ranges, 30000..=32767),
         schema: knarr_api::schema::Schema::builtin(),
         quotas: Default::default(),
+        health: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
         store: store.clone(),
     };

@@ -2,9 +2,11 @@
 //!
 //! Load comes from this process, over TLS, on as many connections as asked for. Where the cluster runs on
 //! this machine, the server's own CPU time and memory are reported beside the rates, since on a shared
-//! machine they say more than times do. How long a cluster takes to start is measured by [`start`].
+//! machine they say more than times do. How long a cluster takes to start is measured by [`start`], how fast pods
+//! get their nodes by [`scheduler`], how fast the control loops are by [`loops`].
 
 mod loops;
+mod scheduler;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
+use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use knarr_client::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
@@ -24,6 +27,8 @@ use crate::settings::{self, Settings};
 
 const NAMESPACE: &str = "knarr-bench";
 const OBJECT_BYTES: usize = 4096;
+/// Connections that list at the same time, at most.
+const LIST_CONNECTIONS_MAX: usize = 32;
 /// No phase takes longer: bounded loops, also against a server that has stopped answering.
 const PHASE_MAX: Duration = Duration::from_secs(120);
 
@@ -31,6 +36,8 @@ const PHASE_MAX: Duration = Duration::from_secs(120);
 enum What {
     /// Start clusters of its own from an empty disk and time each step; needs root.
     Start(start::StartArgs),
+    /// Bind pods to nodes that exist as objects only, and count how many a second.
+    Scheduler(scheduler::SchedulerArgs),
     /// Time the control loops on simulated nodes of a running cluster.
     Loops(loops::LoopsArgs),
 }
@@ -45,8 +52,8 @@ pub struct BenchArgs {
     kubeconfig: Option<PathBuf>,
     #[arg(long, default_value = settings::DATA_DIR)]
     data_dir: PathBuf,
-    /// Connections, each with one request at a time.
-    #[arg(long, default_value_t = 32)]
+    /// Connections, each with one request at a time; LISTs use at most 32.
+    #[arg(long, default_value_t = 256)]
     connections: usize,
     /// Objects to create.
     #[arg(long, default_value_t = 10_000)]
@@ -63,13 +70,12 @@ pub struct BenchArgs {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<()> {
-    if let Some(What::Start(args)) = &args.what {
-        return start::start(args);
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     match &args.what {
-        Some(What::Loops(args)) => runtime.block_on(loops::loops(args)),
-        _ => runtime.block_on(run(args)),
+        Some(What::Start(args)) => start::start(args),
+        Some(What::Loops(args)) => runtime()?.block_on(loops::loops(args)),
+        Some(What::Scheduler(args)) => runtime()?.block_on(scheduler::run(args)),
+        None => runtime()?.block_on(run(args)),
     }
 }
 
@@ -86,7 +92,7 @@ async fn run(args: &BenchArgs) -> Result<()> {
     let client = knarr_client::connect::from_kubeconfig(&kubeconfig, None).await?;
     if let Some(memory) = processes.memory_kilobytes() {
         println!(
-            "{:<44} {:>10.1} MB PSS",
+            "{:<52} {:>10.1} MB PSS",
             "memory of all processes, before the load",
             memory as f64 / 1024.0
         );
@@ -107,7 +113,7 @@ async fn run(args: &BenchArgs) -> Result<()> {
         .context("delete the namespace of the benchmark")?;
     result?;
     if let Some(memory) = processes.memory_kilobytes() {
-        println!("{:<44} {:>10.1} MB PSS", "memory of all processes, after the load", memory as f64 / 1024.0);
+        println!("{:<52} {:>10.1} MB PSS", "memory of all processes, after the load", memory as f64 / 1024.0);
     }
     Ok(())
 }
@@ -117,42 +123,31 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     for _ in 0..args.connections.max(1) {
         clients.push(knarr_client::connect::from_kubeconfig(kubeconfig, None).await?);
     }
-    let payload = "x".repeat(OBJECT_BYTES);
-    phase("creates of pods, 4 KB each, durable", &clients, args.objects, processes, |client, n| {
-        let payload = payload.clone();
-        async move {
-            // A scheduler that nobody is: the pods are stored, listed and watched, and never run.
-            let object: Pod = serde_json::from_value(json!({
-                "metadata": { "name": format!("b{n}"), "annotations": { "payload": payload } },
-                "spec": { "schedulerName": "nobody", "containers": [{ "name": "c", "image": "none" }] },
-            }))?;
-            Api::<Pod>::namespaced(client, NAMESPACE).create(&PostParams::default(), &object).await?;
-            Ok(())
-        }
+    let template = pod_template();
+    let create = |client: Client, n: usize| {
+        let body = template.replace("@", &n.to_string());
+        async move { send(&client, http::Method::POST, pods_path(""), body).await }
+    };
+    let few = (args.objects / 20).clamp(1, 500);
+    phase("creates of pods, 4 KB each, durable, one by one", &clients[..1], 0..few, processes, create)
+        .await?;
+    let what = format!("creates of pods, 4 KB each, durable, {} clients", clients.len());
+    phase(&what, &clients, few..args.objects, processes, create).await?;
+    phase("gets", &clients, 0..args.objects * 2, processes, |client, n| {
+        let path = pods_path(&format!("/b{}", n % args.objects));
+        async move { send(&client, http::Method::GET, path, String::new()).await }
     })
     .await?;
-    phase("gets", &clients, args.objects * 2, processes, |client, n| {
-        let name = format!("b{}", n % args.objects);
-        async move {
-            let request =
-                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}")).body(Vec::new())?;
-            client.request_text(request).await?;
-            Ok(())
-        }
+    let listing = &clients[..clients.len().min(LIST_CONNECTIONS_MAX)];
+    let what = format!("lists of {} pods, {} clients", args.objects, listing.len());
+    phase(&what, listing, 0..listing.len() * 4, processes, |client, _| async move {
+        send(&client, http::Method::GET, pods_path(""), String::new()).await
     })
     .await?;
-    phase(
-        &format!("lists of {} pods", args.objects),
-        &clients[..clients.len().min(4)],
-        40,
-        processes,
-        |client, _| async move {
-            let request =
-                http::Request::get(format!("/api/v1/namespaces/{NAMESPACE}/pods")).body(Vec::new())?;
-            client.request_text(request).await?;
-            Ok(())
-        },
-    )
+    let what = format!("lists that match none of {} pods", args.objects);
+    phase(&what, &clients[..1], 0..20, processes, |client, _| async move {
+        send(&client, http::Method::GET, pods_path("?labelSelector=none%3Dsuch"), String::new()).await
+    })
     .await?;
     if args.pods > 0 {
         pod_starts(args, client).await?;
@@ -160,11 +155,46 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     Ok(())
 }
 
-/// Runs `count` requests over the clients and prints rate, latencies and the server's CPU time per request.
+fn pods_path(rest: &str) -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}/pods{rest}")
+}
+
+/// A pod of 4 KB; `@` stands for its number. Its scheduler is nobody: it is stored, listed and watched, and never run.
+fn pod_template() -> String {
+    let pod = json!({
+        "metadata": { "name": "b@", "annotations": { "payload": "x".repeat(OBJECT_BYTES) } },
+        "spec": { "schedulerName": "nobody", "containers": [{ "name": "c", "image": "none" }] },
+    });
+    pod.to_string()
+}
+
+/// Sends a request and reads the answer to its end, keeping nothing: the load is to cost little itself.
+async fn send(client: &Client, method: http::Method, path: String, body: String) -> Result<()> {
+    let request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(http::header::CONTENT_TYPE, "application/json")
+        .body(kube::client::Body::from(body.into_bytes()))?;
+    let answer = client.send(request).await?;
+    let status = answer.status();
+    let mut body = answer.into_body();
+    let mut start = Vec::new();
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame?.into_data()
+            && !status.is_success()
+        {
+            start.extend(data);
+        }
+    }
+    anyhow::ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&start));
+    Ok(())
+}
+
+/// Runs the requests over the clients and prints rate, latencies and the server's CPU time per request.
 async fn phase<F, Fut>(
     what: &str,
     clients: &[Client],
-    count: usize,
+    numbers: std::ops::Range<usize>,
     processes: &Processes,
     request: F,
 ) -> Result<()>
@@ -172,7 +202,7 @@ where
     F: Fn(Client, usize) -> Fut,
     Fut: Future<Output = Result<()>>,
 {
-    let next = Arc::new(AtomicUsize::new(0));
+    let (next, end) = (Arc::new(AtomicUsize::new(numbers.start)), numbers.end);
     let (start, cpu) = (Instant::now(), processes.cpu_seconds());
     let workers = clients.iter().map(|client| {
         let next = next.clone();
@@ -181,7 +211,7 @@ where
             let mut times = Vec::new();
             loop {
                 let n = next.fetch_add(1, Ordering::Relaxed);
-                if n >= count || start.elapsed() > PHASE_MAX {
+                if n >= end || start.elapsed() > PHASE_MAX {
                     return Ok::<_, anyhow::Error>(times);
                 }
                 let begin = Instant::now();
@@ -196,7 +226,7 @@ where
     times.sort_unstable();
     let rate = times.len() as f64 / elapsed;
     print!(
-        "{what:<44} {rate:>10.0} /s  p50 {:>7.2} ms  p99 {:>7.2} ms",
+        "{what:<52} {rate:>10.0} /s  p50 {:>7.2} ms  p99 {:>7.2} ms",
         millis(&times, 50),
         millis(&times, 99)
     );
@@ -242,7 +272,7 @@ async fn pod_starts(args: &BenchArgs, client: &Client) -> Result<()> {
     }
     times.sort_unstable();
     let what = format!("{} pods created at once, until Ready", args.pods);
-    println!("{what:<44} {:>13}  p50 {:>7.0} ms  p99 {:>7.0} ms", "", millis(&times, 50), millis(&times, 99));
+    println!("{what:<52} {:>13}  p50 {:>7.0} ms  p99 {:>7.0} ms", "", millis(&times, 50), millis(&times, 99));
     Ok(())
 }
 
@@ -251,7 +281,7 @@ async fn idle(processes: &Processes, time: Duration) {
     tokio::time::sleep(time).await;
     if let (Some(before), Some(after)) = (before, processes.cpu_seconds()) {
         let share = (after - before) / time.as_secs_f64() * 100.0;
-        println!("{:<44} {share:>10.2} % of a core", format!("idle CPU over {} s", time.as_secs()));
+        println!("{:<52} {share:>10.2} % of a core", format!("idle CPU over {} s", time.as_secs()));
     }
 }
 

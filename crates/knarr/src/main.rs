@@ -182,7 +182,7 @@ async fn serve(settings: &Settings) -> Result<()> {
         }
         None => None,
     };
-    server.start_loops(&tasks, &shutdown);
+    server.start_loops(settings, &tasks, &shutdown).context("start the loops")?;
     if let Some(names) = names {
         node::start_dns(settings, &server, names, &tasks, &shutdown).await.context("start the node")?;
     }

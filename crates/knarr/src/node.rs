@@ -50,7 +50,11 @@ fn network_config(settings: &Settings) -> Result<RoutedConfig> {
         state_dir: settings.run_dir.join("network"),
         pod_cidrs: vec![parse(&settings.node_cidr)?],
         cluster_cidrs: vec![parse(&settings.cluster_cidr)?],
-        service_cidrs: vec![parse(&settings.service_cidr)?],
+        service_cidrs: settings
+            .service_cidr
+            .split(',')
+            .map(|cidr| parse(cidr.trim()))
+            .collect::<Result<_>>()?,
         mtu: None,
     })
 }
@@ -246,7 +250,7 @@ pub async fn start_dns(
 ) -> Result<()> {
     let Names { informers, gateways } = names;
     let client = server.client("system:apiserver", &["system:masters"]);
-    let service = IpAddr::V4(settings.service_address(10)?);
+    let service = settings.service_address(10)?;
     let mut own = gateways.to_vec();
     own.push(service);
     let config = DnsConfig {
@@ -309,7 +313,7 @@ fn kubelet(
         root_dir: settings.data_dir.join("kubelet"),
         log_dir: log_dir(settings),
         log_link_dir: own_cluster.then(|| PathBuf::from(LOG_LINKS)),
-        cluster_dns: vec![IpAddr::V4(settings.service_address(10)?)],
+        cluster_dns: vec![settings.service_address(10)?],
         cluster_domain: settings.domain.clone(),
         pod_cidrs: vec![settings.node_cidr.clone()],
         control_plane: true,

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,9 @@ pub struct Settings {
     pub cluster_cidr: String,
     pub node_cidr: String,
     pub service_cidr: String,
+    /// Clusters made before it could be chosen have the default one.
+    #[serde(default = "default_node_ports")]
+    pub service_node_port_range: String,
     pub domain: String,
     /// The device that holds the pods' gateway.
     pub device: String,
@@ -42,6 +46,9 @@ pub struct Settings {
     /// API versions that upstream has removed are served too.
     #[serde(default = "yes")]
     pub legacy_api: bool,
+    /// A KubeSchedulerConfiguration; the default scheduler if there is none.
+    #[serde(default)]
+    pub scheduler_config: Option<PathBuf>,
     /// Name of the context in the kubeconfig.
     pub context: String,
     /// The kubeconfig that `up` merged the context into, to take it out again.
@@ -51,6 +58,10 @@ pub struct Settings {
 /// Clusters made before the setting was there have it on.
 fn yes() -> bool {
     true
+}
+
+fn default_node_ports() -> String {
+    "30000-32767".into()
 }
 
 impl Default for Settings {
@@ -65,12 +76,14 @@ impl Default for Settings {
             cluster_cidr: "10.42.0.0/16".into(),
             node_cidr: "10.42.0.0/24".into(),
             service_cidr: "10.96.0.0/16".into(),
+            service_node_port_range: default_node_ports(),
             domain: "cluster.local".into(),
             device: "knarr0".into(),
             container_runtime_endpoint: None,
             images: Vec::new(),
             server_only: false,
             legacy_api: true,
+            scheduler_config: None,
             context: "knarr".into(),
             kubeconfig: None,
         }
@@ -115,12 +128,27 @@ impl Settings {
     }
 
     /// The n-th address of the service range: 1 is the API server, 10 the cluster DNS.
-    pub fn service_address(&self, n: u32) -> Result<Ipv4Addr> {
-        Ok(self.service_range()?.nth(n))
+    pub fn service_address(&self, n: u32) -> Result<IpAddr> {
+        Ok(self.service_ranges()?.primary().nth(n))
     }
 
-    pub fn service_range(&self) -> Result<knarr_apiserver::services::Cidr> {
+    /// One range, or one of each family.
+    pub fn service_ranges(&self) -> Result<knarr_apiserver::services::Ranges> {
         self.service_cidr.parse().map_err(|e: String| anyhow::anyhow!("--service-cidr: {e}"))
+    }
+
+    /// The ports that Services may have on nodes.
+    pub fn node_ports(&self) -> Result<RangeInclusive<u16>> {
+        let range = self.service_node_port_range.split_once('-').and_then(|(low, high)| {
+            Some((low.trim().parse::<u16>().ok()?, high.trim().parse::<u16>().ok()?))
+        });
+        match range {
+            Some((low, high)) if 0 < low && low <= high => Ok(low..=high),
+            _ => bail!(
+                "--service-node-port-range: {:?} is no range of ports, such as 30000-32767",
+                self.service_node_port_range
+            ),
+        }
     }
 
     /// Where the supervisor writes its process id.

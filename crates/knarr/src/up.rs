@@ -12,7 +12,7 @@ use knarr_client::Client;
 use kube::api::{Api, ListParams};
 
 use crate::settings::{self, Settings};
-use crate::{check, daemon, kubeconfig, node};
+use crate::{check, daemon, kubeconfig, node, server};
 
 /// How long each step of `up` may take before it is given up.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -45,9 +45,12 @@ pub struct UpArgs {
     /// Addresses of pods [default: 10.42.0.0/16].
     #[arg(long)]
     pub cluster_cidr: Option<String>,
-    /// Addresses of services [default: 10.96.0.0/16].
+    /// Addresses of services: one range, or one of each family with a comma between [default: 10.96.0.0/16].
     #[arg(long)]
     pub service_cidr: Option<String>,
+    /// Ports that services may have on nodes [default: 30000-32767].
+    #[arg(long)]
+    pub service_node_port_range: Option<String>,
     /// A CRI socket to use instead of the built-in container runtime.
     #[arg(long)]
     pub container_runtime_endpoint: Option<String>,
@@ -63,6 +66,9 @@ pub struct UpArgs {
     /// Serve API versions that upstream has removed, as older manifests use them [default: true].
     #[arg(long, action = clap::ArgAction::Set)]
     pub legacy_api: Option<bool>,
+    /// A KubeSchedulerConfiguration (v1) for the scheduler; an empty name goes back to the default.
+    #[arg(long, value_name = "FILE")]
+    pub scheduler_config: Option<PathBuf>,
     /// Name of the context in the kubeconfig [default: knarr].
     #[arg(long)]
     pub context: Option<String>,
@@ -92,6 +98,7 @@ impl UpArgs {
             node_ip,
             cluster_cidr,
             service_cidr,
+            service_node_port_range,
             legacy_api,
             context
         );
@@ -105,8 +112,15 @@ impl UpArgs {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
         }
+        if let Some(path) = &self.scheduler_config {
+            let named = !path.as_os_str().is_empty();
+            settings.scheduler_config =
+                named.then(|| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+            server::scheduler_config(&settings).context("--scheduler-config")?;
+        }
         settings.server_only |= self.server_only;
-        settings.service_range()?;
+        settings.service_ranges()?;
+        settings.node_ports()?;
         if settings.node_ip.is_loopback() && !settings.server_only {
             // No way out of the machine: the pods' gateway is an address that both they and the host reach.
             settings.node_ip = IpAddr::V4(gateway(&settings.node_cidr)?);

@@ -211,6 +211,10 @@ impl Runtime for FakeRuntime {
             image: config.image,
             labels: config.labels,
             annotations: config.annotations,
+            resources: config
+                .linux
+                .and_then(|linux| linux.resources)
+                .map(|linux| v1::ContainerResources { linux: Some(linux), windows: None }),
             ..Default::default()
         };
         world.containers.insert(id.clone(), (sandbox_id.to_owned(), status));
@@ -264,8 +268,14 @@ impl Runtime for FakeRuntime {
         Ok(v1::ContainerStatusResponse { status: Some(status), ..Default::default() })
     }
 
-    async fn update_container_resources(&self, _: &str, _: v1::LinuxContainerResources) -> Result<()> {
-        unsupported()
+    async fn update_container_resources(&self, id: &str, wanted: v1::LinuxContainerResources) -> Result<()> {
+        let mut world = self.world.lock();
+        let (_, status) =
+            world.containers.get_mut(id).ok_or_else(|| Error::not_found(format!("no container {id}")))?;
+        let note = format!("update {} quota {}", name_of(status), wanted.cpu_quota);
+        status.resources = Some(v1::ContainerResources { linux: Some(wanted), windows: None });
+        world.log.push(note);
+        Ok(())
     }
 
     async fn reopen_container_log(&self, _: &str) -> Result<()> {

@@ -199,7 +199,9 @@ fn pod_changed(
     key: &ObjectKey,
     done: &mpsc::Sender<String>,
 ) {
-    for worker in workers.values().filter(|worker| worker.context.key == *key) {
+    // Whatever changed on another pod may have made room.
+    for worker in workers.values().filter(|worker| worker.context.key == *key || worker.context.wants_room())
+    {
         worker.wake();
     }
     if let Some(pod) = context.pods.get_key(key) {

@@ -207,6 +207,7 @@ impl World {
             services: Allocator::load(store.as_ref(), range, 30_000..=32_767),
             schema: knarr_api::schema::Schema::builtin(),
             quotas: Default::default(),
+            health: Default::default(),
             clock: Arc::new(jiff::Timestamp::now),
             store: store.clone(),
         };

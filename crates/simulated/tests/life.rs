@@ -51,6 +51,7 @@ fn server() -> Arc<Server> {
         services: Allocator::load(&*store, "10.96.0.0/16".parse().expect("a valid range"), 30000..=32767),
         schema: knarr_api::schema::Schema::builtin(),
         quotas: Default::default(),
+        health: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
         store: store.clone(),
     };

@@ -213,15 +213,7 @@ pub const EVENT: Rules = Rules {
     generation: false,
     create_on_update: true,
     time_to_live_seconds: Some(3600),
-    validate: |object, errors| {
-        let namespace = object.str_at("involvedObject.namespace");
-        let own = object.namespace();
-        let cluster_scoped = namespace.is_empty() && own == "default";
-        if namespace != own && !cluster_scoped && object.str_at("reportingComponent").is_empty() {
-            let detail = "does not match event.namespace";
-            errors.push(field::Error::invalid("involvedObject.namespace", namespace, detail));
-        }
-    },
+    validate: validate_event,
     selectable: &[
         "involvedObject.kind",
         "involvedObject.namespace",
@@ -247,8 +239,98 @@ pub const EVENT: Rules = Rules {
     ..Rules::DEFAULT
 };
 
-/// Upstream reports errors of both groups' events as the core group's.
+/// Longest texts of an event that has `eventTime`, in characters.
+const EVENT_NAME_CHARS_MAX: usize = 128;
+const EVENT_NOTE_CHARS_MAX: usize = 1024;
+
+/// Events are of the namespace of what they are about. Those with `eventTime` say more, and keep to more.
+fn validate_event(object: &Value, errors: &mut Errors) {
+    let (about, own) = (object.str_at("involvedObject.namespace"), object.namespace());
+    let is_new = object.at("eventTime").is_some();
+    let agrees = match (about, is_new) {
+        ("", false) => matches!(own, "" | "default"),
+        ("", true) => matches!(own, "default" | "kube-system"),
+        (_, true) => true,
+        (about, false) => about == own,
+    };
+    if !agrees {
+        let detail = "does not match event.namespace";
+        errors.push(field::Error::invalid("involvedObject.namespace", about, detail));
+    }
+    if !is_new {
+        return;
+    }
+    let controller = object.str_at("reportingComponent");
+    if controller.is_empty() {
+        errors.push(field::Error::required("reportingComponent", ""));
+    }
+    named("reportingComponent", controller, names::qualified_name, errors);
+    for name in ["reportingInstance", "action", "reason"] {
+        let text = object.str_at(name);
+        if text.is_empty() {
+            errors.push(field::Error::required(name, ""));
+        } else if text.chars().count() > EVENT_NAME_CHARS_MAX {
+            let detail = format!("can have at most {EVENT_NAME_CHARS_MAX} characters");
+            errors.push(field::Error::invalid(name, "", detail));
+        }
+    }
+    if object.str_at("message").chars().count() > EVENT_NOTE_CHARS_MAX {
+        let detail = format!("can have at most {EVENT_NOTE_CHARS_MAX} characters");
+        errors.push(field::Error::invalid("message", "", detail));
+    }
+}
+
+fn validate_series(object: &Value, errors: &mut Errors) {
+    let Some(series) = object.at("series") else { return };
+    if series.int_at("count").unwrap_or(0) < 2 {
+        errors.push(field::Error::invalid("series.count", "", "should be at least 2"));
+    }
+    if series.at("lastObservedTime").is_none() {
+        errors.push(field::Error::required("series.lastObservedTime", ""));
+    }
+}
+
+/// Upstream reports errors of both groups' events as the core group's. Through the newer group events must be of the
+/// newer form, and only their series grows.
 pub const EVENTS_EVENT: Rules = Rules {
+    validate: |object, errors| {
+        if object.at("eventTime").is_none() {
+            errors.push(field::Error::required("eventTime", ""));
+        }
+        let kind = object.str_at("type");
+        if !["Normal", "Warning"].contains(&kind) {
+            errors.push(field::Error::invalid("type", "", format!("has invalid value: {kind}")));
+        }
+        for name in ["firstTimestamp", "lastTimestamp"] {
+            if object.at(name).is_some() {
+                errors.push(field::Error::invalid(name, "", "needs to be unset"));
+            }
+        }
+        if object.int_at("count").unwrap_or(0) != 0 {
+            errors.push(field::Error::invalid("count", "", "needs to be unset"));
+        }
+        if ["component", "host"].iter().any(|name| !object["source"].str_at(name).is_empty()) {
+            errors.push(field::Error::invalid("source", "", "needs to be unset"));
+        }
+        validate_series(object, errors);
+    },
+    validate_update: |new, old, errors| {
+        let fixed = [
+            "involvedObject",
+            "reason",
+            "message",
+            "reportingComponent",
+            "reportingInstance",
+            "action",
+            "type",
+            "related",
+            "eventTime",
+        ];
+        fixed.iter().for_each(|name| immutable(name, new, old, errors));
+        if new.at("series") != old.at("series") {
+            validate_series(new, errors);
+        }
+    },
     generation: false,
     create_on_update: true,
     time_to_live_seconds: Some(3600),
@@ -541,11 +623,10 @@ pub const PRIORITY_CLASS: Rules = Rules {
         one_of("", object, "preemptionPolicy", &["Never", "PreemptLowerPriority"], errors);
     },
     validate_update: |new, old, errors| {
-        for name in ["value", "preemptionPolicy"] {
-            if new.at(name) != old.at(name) {
-                errors.push(field::Error::forbidden(name, "may not be changed in an update."));
-            }
+        if new.at("value") != old.at("value") {
+            errors.push(field::Error::forbidden("value", "may not be changed in an update."));
         }
+        immutable("preemptionPolicy", new, old, errors);
     },
     ..Rules::DEFAULT
 };

@@ -209,6 +209,8 @@ fn subresources(at: &str, version: &Value, errors: &mut Errors) {
 const TYPES: [&str; 6] = ["array", "boolean", "integer", "number", "object", "string"];
 
 fn root_schema(at: &str, schema: &Value, errors: &mut Errors) {
+    known_types(at, schema, errors);
+    common_properties(at, schema, errors);
     structural(at, schema, "root", errors);
     match schema.str_at("type") {
         "object" => {}
@@ -218,12 +220,32 @@ fn root_schema(at: &str, schema: &Value, errors: &mut Errors) {
             errors.push(field::Error::invalid(child(at, "type"), other, detail));
         }
     }
+}
+
+/// What every object has is said before what structure asks for.
+fn common_properties(at: &str, schema: &Value, errors: &mut Errors) {
     for (name, wanted) in [("apiVersion", "string"), ("kind", "string"), ("metadata", "object")] {
         let Some(property) = schema.at("properties").and_then(|p| p.get(name)) else { continue };
         let kind = property.str_at("type");
         if kind != wanted {
             let path = child(&key(&child(at, "properties"), name), "type");
             errors.push(field::Error::invalid(path, kind, format!("must be {wanted}")));
+        }
+    }
+}
+
+/// Types are those of OpenAPI: upstream says so first, of all that are nested.
+fn known_types(at: &str, schema: &Value, errors: &mut Errors) {
+    let kind = schema.str_at("type");
+    if !kind.is_empty() && !TYPES.contains(&kind) {
+        errors.push(field::Error::not_supported(child(at, "type"), kind, &TYPES));
+    }
+    for (name, property) in schema.map_at("properties").into_iter().flatten() {
+        known_types(&key(&child(at, "properties"), name), property, errors);
+    }
+    for name in ["items", "additionalProperties"] {
+        if let Some(inner) = schema.at(name).filter(|inner| inner.is_object()) {
+            known_types(&child(at, name), inner, errors);
         }
     }
 }
@@ -239,13 +261,15 @@ fn structural(at: &str, schema: &Value, place: &str, errors: &mut Errors) {
             _ => "must not be empty for specified object fields",
         };
         errors.push(field::Error::required(child(at, "type"), detail));
-    } else if !kind.is_empty() && !TYPES.contains(&kind) {
-        errors.push(field::Error::not_supported(child(at, "type"), kind, &TYPES));
     }
     if kind == "array" && !schema.at("items").is_some_and(Value::is_object) {
         errors.push(field::Error::required(child(at, "items"), "must be specified"));
     }
     list_type(at, schema, errors);
+    unsupported(at, schema, errors);
+    if let Some(default) = schema.get("default").filter(|d| !d.is_null()) {
+        crate::open_schema::validate(schema, default, &child(at, "default"), "", errors);
+    }
     for (name, property) in schema.map_at("properties").into_iter().flatten() {
         structural(&key(&child(at, "properties"), name), property, "property", errors);
     }
@@ -266,6 +290,47 @@ fn structural(at: &str, schema: &Value, place: &str, errors: &mut Errors) {
     }
     if let Some(part) = schema.at("not") {
         narrowing(&child(at, "not"), part, false, errors);
+    }
+}
+
+/// What OpenAPI has and custom resources do not.
+fn unsupported(at: &str, schema: &Value, errors: &mut Errors) {
+    for name in ["$ref", "definitions", "dependencies", "id", "additionalItems", "patternProperties"] {
+        let given = schema.get(name).is_some_and(|v| !v.is_null() && v.as_str() != Some(""));
+        if given {
+            errors.push(field::Error::forbidden(child(at, name), format!("{name} is not supported")));
+        }
+    }
+    if schema.bool_at("uniqueItems") {
+        let detail = "uniqueItems cannot be set to true since the runtime complexity becomes quadratic";
+        errors.push(field::Error::forbidden(child(at, "uniqueItems"), detail));
+    }
+    let properties = schema.map_at("properties").is_some_and(|p| !p.is_empty());
+    if properties
+        && schema.get("additionalProperties").is_some_and(|a| !a.is_null() && *a != Value::Bool(true))
+    {
+        let detail = "additionalProperties and properties are mutual exclusive";
+        errors.push(field::Error::forbidden(child(at, "additionalProperties"), detail));
+    }
+    let pattern = schema.str_at("pattern");
+    if let Err(error) = regex::Regex::new(pattern) {
+        let detail = format!("must be a valid regular expression, but isn't: {error}");
+        errors.push(field::Error::invalid(child(at, "pattern"), pattern, detail));
+    }
+    const PRESERVE: &str = "x-kubernetes-preserve-unknown-fields";
+    if schema.get(PRESERVE) == Some(&Value::Bool(false)) {
+        errors.push(field::Error::invalid(child(at, PRESERVE), false, "must be true or undefined"));
+    }
+    const EMBEDDED: &str = "x-kubernetes-embedded-resource";
+    if schema.bool_at(EMBEDDED) {
+        if schema.str_at("type") != "object" {
+            let detail = format!("must be object if {EMBEDDED} is true");
+            errors.push(field::Error::invalid(child(at, "type"), schema.str_at("type"), detail));
+        }
+        if !schema.bool_at(PRESERVE) && !properties {
+            let detail = format!("must not be empty if {EMBEDDED} is true without {PRESERVE}");
+            errors.push(field::Error::required(child(at, "properties"), detail));
+        }
     }
 }
 

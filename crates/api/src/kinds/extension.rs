@@ -6,12 +6,13 @@ use std::collections::HashSet;
 use base64::Engine;
 use serde_json::{Value, json};
 
+use crate::apply::Reach;
 use crate::field::{self, child, index};
 use crate::kinds::core::keep;
 use crate::kinds::pod::validate_toleration;
 use crate::names;
 use crate::object::Object;
-use crate::rules::{Errors, Rules, immutable, label_selector, labels, named, required};
+use crate::rules::{Errors, Face, Rules, immutable, label_selector, labels, named, required};
 
 pub const WEBHOOKS: Rules = Rules {
     lenient_finalizers: true,
@@ -340,26 +341,112 @@ pub const CERTIFICATE_SIGNING_REQUEST: Rules = Rules {
             errors.push(field::Error::invalid("spec.expirationSeconds", seconds, detail));
         }
     },
-    validate_update: |new, old, errors| {
-        immutable("spec", new, old, errors);
-        let (is, was) = (new.str_at("status.certificate"), old.str_at("status.certificate"));
-        if !was.is_empty() && is != was {
-            errors.push(field::Error::forbidden("status.certificate", "cannot be changed once set"));
-        }
-    },
+    validate_status: |new, old, errors| judge_status(new, old, false, true, errors),
+    faces: &[APPROVAL],
     selectable: &["spec.signerName"],
     ..Rules::DEFAULT
 };
 
-/// Approved and Denied are written through `approval` alone.
+/// Conditions alone.
+const APPROVAL: Face = Face {
+    name: "approval",
+    update: |new, old| {
+        let conditions = new.remove_at("status.conditions");
+        keep(new, old, "spec");
+        keep(new, old, "status");
+        match conditions {
+            Some(conditions) => new.set_at("status.conditions", conditions),
+            None => drop(new.remove_at("status.conditions")),
+        }
+    },
+    validate: |new, old, errors| judge_status(new, old, true, false, errors),
+    reach: Reach::AllBut(&["spec", "status.certificate"]),
+};
+
+/// Verdicts: written once, through `approval` alone, except that signers tell of failures.
+const VERDICTS: [&str; 3] = ["Approved", "Denied", "Failed"];
+
+fn conditions<'v>(request: &'v Value, kind: &'v str) -> impl Iterator<Item = &'v Value> {
+    request.list_at("status.conditions").iter().filter(move |c| c.str_at("type") == kind)
+}
+
+/// Who writes the status does not change the verdicts that are there; how many there are is for validation to judge.
 fn keep_verdicts(new: &mut Value, old: &Value) {
-    let verdict = |c: &&Value| matches!(c.str_at("type"), "Approved" | "Denied");
-    let kept = old.list_at("status.conditions").iter().filter(verdict);
-    let others = new.list_at("status.conditions").iter().filter(|c| !verdict(c));
-    let conditions: Vec<Value> = kept.chain(others).cloned().collect();
-    if conditions != new.list_at("status.conditions") {
-        new.set_at("status.conditions", conditions);
+    for kind in ["Approved", "Denied"] {
+        let kept: Vec<Value> = conditions(old, kind).cloned().collect();
+        let list = new.get_mut("status").and_then(|s| s.get_mut("conditions")).and_then(Value::as_array_mut);
+        let same = list.into_iter().flatten().filter(|c| c.str_at("type") == kind);
+        same.zip(kept).for_each(|(condition, kept)| *condition = kept);
     }
+}
+
+/// What may happen to the status; `verdicts` and `certificate` say whether these may be written.
+fn judge_status(new: &Value, old: &Value, verdicts: bool, certificate: bool, errors: &mut Errors) {
+    let at = "status.conditions";
+    let (mut seen, mut verdict) = (HashSet::new(), "");
+    for (i, condition) in new.list_at(at).iter().enumerate() {
+        let (path, kind) = (index(at, i), condition.str_at("type"));
+        required(&path, condition, "type", "", errors);
+        let states: &[&str] =
+            if VERDICTS.contains(&kind) { &["True"] } else { &["False", "True", "Unknown"] };
+        if required(&path, condition, "status", "", errors) {
+            crate::rules::one_of(&path, condition, "status", states, errors);
+        }
+        if ["Approved", "Denied"].contains(&kind) {
+            if !verdict.is_empty() && verdict != kind {
+                let detail = "Approved and Denied conditions are mutually exclusive";
+                errors.push(field::Error::invalid(child(&path, "type"), kind, detail));
+            }
+            verdict = kind;
+        }
+        if !seen.insert(kind) {
+            errors.push(field::Error::duplicate(child(&path, "type"), kind));
+        }
+    }
+    for kind in VERDICTS {
+        let (is, was) = (conditions(new, kind).count(), conditions(old, kind).count());
+        if is < was {
+            let detail = format!("updates may not remove a condition of type {kind:?}");
+            errors.push(field::Error::forbidden(at, detail));
+        } else if is > was && !verdicts && kind != "Failed" {
+            let detail = format!("updates may not add a condition of type {kind:?}");
+            errors.push(field::Error::forbidden(at, detail));
+        }
+    }
+    let (is, was) = (new.str_at("status.certificate"), old.str_at("status.certificate"));
+    if is == was {
+        return;
+    }
+    if !certificate {
+        errors.push(field::Error::forbidden("status.certificate", "updates may not set certificate content"));
+    } else if !was.is_empty() {
+        let detail = "updates may not modify existing certificate content";
+        errors.push(field::Error::forbidden("status.certificate", detail));
+    }
+    if let Err(detail) = check_certificate(is) {
+        errors.push(field::Error::invalid("status.certificate", is, detail));
+    }
+}
+
+/// One or more certificates in PEM, without headers, and nothing else.
+fn check_certificate(encoded: &str) -> Result<(), String> {
+    let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).map_err(|e| e.to_string())?;
+    let text = String::from_utf8(bytes).map_err(|_| "must contain one or more PEM blocks".to_owned())?;
+    let mut blocks = 0;
+    for block in text.split("-----BEGIN ").skip(1) {
+        let kind = block.split("-----").next().unwrap_or_default();
+        if kind != "CERTIFICATE" {
+            return Err(format!("only CERTIFICATE PEM blocks are allowed, found {kind:?}"));
+        }
+        if !block.contains("-----END CERTIFICATE-----") {
+            return Err("must contain one or more PEM blocks".to_owned());
+        }
+        if block.lines().any(|line| line.contains(": ")) {
+            return Err("no PEM block headers are permitted".to_owned());
+        }
+        blocks += 1;
+    }
+    if blocks == 0 { Err("must contain one or more PEM blocks".to_owned()) } else { Ok(()) }
 }
 
 fn check_request(encoded: &str) -> Result<(), &'static str> {

@@ -5,10 +5,12 @@ pub mod batch;
 pub mod core;
 pub mod custom;
 pub mod extension;
+pub mod flowcontrol;
 pub mod networking;
 pub mod pod;
 pub mod policy;
 pub mod rbac;
+pub mod resources;
 pub mod service;
 pub mod storage;
 
@@ -47,6 +49,8 @@ pub const RULES: &[(&str, &str, Rules)] = &[
     ("coordination.k8s.io", "leases", core::LEASE),
     ("discovery.k8s.io", "endpointslices", core::ENDPOINT_SLICE),
     ("events.k8s.io", "events", core::EVENTS_EVENT),
+    ("flowcontrol.apiserver.k8s.io", "flowschemas", flowcontrol::FLOW_SCHEMA),
+    ("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations", flowcontrol::PRIORITY_LEVEL),
     ("networking.k8s.io", "ingressclasses", networking::INGRESS_CLASS),
     ("networking.k8s.io", "ingresses", networking::INGRESS),
     ("networking.k8s.io", "ipaddresses", networking::IP_ADDRESS),

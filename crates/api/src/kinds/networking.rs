@@ -8,7 +8,7 @@ use crate::field::{self, child, index};
 use crate::kinds::core::keep;
 use crate::names;
 use crate::object::Object;
-use crate::rules::{Errors, Rules, frozen, immutable, label_selector, named, one_of, port_or_name, required};
+use crate::rules::{Errors, Rules, immutable, label_selector, named, one_of, port_or_name, required};
 
 pub const INGRESS: Rules = Rules {
     reported_group: Some("extensions"),
@@ -347,7 +347,23 @@ pub const SERVICE_CIDR: Rules = Rules {
                 errors.push(field::Error::invalid(index("spec.cidrs", i), text, BAD_CIDR));
             }
         }
+        if let [one, other] = blocks
+            && one.as_str().map(|text| text.contains(':')) == other.as_str().map(|text| text.contains(':'))
+        {
+            let detail =
+                "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64";
+            errors.push(field::Error::invalid("spec.cidrs", blocks.to_vec(), detail));
+        }
     },
-    validate_update: |new, old, errors| frozen("spec.cidrs", new, old, crate::rules::IMMUTABLE, errors),
+    // A second family may be added; nothing goes away.
+    validate_update: |new, old, errors| {
+        let (is, was) = (new.list_at("spec.cidrs"), old.list_at("spec.cidrs"));
+        if was.len() > is.len() {
+            errors.push(field::Error::invalid("spec.cidrs", is.to_vec(), crate::rules::IMMUTABLE));
+        }
+        for (i, (is, _)) in is.iter().zip(was).enumerate().filter(|(_, (is, was))| is != was) {
+            errors.push(field::Error::invalid(index("spec.cidrs", i), is.clone(), crate::rules::IMMUTABLE));
+        }
+    },
     ..Rules::DEFAULT
 };

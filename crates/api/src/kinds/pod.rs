@@ -4,19 +4,24 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 
+use crate::apply::Reach;
 use crate::field::{self, child, index};
-use crate::kinds::core::{keep, quantity};
+use crate::kinds::core::keep;
+use crate::kinds::resources::{self, qos_class};
 use crate::names;
 use crate::object::Object;
 use crate::rules::{
-    Errors, Rules, annotations, label_selector, labels, named, non_negative, one_of, required,
+    Errors, Face, Rules, annotations, label_selector, labels, named, non_negative, one_of, required,
 };
 
 pub const POD: Rules = Rules {
     create: |object| {
-        let class = qos_class(object);
-        object.set_at("status", json!({ "phase": "Pending", "qosClass": class }));
+        object.set_at("status", json!({ "phase": "Pending" }));
         gated_condition(object);
+    },
+    complete: |object| {
+        let class = qos_class(object);
+        object.set_at("status.qosClass", class);
     },
     update: |new, old| keep(new, old, "status"),
     update_status: |new, old| {
@@ -24,11 +29,13 @@ pub const POD: Rules = Rules {
             keep(new, old, path);
         }
         keep(new, old, "status.qosClass");
+        keep_observed_generations(new, old);
     },
     validate: |object, errors| {
         pod_spec("spec", object.at("spec").unwrap_or(&Value::Null), errors);
     },
     validate_update,
+    faces: &[EPHEMERAL_CONTAINERS, resources::RESIZE],
     selectable: &[
         "spec.nodeName",
         "spec.restartPolicy",
@@ -59,37 +66,68 @@ pub const POD_TEMPLATE: Rules = Rules {
     ..Rules::DEFAULT
 };
 
+/// Adds containers for a look at a running pod: nothing else may change, and none may go.
+const EPHEMERAL_CONTAINERS: Face = Face {
+    name: "ephemeralcontainers",
+    update: |new, old| {
+        let wanted = new.remove_at("spec.ephemeralContainers");
+        for part in ["metadata", "spec", "status"] {
+            keep(new, old, part);
+        }
+        match wanted {
+            Some(containers) => new.set_at("spec.ephemeralContainers", containers),
+            None => drop(new.remove_at("spec.ephemeralContainers")),
+        }
+    },
+    validate: |new, old, errors| {
+        if old.at("metadata.annotations").is_some_and(|a| a.get("kubernetes.io/config.mirror").is_some()) {
+            errors.push(field::Error::forbidden("", "static pods do not support ephemeral containers"));
+            return;
+        }
+        pod_spec("spec", new.at("spec").unwrap_or(&Value::Null), errors);
+        let path = "spec.ephemeralContainers";
+        for old in old.list_at(path) {
+            let name = old.str_at("name");
+            match new.list_at(path).iter().find(|c| c.name_is(name)) {
+                None => {
+                    let detail = format!("existing ephemeral containers {name:?} may not be removed\n");
+                    errors.push(field::Error::forbidden(path, detail));
+                }
+                Some(same) if same == old => {}
+                Some(_) => {
+                    let detail = format!("existing ephemeral containers {name:?} may not be changed\n");
+                    errors.push(field::Error::forbidden(path, detail));
+                }
+            }
+        }
+    },
+    reach: Reach::Only(&["spec.ephemeralContainers"]),
+};
+
+/// A writer that knows nothing of observed generations does not take them away.
+fn keep_observed_generations(new: &mut Value, old: &Value) {
+    if new.int_at("status.observedGeneration").unwrap_or(0) == 0 {
+        keep(new, old, "status.observedGeneration");
+    }
+    let conditions =
+        new.get_mut("status").and_then(|s| s.get_mut("conditions")).and_then(Value::as_array_mut);
+    for condition in conditions.into_iter().flatten() {
+        let before = old.list_at("status.conditions").iter();
+        let mut before = before.filter(|c| c.str_at("type") == condition.str_at("type"));
+        if condition.int_at("observedGeneration").unwrap_or(0) == 0
+            && let Some(seen) = before.next().and_then(|c| c.at("observedGeneration"))
+        {
+            condition["observedGeneration"] = seen.clone();
+        }
+    }
+}
+
 /// A pod with scheduling gates says from the start why it is not scheduled.
 fn gated_condition(object: &mut Value) {
     if !object.list_at("spec.schedulingGates").is_empty() {
         let condition = json!([{ "type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
             "message": "Scheduling is blocked due to non-empty scheduling gates" }]);
         object.set_at("status.conditions", condition);
-    }
-}
-
-/// `Guaranteed`, `Burstable` or `BestEffort`, from the requests and limits of cpu and memory.
-pub fn qos_class(pod: &Value) -> &'static str {
-    let containers: Vec<&Value> =
-        pod.list_at("spec.containers").iter().chain(pod.list_at("spec.initContainers")).collect();
-    let mut any = false;
-    let mut guaranteed = true;
-    for container in containers {
-        for name in ["cpu", "memory"] {
-            let read = |list: &str| {
-                quantity(container.at("resources").and_then(|r| r.at(list)).and_then(|l| l.get(name)))
-                    .filter(|q| !q.is_zero())
-            };
-            let (request, limit) = (read("requests"), read("limits"));
-            any |= request.is_some() || limit.is_some();
-            // A missing request is the limit.
-            guaranteed &= limit.is_some() && request.is_none_or(|r| Some(r) == limit);
-        }
-    }
-    match (any, guaranteed) {
-        (false, _) => "BestEffort",
-        (true, true) => "Guaranteed",
-        (true, false) => "Burstable",
     }
 }
 
@@ -117,6 +155,11 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
         for (i, container) in spec.list_at(list).iter().enumerate() {
             let at = index(&child(path, list), i);
             validate_container(&at, container, init, &volumes, &mut names, errors);
+            let restarts = match (container.str_at("restartPolicy"), spec.str_at("restartPolicy")) {
+                ("", pods) => pods,
+                (own, _) => own,
+            };
+            resources::validate_policies(&child(&at, "resizePolicy"), container, restarts, errors);
         }
     }
     one_of(path, spec, "restartPolicy", &["Always", "OnFailure", "Never"], errors);
@@ -160,6 +203,7 @@ pub fn pod_spec(path: &str, spec: &Value, errors: &mut Errors) {
     security_ids(&child(path, "securityContext"), spec.at("securityContext"), errors);
     host_ports(path, spec, errors);
     validate_ephemeral(path, spec, &volumes, &mut names, errors);
+    resources::validate_pod_level(path, spec, errors);
 }
 
 fn validate_ephemeral(
@@ -505,7 +549,7 @@ fn validate_container(
     validate_ports(at, container, errors);
     validate_env(at, container, errors);
     validate_mounts(at, container, volumes, errors);
-    validate_resources(&child(at, "resources"), container.at("resources"), errors);
+    resources::validate(&child(at, "resources"), container.at("resources"), errors);
     security_ids(&child(at, "securityContext"), container.at("securityContext"), errors);
     let sidecar = init && container.str_at("restartPolicy") == "Always";
     for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
@@ -693,33 +737,6 @@ fn validate_mounts(at: &str, container: &Value, volumes: &HashSet<String>, error
     }
 }
 
-fn validate_resources(at: &str, resources: Option<&Value>, errors: &mut Errors) {
-    let Some(resources) = resources else { return };
-    for list in ["limits", "requests"] {
-        for (name, value) in resources.map_at(list).into_iter().flatten() {
-            let path = field::key(&child(at, list), name);
-            if quantity(Some(value)).is_some_and(|q| q.is_negative()) {
-                errors.push(field::Error::invalid(path, value.clone(), "must be greater than or equal to 0"));
-            } else if !name.contains('/')
-                && !["cpu", "memory", "ephemeral-storage"].contains(&name.as_str())
-                && !name.starts_with("hugepages-")
-            {
-                let detail = "must be a standard resource type or fully qualified";
-                errors.push(field::Error::invalid(path, name.as_str(), detail));
-            }
-        }
-    }
-    for (name, value) in resources.map_at("requests").into_iter().flatten() {
-        let limit = resources.at("limits").and_then(|l| l.get(name));
-        if let (Some(request), Some(limit)) = (quantity(Some(value)), quantity(limit))
-            && request > limit
-        {
-            let detail = format!("must be less than or equal to {name} limit of {limit}");
-            errors.push(field::Error::invalid(child(at, "requests"), value.clone(), detail));
-        }
-    }
-}
-
 fn validate_probe(at: &str, probe: &Value, once: bool, errors: &mut Errors) {
     validate_handler(at, probe, &["exec", "httpGet", "tcpSocket", "grpc"], errors);
     for name in
@@ -836,17 +853,6 @@ mod tests {
         assert!(found.contains(&"spec.containers[0].image: Required value".to_owned()));
         assert!(found.contains(&r#"spec.containers[1].volumeMounts[0].name: Not found: "v""#.to_owned()));
         assert_eq!(errors(json!({})), ["spec.containers: Required value"]);
-    }
-
-    #[test]
-    fn quality_of_service_follows_requests_and_limits() {
-        let class = |resources: Value| qos_class(&json!({"spec":{"containers":[{"resources":resources}]}}));
-        assert_eq!(class(json!({})), "BestEffort");
-        assert_eq!(class(json!({"requests":{"cpu":"1"}})), "Burstable");
-        assert_eq!(
-            class(json!({"limits":{"cpu":"1","memory":"1Gi"},"requests":{"cpu":"1","memory":"1Gi"}})),
-            "Guaranteed"
-        );
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub const ROLE: Rules = Rules {
             let before = errors.len();
             label_selector(&at, Some(selector), errors);
             if errors.len() > before {
-                errors.push(field::Error::invalid(at, selector.clone(), "invalid label selector."));
+                // Upstream shows the selector it could not make.
+                errors.push(field::Error::invalid(at, "null", "invalid label selector."));
             }
         }
         for (index, rule) in object.list_at("rules").iter().enumerate() {

@@ -390,6 +390,21 @@ pub const CSI_NODE: Rules = Rules {
             }
         }
     },
+    // A driver registers once; how many volumes it can take may change.
+    validate_update: |new, old, errors| {
+        let fixed = |driver: &Value| {
+            let mut driver = driver.clone();
+            driver.remove_at("allocatable");
+            driver
+        };
+        for driver in new.list_at("spec.drivers") {
+            let before =
+                old.list_at("spec.drivers").iter().find(|d| d.str_at("name") == driver.str_at("name"));
+            if before.is_some_and(|before| fixed(before) != fixed(driver)) {
+                errors.push(field::Error::invalid("CSINodeDrivers", driver.clone(), IMMUTABLE));
+            }
+        }
+    },
     ..Rules::DEFAULT
 };
 
@@ -409,7 +424,7 @@ pub const CSI_STORAGE_CAPACITY: Rules = Rules {
     },
     validate_update: |new, old, errors| {
         for name in ["nodeTopology", "storageClassName"] {
-            frozen(name, new, old, IMMUTABLE, errors);
+            immutable(name, new, old, errors);
         }
     },
     ..Rules::DEFAULT

@@ -43,26 +43,37 @@ impl Reply {
 
 /// Commits at once, in the caller's thread: nothing races.
 pub async fn server() -> Api {
+    server_with("10.96.0.0/16").await
+}
+
+/// With these ranges of service addresses.
+pub async fn server_with(ranges: &str) -> Api {
     let store = Embedded::open_inline(Memory::default(), Options::default()).expect("opens");
-    server_on(Arc::new(store)).await
+    server_on(Arc::new(store), ranges).await
 }
 
 /// A server on what an earlier one left.
 pub async fn server_after(memory: &Memory) -> Api {
-    server_on(Arc::new(Embedded::open_inline(memory.clone(), Options::default()).expect("opens"))).await
+    server_on(
+        Arc::new(Embedded::open_inline(memory.clone(), Options::default()).expect("opens")),
+        "10.96.0.0/16",
+    )
+    .await
 }
 
 /// Commits in groups, in a thread of its own, as on a disk.
 pub async fn racing_server() -> Api {
-    server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens"))).await
+    server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens")), "10.96.0.0/16")
+        .await
 }
 
-async fn server_on(store: Arc<dyn Store>) -> Api {
+pub async fn server_on(store: Arc<dyn Store>, ranges: &str) -> Api {
     let registry = Arc::new(Registry {
         store: store.clone(),
         schema: Schema::builtin(),
-        services: Allocator::load(store.as_ref(), "10.96.0.0/16".parse().expect("a range"), 30_000..=32_767),
+        services: Allocator::load(store.as_ref(), ranges.parse().expect("ranges"), 30_000..=32_767),
         quotas: Default::default(),
+        health: Default::default(),
         clock: Arc::new(jiff::Timestamp::now),
     });
     bootstrap::run(&registry, &["192.0.2.2:6443".parse().expect("an address")]).await.expect("bootstraps");

@@ -3,6 +3,7 @@
 
 pub mod observe;
 pub mod plan;
+pub mod resize;
 mod start;
 pub mod status;
 mod stop;
@@ -62,6 +63,7 @@ pub struct State {
     pub not_before: BTreeMap<String, Instant>,
     /// The network of the present sandbox is attached, or need not be.
     pub attached: Option<String>,
+    pub resize: resize::Progress,
 }
 
 /// A container waits, and why.
@@ -72,6 +74,11 @@ pub struct Waiting {
 }
 
 impl PodContext {
+    /// Whether a resize waits for other pods to go or to shrink.
+    pub fn wants_room(&self) -> bool {
+        matches!(self.state.lock().resize.pending, Some((resize::DEFERRED, _)))
+    }
+
     pub fn event(&self, pod: &Pod, event_type: EventType, reason: &str, message: impl Into<String>) {
         self.node.recorder.event(pod, event_type, reason, message);
     }

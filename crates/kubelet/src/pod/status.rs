@@ -3,6 +3,7 @@
 
 use super::observe::{Observed, Seen};
 use super::plan::{self, ProbeResults};
+use super::resize;
 use super::{State, Waiting};
 use crate::names;
 use crate::probe::ProbeKind;
@@ -179,7 +180,8 @@ fn of_seen(
             out.started = Some(started);
             out.ready =
                 started && (container.readiness_probe.is_none() || probe(ProbeKind::Readiness) == Some(true));
-            out.resources = container.resources.clone();
+            let behind = input.state.resize.behind.get(&container.name).cloned();
+            out.resources = behind.or_else(|| container.resources.clone());
             out.allocated_resources =
                 container.resources.as_ref().and_then(|resources| resources.requests.clone());
         }
@@ -362,15 +364,18 @@ fn phase(
 /// The conditions the kubelet owns, put between those of others.
 fn conditions(input: &Input<'_>, status: &PodStatus, inits: &[Container]) -> Vec<PodCondition> {
     let old = input.pod.status.as_ref().and_then(|status| status.conditions.clone()).unwrap_or_default();
-    let own = [
+    let mut own = vec![
         sandbox_condition(input),
         initialized_condition(status, inits),
         ready_condition(input, status),
         containers_condition("ContainersReady", input, status, inits),
         condition("PodScheduled", true, None, None),
     ];
-    let mut out: Vec<PodCondition> =
-        old.iter().filter(|have| !own.iter().any(|own| own.type_ == have.type_)).cloned().collect();
+    own.extend(input.state.resize.conditions());
+    let is_own = |kind: &str| {
+        own.iter().any(|own| own.type_ == kind) || [resize::PENDING, resize::IN_PROGRESS].contains(&kind)
+    };
+    let mut out: Vec<PodCondition> = old.iter().filter(|have| !is_own(&have.type_)).cloned().collect();
     for mut condition in own {
         let before = old.iter().find(|have| have.type_ == condition.type_);
         let same = before.filter(|before| before.status == condition.status);

@@ -79,6 +79,14 @@ impl World {
         pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
     }
 
+    /// Replaces the pod's spec, as a resize does.
+    async fn change(&self, mut spec: Value) {
+        spec["nodeName"] = "node".into();
+        let pods = Api::<Pod>::namespaced(self.client.clone(), "default");
+        let patch = kube::api::Patch::Merge(json!({"spec": spec}));
+        pods.patch("p", &kube::api::PatchParams::default(), &patch).await.unwrap();
+    }
+
     async fn delete(&self) {
         let pods = Api::<Pod>::namespaced(self.client.clone(), "default");
         pods.delete("p", &DeleteParams::default()).await.unwrap();
@@ -162,6 +170,62 @@ async fn a_pod_runs_and_tells_everything_about_it() {
             .join("etc-hosts"),
     );
     assert!(hosts.unwrap().contains("10.0.0.9\tp"));
+}
+
+fn sized(cpu: &str, policy: &str) -> Value {
+    let mut sized = container("c");
+    sized["resources"] = json!({"requests": {"cpu": cpu}, "limits": {"cpu": cpu}});
+    sized["resizePolicy"] = json!([{"resourceName": "cpu", "restartPolicy": policy}]);
+    json!({"containers": [sized]})
+}
+
+fn limit(status: &PodStatus) -> String {
+    let limits = main(status).resources.and_then(|resources| resources.limits).unwrap_or_default();
+    limits.get("cpu").map(|cpu| cpu.0.clone()).unwrap_or_default()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resize_changes_a_running_container_in_place() {
+    let world = World::new().await;
+    world.pod(sized("100m", "NotRequired")).await;
+    assert_eq!(limit(&world.running().await), "100m");
+    world.runtime.take_log();
+    world.change(sized("200m", "NotRequired")).await;
+    let status = world.until("the new limit", |status| limit(status) == "200m").await;
+    assert_eq!(main(&status).allocated_resources.unwrap()["cpu"].0, "200m");
+    assert_eq!(main(&status).restart_count, 0);
+    assert_eq!(world.runtime.take_log(), ["update c quota 20000"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resize_restarts_containers_that_want_it() {
+    let world = World::new().await;
+    world.pod(sized("100m", "RestartContainer")).await;
+    world.running().await;
+    world.change(sized("200m", "RestartContainer")).await;
+    let again = |status: &PodStatus| main(status).restart_count == 1 && main(status).ready;
+    let status = world.until("the restart", again).await;
+    assert_eq!(limit(&status), "200m");
+    assert_eq!(condition(&status, "PodResizeInProgress"), "", "done");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resize_the_node_can_never_grant_is_told_and_changes_nothing() {
+    let mut world = World::new().await;
+    world.pod(sized("100m", "NotRequired")).await;
+    world.running().await;
+    world.change(sized("100000", "NotRequired")).await;
+    let pending = |status: &PodStatus| condition(status, "PodResizePending") == "True";
+    let status = world.until("the refusal", pending).await;
+    let told = status.conditions.as_ref().unwrap().iter().find(|c| c.type_ == "PodResizePending").unwrap();
+    assert_eq!(told.reason.as_deref(), Some("Infeasible"));
+    assert_eq!((limit(&status), world.events("ResizeInfeasible").await.len()), ("100m".to_owned(), 1));
+    world.runtime.take_log();
+    world.restart().await;
+    world.api.settle(Duration::from_secs(1)).await;
+    assert_eq!(limit(&world.running().await), "100m", "a restart of the kubelet grants nothing");
+    world.change(sized("150m", "NotRequired")).await;
+    world.until("what can be granted", |status| limit(status) == "150m" && !pending(status)).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,11 +3,13 @@
 //! of deletion and can tell the status.
 
 use super::observe::Observed;
-use super::{PodContext, State, plan, start, status, stop};
+use super::resize::{Answer, Grant, Progress};
+use super::{PodContext, State, plan, resize, start, status, stop};
 use crate::admission;
 use crate::context::NodeContext;
 use crate::names;
 use crate::probe::{Probed, Probers};
+use crate::resources::{self, Qos};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use knarr_client::patch::merge_diff;
 use knarr_client::{EventType, ObjectKey};
@@ -77,6 +79,7 @@ pub fn spawn(node: Arc<NodeContext>, key: ObjectKey, uid: String, done: mpsc::Se
         failure: None,
         rejected: false,
         admitted: false,
+        grant: None,
         volumes_stale: false,
     };
     let task = tokio::spawn(async move {
@@ -104,6 +107,8 @@ struct Worker {
     failure: Option<(String, String)>,
     rejected: bool,
     admitted: bool,
+    /// The resources the node has granted.
+    grant: Option<Grant>,
     volumes_stale: bool,
 }
 
@@ -195,6 +200,7 @@ impl Worker {
         if !self.admit(&pod, &observed).await? {
             return Ok(Next::Wait(None));
         }
+        let (pod, restart, resize_again) = self.resize(&pod, &observed).await;
         let deadline = self.deadline(&pod);
         if deadline.is_some_and(|at| at <= Instant::now()) && self.failure.is_none() {
             self.context.event(&pod, EventType::Normal, DEADLINE.0, DEADLINE.1);
@@ -204,8 +210,9 @@ impl Worker {
             return self.fail(&pod, &observed).await;
         }
         self.update_probes(&pod, &observed);
-        let plan = self.make_plan(&pod, &observed);
-        let mut look_again = earliest(plan.look_again, deadline);
+        let mut plan = self.make_plan(&pod, &observed);
+        plan.kill.extend(restart);
+        let mut look_again = earliest(earliest(plan.look_again, deadline), resize_again);
         look_again = earliest(look_again, self.refresh_volumes(&pod, &observed).await);
         let waiting = plan.waiting.clone();
         let retry_at = self.carry_out(&pod, &observed, plan);
@@ -263,6 +270,141 @@ impl Worker {
         status.start_time = status.start_time.or_else(|| Some(node.clock.time()));
         self.write(pod, &status).await?;
         Ok(false)
+    }
+
+    /// Grants what the pod asks for, if the node can, and brings its containers to what is granted. Returns the pod as
+    /// granted, containers that want to be started anew for it, and when to try again what failed.
+    async fn resize(
+        &mut self,
+        pod: &Arc<Pod>,
+        observed: &Observed,
+    ) -> (Arc<Pod>, Vec<plan::Kill>, Option<Instant>) {
+        let Some(spec) = &pod.spec else { return (pod.clone(), Vec::new(), None) };
+        let wanted = Grant::of(spec);
+        let fresh = observed.containers.is_empty();
+        let told = || if fresh { wanted.clone() } else { Grant::told(pod) };
+        let before = self.grant.clone().unwrap_or_else(told);
+        let mut progress = Progress::default();
+        let mut granted = before.clone();
+        if wanted != before {
+            let node = &self.context.node;
+            match resize::answer(pod, &node.pods.list(), &node.machine.allocatable(&node.config)) {
+                Answer::Granted => granted = wanted,
+                Answer::Deferred(message) => progress.pending = Some((resize::DEFERRED, message)),
+                Answer::Infeasible(message) => progress.pending = Some((resize::INFEASIBLE, message)),
+            }
+        }
+        let old = before.apply(pod);
+        let pod_granted = granted.apply(pod);
+        self.grant = Some(granted);
+        let restart = self.act_on_resize(&old, &pod_granted, observed, &mut progress).await;
+        let failed = progress.doing.as_ref().is_some_and(|message| !message.is_empty());
+        self.tell_of_resize(pod, progress);
+        (pod_granted, restart, failed.then(|| Instant::now() + resize::FAILED_RETRY))
+    }
+
+    async fn act_on_resize(
+        &self,
+        old: &Pod,
+        granted: &Pod,
+        observed: &Observed,
+        progress: &mut Progress,
+    ) -> Vec<plan::Kill> {
+        let node = &self.context.node;
+        let mut restart = Vec::new();
+        let mut updates = Vec::new();
+        let spec = granted.spec.iter();
+        for container in spec.flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten())) {
+            let Some(seen) = observed.latest(&container.name).filter(|seen| seen.is_running()) else {
+                continue;
+            };
+            match resize::change(granted, container, seen, node.machine.memory_bytes) {
+                resize::Change::None => continue,
+                resize::Change::Restart => {
+                    progress.doing.get_or_insert_default();
+                    restart.push(plan::Kill {
+                        id: seen.status.id.clone(),
+                        name: container.name.clone(),
+                        message: format!("Container {} resize requires restart", container.name),
+                        grace_s: None,
+                    });
+                }
+                resize::Change::Update { from, to } => updates.push((container, seen, from, to)),
+            }
+            let statuses = granted.status.iter().flat_map(|s| {
+                s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten())
+            });
+            let has = statuses.filter(|s| s.name == container.name).find_map(|s| s.resources.clone());
+            progress.behind.extend(has.map(|has| (container.name.clone(), has)));
+        }
+        if !updates.is_empty() {
+            self.limit_group(old, granted, true);
+        }
+        for (container, seen, from, to) in updates {
+            match self.update_container(&seen.status.id, &from, &to).await {
+                Ok(()) => drop(progress.behind.remove(&container.name)),
+                Err(error) => progress.doing = Some(error),
+            }
+        }
+        if old.spec != granted.spec && progress.doing.is_none() {
+            self.limit_group(granted, granted, false);
+        }
+        restart
+    }
+
+    async fn update_container(
+        &self,
+        id: &str,
+        from: &v1::LinuxContainerResources,
+        to: &v1::LinuxContainerResources,
+    ) -> Step<()> {
+        let runtime = &self.context.node.runtime;
+        let (had, limit) = (from.memory_limit_in_bytes, to.memory_limit_in_bytes);
+        if limit > 0 && (had == 0 || limit < had) {
+            // The kernel would make room by killing.
+            let stats = runtime.container_stats(id).await.ok();
+            let usage = stats.and_then(|stats| stats.memory?.usage_bytes).map_or(0, |usage| usage.value);
+            if usage >= limit.unsigned_abs() {
+                return Err(format!(
+                    "attempting to set container memory limit ({limit}) below current usage ({usage})"
+                ));
+            }
+        }
+        let updated = runtime.update_container_resources(id, to.clone()).await;
+        updated.map_err(|error| format!("change the resources of container {id}: {error}"))
+    }
+
+    /// Sets the values of the pod's own group; with `roomy` to the larger ones of old and new, so that neither growing
+    /// nor shrinking containers get stuck in it.
+    fn limit_group(&self, old: &Pod, new: &Pod, roomy: bool) {
+        let node = &self.context.node;
+        let (Some(cgroups), Some(before), Some(after)) = (&node.cgroups, &old.spec, &new.spec) else {
+            return;
+        };
+        if node.systemd_cgroups {
+            return;
+        }
+        let (before, after) = (resources::pod_resources(before), resources::pod_resources(after));
+        let values = if roomy { resize::roomier(&before, &after) } else { after };
+        let path = resources::cgroup_parent(&node.config.cgroup_root, Qos::of(new), &self.context.uid, false);
+        if let Err(error) = cgroups.update(&path, &values) {
+            tracing::warn!(pod = %self.context.key, %error, "the pod's control group keeps its limits");
+        }
+    }
+
+    /// Tells of a resize by events, once each; its conditions go with the status.
+    fn tell_of_resize(&self, pod: &Arc<Pod>, progress: Progress) {
+        let before = std::mem::replace(&mut self.context.state.lock().resize, progress.clone());
+        if let Some((reason, message)) =
+            progress.pending.as_ref().filter(|now| before.pending.as_ref() != Some(now))
+        {
+            let reason = if *reason == resize::DEFERRED { "ResizeDeferred" } else { "ResizeInfeasible" };
+            self.context.event(pod, EventType::Warning, reason, message.clone());
+        }
+        let error = progress.doing.as_ref().filter(|message| !message.is_empty());
+        if let Some(message) = error.filter(|_| before.doing != progress.doing) {
+            self.context.event(pod, EventType::Warning, "ResizeError", message.clone());
+        }
     }
 
     fn deadline(&self, pod: &Pod) -> Option<Instant> {
@@ -543,12 +685,14 @@ impl Worker {
 
     fn compute(
         &self,
-        pod: &Pod,
+        pod: &Arc<Pod>,
         observed: &Observed,
         waiting: &BTreeMap<String, super::Waiting>,
         stopping: bool,
     ) -> PodStatus {
         let node = &self.context.node;
+        let granted = self.grant.as_ref().map(|grant| grant.apply(pod));
+        let pod = granted.as_ref().unwrap_or(pod);
         let probes = self.context.probes.lock().clone();
         let state = self.context.state.lock();
         let failure = self.failure.as_ref().map(|(reason, message)| (reason.as_str(), message.as_str()));
