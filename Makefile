@@ -9,10 +9,14 @@ BUILD_PACKAGES := build-essential pkg-config protobuf-compiler libseccomp-dev cl
 RUN_PACKAGES := nftables iproute2 kmod curl
 TEST_PACKAGES := busybox-static containerd
 
+# How long the tests try fresh seeds of the simulator, and the seed that `make sim` replays.
+SIM_SECONDS ?= 100
+SEED ?= 1
+
 KNARR := target/release/knarr
 IMAGES := target/images
 
-.PHONY: up down test check lint images packages test-packages release bench
+.PHONY: up down test check lint images packages test-packages release bench sim
 
 up: packages release images ## Start the cluster and the sample app
 	@$(KNARR) up --images $(CURDIR)/$(IMAGES)
@@ -36,6 +40,11 @@ test: packages test-packages images ## Run everything that tests
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo test --workspace --no-fail-fast
+	cargo run --quiet -p knarr-sim -- regressions
+	cargo run --quiet -p knarr-sim -- fresh --seconds $(SIM_SECONDS)
+
+sim: ## Replay one seed of the simulator, with its trace: make sim SEED=1
+	cargo run --quiet -p knarr-sim -- replay $(SEED)
 
 lint: ## Formatting, clippy, licences
 	cargo fmt --all --check

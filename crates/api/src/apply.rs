@@ -45,6 +45,14 @@ pub enum Reach<'a> {
     Only(&'a [&'a str]),
 }
 
+/// The object before the write.
+#[derive(Clone, Copy)]
+pub struct Live<'a> {
+    pub object: &'a Value,
+    /// Its `managedFields` as JSON; those in the object are not looked at.
+    pub owners: &'a str,
+}
+
 /// The owners of an object's fields: `metadata.managedFields` in memory.
 #[derive(Debug, Clone, Default)]
 pub struct Managers {
@@ -73,10 +81,11 @@ const STRIPPED: &[&[&str]] = &[
 ];
 
 impl Managers {
-    /// Reads `metadata.managedFields`.
-    pub fn read(object: &Value) -> Managers {
+    /// Reads `metadata.managedFields` of the object from their JSON; empty for none.
+    pub fn parse(owners: &str, object: &Value) -> Managers {
+        let owners: Value = serde_json::from_str(owners).unwrap_or_default();
         let mut entries = BTreeMap::new();
-        for item in object.list_at("metadata.managedFields") {
+        for item in owners.as_array().into_iter().flatten() {
             let manager = Manager {
                 applies: item.str_at("operation") == "Apply",
                 name: item.str_at("manager").to_owned(),
@@ -154,20 +163,20 @@ impl Managers {
 pub fn record_update(
     schema: &Schema,
     type_id: TypeId,
-    live: Option<&Value>,
+    live: Option<Live>,
     new: &Value,
     write: Write,
 ) -> String {
     let Write { manager, reach, now } = write;
     let mut managers = match live {
         // A client may clear the record by sending one empty entry; otherwise it is the server's.
-        Some(live) if !is_cleared(new) => Managers::read(live),
+        Some(live) if !is_cleared(new) => Managers::parse(live.owners, live.object),
         _ => Managers::default(),
     };
     let walker = Walker { schema };
     let zero;
     let before = match live {
-        Some(live) => live,
+        Some(live) => live.object,
         None => {
             zero = walker.zero(type_id);
             &zero
@@ -211,14 +220,14 @@ fn release_from_others(managers: &mut Managers, except: &Manager, touched: &Fiel
 pub fn merge(
     schema: &Schema,
     type_id: TypeId,
-    live: &Value,
+    Live { object: live, owners }: Live,
     config: &Value,
     write: Write,
     force: bool,
 ) -> Result<Applied> {
     let Write { manager, reach, .. } = write;
     let walker = Walker { schema };
-    let mut managers = Managers::read(live);
+    let mut managers = Managers::parse(owners, live);
     let mut set = walker.field_set(type_id, config);
     strip(&mut set, reach);
     let last = managers.entries.get(manager).map(|o| o.set.clone()).unwrap_or_default();
@@ -734,6 +743,10 @@ mod tests {
         (schema, schema.resource("", "v1", "configmaps").expect("served").type_id)
     }
 
+    fn owners_of(object: &Value) -> String {
+        object.at("metadata.managedFields").map_or_else(String::new, Value::to_string)
+    }
+
     fn parsed(owners: &str) -> Value {
         serde_json::from_str(owners).expect("JSON")
     }
@@ -746,7 +759,8 @@ mod tests {
         let (schema, id) = config_map();
         let manager = applier(by);
         let write = Write { manager: &manager, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:00Z" };
-        let applied = merge(schema, id, live, &config, write, force)?;
+        let owners = owners_of(live);
+        let applied = merge(schema, id, Live { object: live, owners: &owners }, &config, write, force)?;
         let mut object = applied.object.clone();
         let owners = record_apply(schema, id, live, applied, &object, write);
         object.set_at("metadata.managedFields", parsed(&owners));
@@ -780,7 +794,9 @@ mod tests {
         new["data"]["a"] = json!("2");
         let updater = Manager { applies: false, ..applier("kubectl-edit") };
         let write = Write { manager: &updater, reach: Reach::AllBut(&[]), now: "2026-01-01T00:00:01Z" };
-        let owners = parsed(&record_update(schema, id, Some(&live), &new, write));
+        let owners = owners_of(&live);
+        let live = Live { object: &live, owners: &owners };
+        let owners = parsed(&record_update(schema, id, Some(live), &new, write));
         let owners: Vec<(String, Value)> = owners
             .as_array()
             .expect("a list")

@@ -13,6 +13,7 @@ pub mod fieldset;
 pub mod kinds;
 pub mod open_schema;
 pub mod patch;
+pub mod pick;
 pub mod protobuf;
 pub mod rules;
 pub mod selector;

@@ -39,6 +39,8 @@ pub struct Rules {
     pub faces: &'static [Face],
     /// Field selectors beside `metadata.name` and `metadata.namespace`.
     pub selectable: &'static [&'static str],
+    /// What [`Rules::selectable_value`] reads beside the selectable paths themselves.
+    pub selectable_reads: &'static [&'static str],
     /// A selectable field whose value is not simply what stands at its path.
     pub selectable_value: Option<fn(&Value, &str) -> Option<String>>,
     /// PUT creates what does not exist.
@@ -86,6 +88,7 @@ impl Rules {
         warnings: |_| Vec::new(),
         faces: &[],
         selectable: &[],
+        selectable_reads: &[],
         selectable_value: None,
         create_on_update: false,
         needs_revision: false,

@@ -421,6 +421,13 @@ fn cluster_roles() -> Vec<(&'static str, Vec<Value>)> {
                     &READ,
                 ),
                 rule(&["resource.k8s.io"], &["*"], &READ),
+                // What upstream grants as system:volume-scheduler, and for claims of devices.
+                rule(&[""], &["persistentvolumeclaims", "persistentvolumes"], &["patch", "update"]),
+                rule(
+                    &["resource.k8s.io"],
+                    &["resourceclaims", "resourceclaims/status"],
+                    &["patch", "update"],
+                ),
             ],
         ),
         // The loops run as one identity for now; the garbage collector among them must reach every kind.

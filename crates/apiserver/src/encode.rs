@@ -4,13 +4,15 @@
 //! store can write the revision in, lists can cut the type off, and the loops of this process, who never look at
 //! owners, can be spared them: all without parsing.
 
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use knarr_api::object::Object;
+use knarr_api::pick;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
-use knarr_store::Entry;
+use knarr_store::{Digest, Entry};
 use serde_json::{Map, Value};
 
 /// Encodes an object for the store: bytes, and where the revision goes. `owners` are the `managedFields` as JSON,
@@ -61,6 +63,20 @@ pub fn without_owners<'b>(kind: &Kind, bytes: &'b [u8]) -> (&'b [u8], &'b [u8]) 
         Some(end) => (&bytes[..start], &list[end..]),
         None => whole,
     }
+}
+
+/// The object of an entry without its `managedFields`, and those as JSON (empty for none).
+pub fn apart<'e>(kind: &Kind, entry: &'e Entry) -> (Value, Cow<'e, str>) {
+    let (head, tail) = without_owners(kind, &entry.bytes);
+    if tail.is_empty() {
+        // Nobody owns anything, or the bytes were written when owners had no place of their own.
+        let mut object = decode(entry);
+        let owners = object.remove_at("metadata.managedFields");
+        return (object, owners.map_or(Cow::Borrowed(""), |o| Cow::Owned(o.to_string())));
+    }
+    let object = serde_json::from_slice(&[head, tail].concat()).expect("stored bytes were encoded here");
+    let owners = &entry.bytes[head.len() + MANAGED.len()..entry.bytes.len() - tail.len()];
+    (object, Cow::Borrowed(std::str::from_utf8(owners).expect("stored bytes were encoded here")))
 }
 
 /// Where the JSON list that the bytes begin with ends.
@@ -130,10 +146,13 @@ impl View {
 
     pub fn selectable<'e>(rules: &'static Rules, entry: &'e Entry) -> &'e Selectable {
         View::of(entry).selectable.get_or_init(|| {
-            let object = decode(entry);
+            let paths = ["metadata.labels"].iter().chain(rules.selectable).chain(rules.selectable_reads);
+            let object = pick::fields(&entry.bytes, paths.copied()).expect("stored bytes were encoded here");
             let labels = object.map_at("metadata.labels").cloned().unwrap_or_default();
             let fields = rules.selectable.iter().map(|f| (*f, rules.field_value(&object, f))).collect();
-            Selectable { labels, fields }
+            let found = Selectable { labels, fields };
+            entry.digest.get_or_init(|| found.digest());
+            found
         })
     }
 
@@ -145,6 +164,19 @@ impl View {
 }
 
 impl Selectable {
+    /// The words that [`crate::registry::Selection`] asks for.
+    fn digest(&self) -> Digest {
+        let mut digest = Digest::default();
+        for (key, value) in &self.labels {
+            digest.add(&["label", key]);
+            digest.add(&["label", key, value.as_str().unwrap_or_default()]);
+        }
+        for (field, value) in &self.fields {
+            digest.add(&["field", field, value]);
+        }
+        digest
+    }
+
     /// The value of a selectable field; names come from the key.
     pub fn field(&self, name: &str) -> &str {
         self.fields.iter().find(|(n, _)| *n == name).map_or("", |(_, v)| v.as_str())

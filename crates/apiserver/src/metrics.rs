@@ -34,6 +34,17 @@ pub fn metrics() -> &'static Metrics {
     &METRICS
 }
 
+/// What others of this process count beside the server, each printing its own part of `/metrics`.
+static SOURCES: RwLock<Vec<fn() -> String>> = RwLock::new(Vec::new());
+
+/// Adds a part to `/metrics`; adding it again does nothing.
+pub fn add_source(print: fn() -> String) {
+    let mut sources = SOURCES.write();
+    if !sources.iter().any(|known| std::ptr::fn_addr_eq(*known, print)) {
+        sources.push(print);
+    }
+}
+
 #[derive(Default)]
 pub struct Metrics {
     /// Finished requests by all labels with the code.
@@ -190,6 +201,7 @@ impl Metrics {
         let name = "apiserver_watch_events_total";
         heading(&mut text, name, "counter", "Events sent to watchers.");
         text.push_str(&format!("{name} {}\n", self.watch_events.load(Relaxed)));
+        SOURCES.read().iter().for_each(|print| text.push_str(&print()));
         text
     }
 }

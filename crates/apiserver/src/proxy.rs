@@ -27,6 +27,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The kubelet's port where a node does not say.
 const KUBELET_PORT: u16 = 10_250;
 
+/// Marks a Node that no machine stands behind; see the crate `simulated`.
+pub const SIMULATED_NODE: &str = "simulated.knarr.dev/node";
+
 /// Opens connections to kubelets, with the API server's own certificate.
 pub struct Dialer {
     kubelets: tokio_rustls::TlsConnector,
@@ -112,6 +115,11 @@ impl Dialer {
 
     fn kubelet(&self, registry: &Registry, node: &str, path_and_query: String) -> Result<Upstream> {
         let found = find(registry, "nodes", "", node)?;
+        if found.map_at("metadata.labels").is_some_and(|labels| labels.contains_key(SIMULATED_NODE)) {
+            return Err(Status::bad_request(format!(
+                "node {node:?} is simulated: its pods have no containers, so there is nothing to read logs from, run commands in or connect to"
+            )));
+        }
         let addresses = found.list_at("status.addresses");
         let address = ["InternalIP", "ExternalIP", "Hostname"]
             .iter()

@@ -165,6 +165,18 @@ fn too_new(requested: Revision, newest: Revision) -> Box<Status> {
     status
 }
 
+/// The last state of a deleted object, which names the revision of its deletion. History that was read back from
+/// the log has the state before it, which names an older one.
+fn last_state(last: &Entry) -> Bytes {
+    let named = format!("\"resourceVersion\":\"{}\"", last.revision);
+    if last.bytes.windows(named.len()).any(|part| part == named.as_bytes()) {
+        return last.bytes.clone();
+    }
+    let mut object: Value = serde_json::from_slice(&last.bytes).expect("stored bytes are json");
+    object["metadata"]["resourceVersion"] = json!(last.revision.to_string());
+    object.to_string().into()
+}
+
 struct Stream {
     registry: Arc<Registry>,
     kind: &'static Kind,
@@ -277,7 +289,7 @@ impl Stream {
                 }
                 (false, false) => {}
             },
-            Err(last) if was => self.write(out, "DELETED", &last.bytes),
+            Err(last) if was => self.write(out, "DELETED", &last_state(last)),
             Err(_) => {}
         }
     }

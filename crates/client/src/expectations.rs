@@ -15,6 +15,7 @@ pub const EXPECTATIONS_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 #[derive(Default)]
 pub struct Expectations {
     waiting: Mutex<HashMap<ObjectKey, Waiting>>,
+    forgetful: bool,
 }
 
 struct Waiting {
@@ -34,11 +35,17 @@ impl Expectations {
         Self::default()
     }
 
+    /// A bug on purpose, for the simulator to find: it expects nothing.
+    #[doc(hidden)]
+    pub fn forgetful() -> Self {
+        Expectations { forgetful: true, ..Self::default() }
+    }
+
     /// We created `uid` for `owner`. `is_cached` tells whether the cache has it already; it is asked under the lock
     /// that [`Expectations::creation_seen`] takes after the cache changed, so the two cannot miss each other.
     pub fn created(&self, owner: &ObjectKey, uid: &str, is_cached: impl FnOnce() -> bool) {
         let mut waiting = self.waiting.lock();
-        if !is_cached() {
+        if !is_cached() && !self.forgetful {
             entry(&mut waiting, owner).created.insert(uid.to_owned());
         }
     }

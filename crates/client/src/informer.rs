@@ -109,6 +109,8 @@ impl Selection {
 #[derive(Clone)]
 pub struct Informers {
     shared: Arc<Shared>,
+    /// Whom the holder of this clone acts as.
+    client: Client,
 }
 
 struct Shared {
@@ -156,12 +158,18 @@ impl Drop for Shared {
 
 impl Informers {
     pub fn new(client: Client) -> Self {
-        Informers { shared: Arc::new(Shared { client, entries: Mutex::new(HashMap::new()) }) }
+        let shared = Shared { client: client.clone(), entries: Mutex::new(HashMap::new()) };
+        Informers { shared: Arc::new(shared), client }
     }
 
-    /// The client the watches use.
+    /// The same caches for somebody else of this process, who writes under a name of their own.
+    pub fn acting_as(&self, client: Client) -> Self {
+        Informers { shared: self.shared.clone(), client }
+    }
+
+    /// The client of the holder; the watches keep using the first one's.
     pub fn client(&self) -> Client {
-        self.shared.client.clone()
+        self.client.clone()
     }
 
     /// The informer of all objects of kind `K`; the first call starts its watch. Must run inside tokio.
@@ -183,7 +191,7 @@ impl Informers {
             return Informer::clone(informer);
         }
         let informer = Informer::new();
-        let (api, config) = (Api::<K>::all(self.client()), selection.config());
+        let (api, config) = (Api::<K>::all(self.shared.client.clone()), selection.config());
         let events = move || watcher(api.clone(), config.clone());
         let task = tokio::spawn(drive(informer.clone(), events)).abort_handle();
         let meta = MetaInformer(Arc::new(informer.clone()));
@@ -205,7 +213,7 @@ impl Informers {
         if let Some(entry) = entries.get(&key) {
             return entry.meta.clone();
         }
-        let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(self.client(), resource);
+        let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(self.shared.client.clone(), resource);
         let informer = Informer::<PartialObjectMeta<DynamicObject>>::new();
         let events = move || {
             watcher(api.clone(), watcher::Config::default()).map(|event| {

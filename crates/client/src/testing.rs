@@ -56,7 +56,14 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", true),
     ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
     ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),
+    ("resource.k8s.io", "v1", "deviceclasses", "DeviceClass", false),
+    ("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", true),
+    ("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", false),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", false),
+    ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
+    ("storage.k8s.io", "v1", "csinodes", "CSINode", false),
+    ("storage.k8s.io", "v1", "csistoragecapacities", "CSIStorageCapacity", true),
+    ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
 ];
 
 /// What a test wants to go wrong. Probabilities are between 0 and 1.

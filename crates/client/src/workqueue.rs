@@ -108,6 +108,23 @@ impl<T: Ord + Hash + Clone> WorkQueue<T> {
         self.add_after(key, delay.min(self.shared.backoff_max));
     }
 
+    /// Ends the delay of failed keys: what they failed for may be over.
+    pub fn hasten(&self, concerned: impl Fn(&T) -> bool) {
+        let mut state = self.shared.state.lock();
+        let failed =
+            state.delayed.iter().filter(|(_, key)| state.failures.contains_key(key) && concerned(key));
+        let failed: Vec<_> = failed.cloned().collect();
+        for (due, key) in &failed {
+            state.delayed.remove(&(*due, key.clone()));
+            state.delayed_until.remove(key);
+            state.add(key.clone());
+        }
+        drop(state);
+        if !failed.is_empty() {
+            self.shared.changed.notify_one();
+        }
+    }
+
     /// Work on `key` succeeded: its next failure starts from the shortest delay again.
     pub fn forget(&self, key: &T) {
         self.shared.state.lock().failures.remove(key);
@@ -268,6 +285,17 @@ mod tests {
         assert_eq!(waits, [1, 2, 4, 4]);
         queue.forget(&"a");
         assert_eq!(queue.failures(&"a"), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_key_can_be_called_before_its_delay_is_over() {
+        let queue = WorkQueue::with_backoff(Duration::from_secs(60), Duration::from_secs(60));
+        queue.add_rate_limited("failed");
+        queue.add_rate_limited("another");
+        queue.add_after("planned", Duration::from_secs(60));
+        queue.hasten(|key| *key != "another");
+        assert_eq!(queue.next().await, Some("failed"));
+        assert_eq!(queue.len(), 0, "nothing else is called");
     }
 
     #[tokio::test(start_paused = true)]

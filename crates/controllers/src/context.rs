@@ -17,6 +17,9 @@ pub struct Config {
     pub node_startup_grace: Duration,
     /// How long a pod may sit on a vanished node before pod GC looks for that node and deletes it.
     pub orphan_quarantine: Duration,
+    /// A bug on purpose, for the simulator to find: loops do not wait until their cache shows what they did.
+    #[doc(hidden)]
+    pub planted_forgetfulness: bool,
 }
 
 impl Default for Config {
@@ -27,6 +30,7 @@ impl Default for Config {
             node_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),
             orphan_quarantine: Duration::from_secs(40),
+            planted_forgetfulness: false,
         }
     }
 }

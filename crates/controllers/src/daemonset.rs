@@ -5,7 +5,7 @@ mod placement;
 mod update;
 
 use crate::Context;
-use crate::family::{Family, PodOwner};
+use crate::family::{Family, PodOwner, retry_with_more_room};
 use crate::history::{self, History, REVISION_LABEL, Revisioned, Revisions};
 use crate::pods::{self, PodControl};
 use futures::future::BoxFuture;
@@ -46,7 +46,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         context,
     });
     let (observer, all_sets) = (this.clone(), sets.clone());
-    let controller = Controller::new("daemonset")
+    let controller = retry_with_more_room(&this.context, Controller::new("daemonset"))
         .watch(&sets)
         .watch_changes(&this.family.pods, move |change| observer.family.pod_changed(change))
         .watch_changes(&nodes, move |change| placement::sets_concerned(&all_sets, change))
@@ -121,15 +121,10 @@ impl Reconcile for DaemonSets {
         }
         let claimed = self.family.claim(&set).await?;
         let by_node = self.by_node(&set, claimed.clone());
-        let mut requeue = self.manage(&set, &by_node, &history).await?;
-        if self.family.expectations.pending(&key).is_none() {
-            requeue = requeue.sooner(self.update(&set, &by_node, &history).await?);
-        }
-        let hashes: HashSet<&str> = claimed.iter().filter_map(|pod| history::revision_of(pod)).collect();
-        let in_use = |old: &&Arc<ControllerRevision>| hashes.contains(history::hash_of::<DaemonSet>(old));
-        let live = history.old.iter().filter(in_use).map(|old| history::name_of(old)).collect();
-        self.revisions.clean_up(&*set, &history, &live).await?;
+        let result = self.act(&key, &set, &claimed, &by_node, &history).await;
+        // Also when something failed: a set that a quota holds back says how far it is.
         self.write_status(&set, &by_node, &history).await?;
+        let requeue = result?;
         let now = self.context.clock.now();
         let next = pods::next_available(&claimed, min_ready_seconds(&set), now);
         Ok(requeue.sooner(next.map_or(Requeue::Done, Requeue::After)))
@@ -137,6 +132,26 @@ impl Reconcile for DaemonSets {
 }
 
 impl DaemonSets {
+    /// Creates and deletes, updates, and cleans up old revisions.
+    async fn act(
+        &self,
+        key: &ObjectKey,
+        set: &DaemonSet,
+        claimed: &[Arc<Pod>],
+        by_node: &PodsByNode,
+        history: &History,
+    ) -> Result<Requeue> {
+        let mut requeue = self.manage(set, by_node, history).await?;
+        if self.family.expectations.pending(key).is_none() {
+            requeue = requeue.sooner(self.update(set, by_node, history).await?);
+        }
+        let hashes: HashSet<&str> = claimed.iter().filter_map(|pod| history::revision_of(pod)).collect();
+        let in_use = |old: &&Arc<ControllerRevision>| hashes.contains(history::hash_of::<DaemonSet>(old));
+        let live = history.old.iter().filter(in_use).map(|old| history::name_of(old)).collect();
+        self.revisions.clean_up(set, history, &live).await?;
+        Ok(requeue)
+    }
+
     fn by_node(&self, _set: &DaemonSet, claimed: Vec<Arc<Pod>>) -> PodsByNode {
         let mut by_node = PodsByNode::new();
         for pod in claimed {

@@ -15,6 +15,7 @@ use futures::future::BoxFuture;
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentStatus, ReplicaSet, ReplicaSetSpec};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use knarr_client::expectations::Expectations;
 use knarr_client::owner::{self, Claim};
 use knarr_client::patch::{self, Guard};
 use knarr_client::selector::Selector;
@@ -39,6 +40,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         deployments: deployments.clone(),
         sets: sets.clone(),
         pods: all_pods.clone(),
+        expectations: Expectations::new(),
         context,
     });
     let (for_sets, for_pods) = (this.clone(), this.clone());
@@ -55,6 +57,9 @@ struct Deployments {
     deployments: Informer<Deployment>,
     sets: Informer<ReplicaSet>,
     pods: Informer<Pod>,
+    /// Sets we made that the cache does not show yet: a turn without them would wish for too many pods when the
+    /// template has changed again. Upstream takes that risk.
+    expectations: Expectations,
 }
 
 /// A deployment and its replica sets during one turn; writes are reflected here, so later steps see them.
@@ -74,7 +79,13 @@ impl Rollout {
 
 impl Reconcile for Deployments {
     async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
-        let Some(deployment) = self.deployments.get_key(&key) else { return Ok(Requeue::Done) };
+        let Some(deployment) = self.deployments.get_key(&key) else {
+            self.expectations.forget(&key);
+            return Ok(Requeue::Done);
+        };
+        if let Some(wait) = self.expectations.pending(&key) {
+            return Ok(Requeue::After(wait));
+        }
         let deployment = Deployment::clone(&deployment);
         let Some(spec) = &deployment.spec else { return Ok(Requeue::Done) };
         if spec.selector == Default::default() {
@@ -111,6 +122,7 @@ impl Deployments {
             .flatten()
             .filter_map(|set| owner::controller_key::<Deployment>(&set.metadata))
             .collect();
+        keys.iter().for_each(|key| self.expectations.creation_seen(key, pods::uid(&set.metadata)));
         if keys.is_empty() && !change.is_deleted() && owner::controller_of(&set.metadata).is_none() {
             let deployments = self.deployments.list_in(set.metadata.namespace.as_deref().unwrap_or_default());
             let matches = |deployment: &&Arc<Deployment>| {
@@ -295,6 +307,7 @@ impl Deployments {
         let created = self.api::<ReplicaSet>(&deployment).create(&PostParams::default(), &set).await;
         let created = match created.during(|| format!("create replica set {set_name}")) {
             Ok(created) => {
+                self.expect(&deployment, &created);
                 let replicas = crate::replicaset::replicas(&created);
                 if replicas > 0 {
                     let message = format!("Scaled up replica set {set_name} from 0 to {replicas}");
@@ -303,10 +316,13 @@ impl Deployments {
                 created
             }
             Err(error) if error.is_already_exists() => {
-                match self.resolve_collision(rollout, &set_name).await? {
-                    Some(existing) => existing,
-                    None => return Err(error),
-                }
+                let Some(existing) = self.resolve_collision(rollout, &set_name).await? else {
+                    return Err(error);
+                };
+                // What there was to tell was told when the set was made.
+                self.expect(&deployment, &existing);
+                rollout.new = Some(existing);
+                return self.write_revision(rollout, &revision.to_string()).await;
             }
             // The namespace goes away and the deployment with it.
             Err(error) if error.is_namespace_terminating() => return Ok(()),
@@ -319,6 +335,12 @@ impl Deployments {
             self.write_progress(rollout, "True", "NewReplicaSetCreated", message).await?;
         }
         Ok(())
+    }
+
+    /// The cache has to show this set before the next turn.
+    fn expect(&self, deployment: &Deployment, set: &ReplicaSet) {
+        let is_cached = || self.sets.get_key(&ObjectKey::of(set)).is_some();
+        self.expectations.created(&ObjectKey::of(deployment), pods::uid(&set.metadata), is_cached);
     }
 
     /// A set of that name exists. If it is ours after all the cache was behind; otherwise count the collision, which

@@ -6,12 +6,12 @@ use crate::Context;
 use crate::pods::{self, PodControl};
 use futures::future::join_all;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota, ResourceQuotaStatus};
 use knarr_client::expectations::Expectations;
 use knarr_client::informer::Cached;
 use knarr_client::owner::{self, Claim};
 use knarr_client::selector::Selector;
-use knarr_client::{Change, During, Informer, ObjectKey, Result};
+use knarr_client::{Change, Controller, During, Informer, ObjectKey, Result};
 use kube::Resource;
 use kube::api::Api;
 use std::sync::Arc;
@@ -31,6 +31,32 @@ pub trait PodOwner: Cached + Resource<DynamicType = (), Scope = NamespaceResourc
     }
 }
 
+/// Tries keys that failed again at once when a quota of their namespace leaves more room. Upstream waits for the
+/// back-off, up to 17 minutes.
+pub fn retry_with_more_room(context: &Context, controller: Controller) -> Controller {
+    let queue = controller.queue();
+    controller.watch_changes(&context.informers.get::<ResourceQuota>(), move |change| {
+        if leaves_more_room(change) {
+            let namespace = change.object().metadata.namespace.as_deref().unwrap_or_default();
+            queue.hasten(|key: &ObjectKey| key.namespace == namespace);
+        }
+        Vec::new()
+    })
+}
+
+/// A quota is gone, or differs in its limits, or fewer is used of something. Quantities are not compared as numbers:
+/// waking in vain costs little.
+fn leaves_more_room(change: &Change<ResourceQuota>) -> bool {
+    let Some(old) = change.old() else { return change.is_deleted() };
+    let (old, new) = (old.status.as_ref(), change.object().status.as_ref());
+    let hard = |status: Option<&ResourceQuotaStatus>| status.and_then(|status| status.hard.clone());
+    let count = |status: Option<&ResourceQuotaStatus>| {
+        status?.used.as_ref()?.get("pods").and_then(|used| used.0.parse::<u64>().ok())
+    };
+    let used = |status: Option<&ResourceQuotaStatus>| status.and_then(|status| status.used.clone());
+    hard(old) != hard(new) || (used(old) != used(new) && count(new) <= count(old))
+}
+
 /// All owners of a kind and their pods.
 pub struct Family<K> {
     pub context: Context,
@@ -44,7 +70,12 @@ impl<K: PodOwner> Family<K> {
     pub fn new(context: Context, owners: Informer<K>, control: PodControl) -> Self {
         let pods = context.informers.get::<Pod>();
         pods::index_by_controller(&pods);
-        Family { control, owners, pods, expectations: Expectations::new(), context }
+        let expectations = if context.config.planted_forgetfulness {
+            Expectations::forgetful()
+        } else {
+            Expectations::new()
+        };
+        Family { control, owners, pods, expectations, context }
     }
 
     /// Which owners a pod's change concerns; on the way, fulfils expectations.

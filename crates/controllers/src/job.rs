@@ -3,13 +3,15 @@
 
 mod finish;
 mod indexes;
+mod orphans;
 mod policy;
 mod tracking;
 mod ttl;
 
+pub use orphans::start_orphans;
 pub use ttl::start_ttl;
 
-use crate::family::{Family, PodOwner};
+use crate::family::{Family, PodOwner, retry_with_more_room};
 use crate::pods::{self, PodControl};
 use crate::{Context, util};
 use futures::future::{BoxFuture, join_all};
@@ -57,7 +59,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         context,
     });
     let observer = this.clone();
-    let controller = Controller::new("job")
+    let controller = retry_with_more_room(&this.context, Controller::new("job"))
         .watch(&jobs)
         .watch_changes(&all_pods, move |change| observer.family.pod_changed(change));
     Box::pin(controller.run(this, shutdown))
@@ -166,6 +168,7 @@ impl Jobs {
         let tally = tracking::tally(&turn);
         let verdict = finish::judge(&turn, &tally);
         let mut active = tally.active.len() as i32;
+        let mut failure = None;
         match &verdict {
             Some(verdict) => {
                 finish::note_interim(&mut turn, verdict);
@@ -174,9 +177,14 @@ impl Jobs {
             }
             None if turn.job.metadata.deletion_timestamp.is_some() => {}
             None => {
-                let (now_active, again) = self.manage(&turn, &tally).await?;
-                active = now_active;
-                requeue = requeue.sooner(again);
+                match self.manage(&turn, &tally).await {
+                    Ok((now_active, again)) => {
+                        active = now_active;
+                        requeue = requeue.sooner(again);
+                    }
+                    // Pods that ended are counted also while no new ones can be made.
+                    Err(error) => failure = Some(error),
+                }
                 self.note_suspension(&mut turn);
             }
         }
@@ -184,7 +192,7 @@ impl Jobs {
         turn.status.ready = Some(tally.active.iter().filter(|pod| pods::is_ready(pod)).count() as i32);
         turn.status.terminating = Some(tally.terminating as i32);
         self.account(&mut turn, &tally, verdict.as_ref()).await?;
-        Ok(requeue)
+        failure.map_or(Ok(requeue), Err)
     }
 
     fn note_start(&self, turn: &mut Turn) {

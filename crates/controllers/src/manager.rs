@@ -15,6 +15,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("daemonset", crate::daemonset::start),
     ("statefulset", crate::statefulset::start),
     ("job", crate::job::start),
+    ("job-orphans", crate::job::start_orphans),
     ("job-ttl", crate::job::start_ttl),
     ("cronjob", crate::cronjob::start),
     ("disruption", crate::disruption::start),

@@ -13,13 +13,13 @@ use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use knarr_client::informer::Selection;
 use knarr_client::{
-    Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
+    Change, Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
 };
 use knarr_client::{ignore_gone, patch};
 use kube::api::{Api, Patch, PatchParams};
 use parking_lot::Mutex;
 use serde_json::json;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -49,14 +49,12 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     pods::index_by_node(&all_pods);
     let leases = context.informers.select::<Lease>(Selection::namespace(LEASES));
     let of_lease = |lease: &Lease| lease.metadata.name.iter().map(ObjectKey::cluster).collect();
-    let known = nodes.clone();
+    let (known, fleet) = (nodes.clone(), Arc::new(Fleet::default()));
+    let counted = fleet.clone();
     let controller = Controller::new("node-lifecycle")
-        // A change of readiness may turn the whole cluster's disruption around, so it concerns all nodes.
+        // The first node that is ready, and the last, turn the whole cluster's disruption around: that concerns all.
         .watch_changes(&nodes, move |change| {
-            let ready = |node: &Node| ready_status(node).to_owned();
-            let turned =
-                change.is_deleted() || change.old().is_none_or(|old| ready(old) != ready(change.object()));
-            let all = if turned { known.list() } else { vec![change.object().clone()] };
+            let all = if counted.count(change) { known.list() } else { vec![change.object().clone()] };
             let mut keys: Vec<_> = all.iter().map(|node| ObjectKey::of(&**node)).collect();
             keys.push(ObjectKey::of(&**change.object()));
             keys
@@ -64,7 +62,8 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         .watch_map(&leases, of_lease)
         .needs(&all_pods);
     let recorder = context.recorder.for_component("node-controller");
-    let this = Lifecycle { context, recorder, nodes, leases, pods: all_pods, health: Mutex::default() };
+    let this =
+        Lifecycle { context, recorder, nodes, leases, pods: all_pods, fleet, health: Mutex::default() };
     Box::pin(controller.run(Arc::new(this), shutdown))
 }
 
@@ -74,7 +73,34 @@ struct Lifecycle {
     nodes: Informer<Node>,
     leases: Informer<Lease>,
     pods: Informer<Pod>,
+    fleet: Arc<Fleet>,
     health: Mutex<HashMap<String, Health>>,
+}
+
+/// Which nodes are ready: asked at every heartbeat, so not counted anew each time.
+#[derive(Default)]
+struct Fleet {
+    ready: Mutex<HashSet<String>>,
+}
+
+impl Fleet {
+    /// Counts a change; whether there are ready nodes now and were none, or the other way round.
+    fn count(&self, change: &Change<Node>) -> bool {
+        let node = change.object();
+        let name = node.metadata.name.clone().unwrap_or_default();
+        let mut ready = self.ready.lock();
+        let was_empty = ready.is_empty();
+        if !change.is_deleted() && ready_status(node) == "True" {
+            ready.insert(name);
+        } else {
+            ready.remove(&name);
+        }
+        ready.is_empty() != was_empty
+    }
+
+    fn none_is_ready(&self) -> bool {
+        self.ready.lock().is_empty()
+    }
 }
 
 /// What was last seen of a node, and when, by our own clock: its clock may be wrong.
@@ -254,8 +280,7 @@ impl Lifecycle {
     /// When no node at all reports, most likely it is us who are cut off: nobody is evicted then (upstream's full
     /// disruption).
     fn all_are_down(&self) -> bool {
-        let nodes = self.nodes.list();
-        !nodes.is_empty() && nodes.iter().all(|node| ready_status(node) != "True")
+        !self.nodes.is_empty() && self.fleet.none_is_ready()
     }
 
     /// Pods of a node that is not ready are not ready either, so that Services leave them out.

@@ -2,7 +2,7 @@
 //! selector matches and nobody else controls.
 
 use crate::Context;
-use crate::family::{Family, PodOwner};
+use crate::family::{Family, PodOwner, retry_with_more_room};
 use crate::pods::{self, PodControl};
 use crate::util::{find, remove};
 use futures::future::BoxFuture;
@@ -41,9 +41,9 @@ fn start_kind<K: Replicated>(
     // Upstream's components are called `replicaset-controller` and `replication-controller`.
     let recorder = context.recorder.for_component(&format!("{name}-controller"));
     let control = PodControl::new(context.client.clone(), recorder);
-    let this = Arc::new(ReplicaSets { family: Family::new(context, sets.clone(), control) });
+    let this = Arc::new(ReplicaSets { family: Family::new(context.clone(), sets.clone(), control) });
     let observer = this.clone();
-    let controller = Controller::new(name)
+    let controller = retry_with_more_room(&context, Controller::new(name))
         .watch(&sets)
         .watch_changes(&this.family.pods, move |change| observer.family.pod_changed(change));
     Box::pin(controller.run(this, shutdown))

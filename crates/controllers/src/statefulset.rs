@@ -9,7 +9,7 @@ mod identity;
 mod plan;
 
 use crate::Context;
-use crate::family::{Family, PodOwner};
+use crate::family::{Family, PodOwner, retry_with_more_room};
 use crate::history::{self, History, Revisioned, Revisions};
 use crate::pods::{self, PodControl, Voice};
 use futures::future::{BoxFuture, join_all};
@@ -47,7 +47,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         context,
     });
     let observer = this.clone();
-    let controller = Controller::new("statefulset")
+    let controller = retry_with_more_room(&this.context, Controller::new("statefulset"))
         .watch(&sets)
         .watch_changes(&this.family.pods, move |change| observer.family.pod_changed(change))
         .watch_map(&this.revisions.informer, |revision| {
@@ -100,6 +100,10 @@ impl Reconcile for StatefulSets {
             self.family.expectations.forget(&key);
             return Ok(Requeue::Done);
         };
+        if set.metadata.deletion_timestamp.is_some() {
+            // The garbage collector deletes what it owns; a revision made now would be deleted and made for ever.
+            return Ok(Requeue::Done);
+        }
         if let Some(wait) = self.family.expectations.pending(&key) {
             return Ok(Requeue::After(wait));
         }
@@ -109,11 +113,10 @@ impl Reconcile for StatefulSets {
         let pods: BTreeMap<i32, Arc<Pod>> =
             claimed.iter().filter_map(|pod| Some((identity::ordinal_in(&set, pod)?, pod.clone()))).collect();
         let view = View::new(&set, &pods, history.current_name(), self.context.clock.now());
-        let mut requeue = Requeue::Done;
-        if set.metadata.deletion_timestamp.is_none() {
-            requeue = self.carry_out(&set, &history, &current, &pods, view.plan()).await?;
-        }
+        let result = self.carry_out(&set, &history, &current, &pods, view.plan()).await;
+        // Also when something failed: a set that a quota holds back says how far it is.
         self.write_status(&set, &history, &current, &view).await?;
+        let requeue = result?;
         let mut live: HashSet<&str> = claimed.iter().filter_map(|pod| history::revision_of(pod)).collect();
         live.insert(history::name_of(&current));
         self.revisions.clean_up(&*set, &history, &live).await?;

@@ -2,8 +2,11 @@
 //!
 //! Load comes from this process, over TLS, on as many connections as asked for. Where the cluster runs on
 //! this machine, the server's own CPU time and memory are reported beside the rates, since on a shared
-//! machine they say more than times do. How long a cluster takes to start is measured by [`start`].
+//! machine they say more than times do. How long a cluster takes to start is measured by [`start`], how fast pods
+//! get their nodes by [`scheduler`], how fast the control loops are by [`loops`].
 
+mod loops;
+mod scheduler;
 mod start;
 
 use std::path::{Path, PathBuf};
@@ -33,6 +36,10 @@ const PHASE_MAX: Duration = Duration::from_secs(120);
 enum What {
     /// Start clusters of its own from an empty disk and time each step; needs root.
     Start(start::StartArgs),
+    /// Bind pods to nodes that exist as objects only, and count how many a second.
+    Scheduler(scheduler::SchedulerArgs),
+    /// Time the control loops on simulated nodes of a running cluster.
+    Loops(loops::LoopsArgs),
 }
 
 #[derive(Args, Debug)]
@@ -63,11 +70,13 @@ pub struct BenchArgs {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<()> {
-    if let Some(What::Start(args)) = &args.what {
-        return start::start(args);
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    match &args.what {
+        Some(What::Start(args)) => start::start(args),
+        Some(What::Loops(args)) => runtime()?.block_on(loops::loops(args)),
+        Some(What::Scheduler(args)) => runtime()?.block_on(scheduler::run(args)),
+        None => runtime()?.block_on(run(args)),
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(run(args))
 }
 
 async fn run(args: &BenchArgs) -> Result<()> {

@@ -9,6 +9,7 @@ mod node;
 mod pki;
 mod server;
 mod settings;
+mod simulated;
 mod up;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +48,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Add nodes to a running cluster, or take them away.
+    Node(simulated::NodeArgs),
     /// Measure a running cluster.
     Bench(bench::BenchArgs),
     /// Run the cluster in the foreground, as `up` made it.
@@ -139,6 +142,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Check(args) => up::check(&args),
         // Dispatched before the command line was parsed, so that every flag reaches it.
         Command::Kubectl { .. } => Ok(()),
+        Command::Node(args) => simulated::node(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run(&args.data_dir),
         Command::Supervise(args) => daemon::supervise(&args.data_dir),
@@ -178,7 +182,7 @@ async fn serve(settings: &Settings) -> Result<()> {
         }
         None => None,
     };
-    server.start_loops(&tasks, &shutdown);
+    server.start_loops(settings, &tasks, &shutdown).context("start the loops")?;
     if let Some(names) = names {
         node::start_dns(settings, &server, names, &tasks, &shutdown).await.context("start the node")?;
     }

@@ -13,8 +13,8 @@ use knarr_apiserver::rbac::Rbac;
 use knarr_apiserver::registry::Registry;
 use knarr_apiserver::server::InProcess;
 use knarr_apiserver::services::Allocator;
-use knarr_apiserver::{bootstrap, server};
-use knarr_client::Client;
+use knarr_apiserver::{bootstrap, metrics, server};
+use knarr_client::{Client, Clock};
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options};
 use tokio::net::TcpListener;
@@ -86,26 +86,52 @@ impl Server {
         knarr_client::connect::in_process(InProcess::new(self.api.clone(), User::new(name, groups)))
     }
 
-    /// Starts the control loops and the scheduler.
-    pub fn start_loops(&self, tasks: &TaskTracker, shutdown: &CancellationToken) {
+    /// Starts the control loops, the scheduler, and whoever plays the simulated nodes, if there are any: each under
+    /// a name of its own, all on the same caches.
+    pub fn start_loops(
+        &self,
+        settings: &Settings,
+        tasks: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> Result<()> {
         let config = knarr_controllers::Config {
             root_ca: self.authority.certificate().to_owned(),
             ..knarr_controllers::Config::default()
         };
         let client = self.client("system:kube-controller-manager", &[]);
+        let context = knarr_controllers::Context::new(client, config, Clock::System);
+        let informers = context.informers.clone();
         let health = &self.api.registry.health;
         let (alive, stop) = (health.running("controller-manager"), shutdown.clone());
         tasks.spawn(async move {
             let _alive = alive;
-            knarr_controllers::ControllerManager::run(client, config, stop).await;
+            knarr_controllers::ControllerManager::run_with(context, stop).await;
         });
-        let client = self.client("system:kube-scheduler", &[]);
+        let config = scheduler_config(settings)?;
+        let caches = informers.acting_as(self.client("system:kube-scheduler", &[]));
         let (alive, stop) = (health.running("scheduler"), shutdown.clone());
         tasks.spawn(async move {
             let _alive = alive;
-            knarr_scheduler::Scheduler::run_default(client, stop).await;
+            knarr_scheduler::Scheduler::run_with(caches, config, stop).await;
         });
+        metrics::add_source(knarr_scheduler::metrics::print);
+        let client = self.client("system:simulated-nodes", &["system:masters"]);
+        let config = knarr_simulated::Config::default();
+        tasks.spawn(knarr_simulated::run(client, Clock::System, config, shutdown.clone()));
+        Ok(())
     }
+}
+
+/// What the scheduler is told: the file of the settings, or the default.
+pub fn scheduler_config(settings: &Settings) -> Result<knarr_scheduler::Config> {
+    let Some(path) = &settings.scheduler_config else { return Ok(knarr_scheduler::Config::default()) };
+    // Clients of extenders belong to a runtime, though none of them is used before the scheduler runs.
+    let own = match tokio::runtime::Handle::try_current() {
+        Ok(_) => None,
+        Err(_) => Some(tokio::runtime::Builder::new_current_thread().enable_all().build()?),
+    };
+    let _inside = own.as_ref().map(|runtime| runtime.enter());
+    knarr_scheduler::Config::load(path).with_context(|| format!("read {}", path.display()))
 }
 
 /// What the server proves itself with, and knows others by.

@@ -46,6 +46,9 @@ pub struct Settings {
     /// API versions that upstream has removed are served too.
     #[serde(default = "yes")]
     pub legacy_api: bool,
+    /// A KubeSchedulerConfiguration; the default scheduler if there is none.
+    #[serde(default)]
+    pub scheduler_config: Option<PathBuf>,
     /// Name of the context in the kubeconfig.
     pub context: String,
     /// The kubeconfig that `up` merged the context into, to take it out again.
@@ -80,6 +83,7 @@ impl Default for Settings {
             images: Vec::new(),
             server_only: false,
             legacy_api: true,
+            scheduler_config: None,
             context: "knarr".into(),
             kubeconfig: None,
         }

@@ -12,7 +12,7 @@ use knarr_client::Client;
 use kube::api::{Api, ListParams};
 
 use crate::settings::{self, Settings};
-use crate::{check, daemon, kubeconfig, node};
+use crate::{check, daemon, kubeconfig, node, server};
 
 /// How long each step of `up` may take before it is given up.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -60,9 +60,15 @@ pub struct UpArgs {
     /// The control plane alone, without a node.
     #[arg(long)]
     pub server_only: bool,
+    /// Have at least so many simulated nodes: nodes without a machine, whose pods live as their annotations declare.
+    #[arg(long, value_name = "N")]
+    pub simulated_nodes: Option<usize>,
     /// Serve API versions that upstream has removed, as older manifests use them [default: true].
     #[arg(long, action = clap::ArgAction::Set)]
     pub legacy_api: Option<bool>,
+    /// A KubeSchedulerConfiguration (v1) for the scheduler; an empty name goes back to the default.
+    #[arg(long, value_name = "FILE")]
+    pub scheduler_config: Option<PathBuf>,
     /// Name of the context in the kubeconfig [default: knarr].
     #[arg(long)]
     pub context: Option<String>,
@@ -105,6 +111,12 @@ impl UpArgs {
         if !self.images.is_empty() {
             settings.images =
                 self.images.iter().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone())).collect();
+        }
+        if let Some(path) = &self.scheduler_config {
+            let named = !path.as_os_str().is_empty();
+            settings.scheduler_config =
+                named.then(|| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+            server::scheduler_config(&settings).context("--scheduler-config")?;
         }
         settings.server_only |= self.server_only;
         settings.service_ranges()?;
@@ -164,6 +176,8 @@ pub fn up(args: &UpArgs) -> Result<()> {
             );
         }
         println!("The cluster is already up; nothing was changed.");
+        let progress = Progress { started: Instant::now() };
+        add_simulated(args, &settings, &progress)?;
         return farewell(&settings);
     }
     check::require(&settings)?;
@@ -173,7 +187,8 @@ pub fn up(args: &UpArgs) -> Result<()> {
     }
     settings.save()?;
     progress.step("started", || daemon::start(&settings))?;
-    let result = wait_until_ready(&settings, &progress);
+    let result =
+        wait_until_ready(&settings, &progress).and_then(|()| add_simulated(args, &settings, &progress));
     if result.is_err() {
         eprintln!("See {} for what happened.", daemon::log_place(&settings));
     }
@@ -223,6 +238,18 @@ fn wait_until_ready(settings: &Settings, progress: &Progress) -> Result<()> {
     })
 }
 
+/// `--simulated-nodes`.
+fn add_simulated(args: &UpArgs, settings: &Settings, progress: &Progress) -> Result<()> {
+    let Some(wanted) = args.simulated_nodes else { return Ok(()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    progress.step(&format!("{wanted} simulated nodes are Ready"), || {
+        runtime.block_on(async {
+            let client = knarr_client::connect::from_kubeconfig(&settings.admin_kubeconfig(), None).await?;
+            crate::simulated::ensure(&client, wanted).await.map(|_| ())
+        })
+    })
+}
+
 async fn wait<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + STEP_TIMEOUT;
     loop {
@@ -236,7 +263,7 @@ async fn wait<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T>>) -
     }
 }
 
-fn is_ready(node: &Node) -> bool {
+pub fn is_ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
     conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }

@@ -1,151 +1,409 @@
 //! One decision, without I/O: which node, or why none. The wording is upstream's `FitError`.
 
-use crate::plugins::{Cycle, PLUGINS, Scale, Verdict};
+use crate::objects::World;
+use crate::plugins::{
+    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Verdict, VolumePlan, plan_volumes, plugin_id,
+};
 use crate::pod::PodInfo;
-use crate::table::{NodeTable, Slot};
+use crate::preemption::{self, Preemption};
+use crate::profile::Profile;
+use crate::table::Slot;
 use rand::Rng;
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 /// In larger clusters not all nodes are looked at: upstream's adaptive share, between these bounds.
 const NODES_TO_FIND_MIN: usize = 100;
 const PERCENT_MIN: usize = 5;
+/// The code of nodes that a rule by name leaves out before any filter.
+const LEFT_OUT: u32 = u32::MAX;
 
 /// What became of a pod.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub enum Decision {
-    Node(String),
-    Unschedulable {
-        /// For events and the PodScheduled condition.
-        message: String,
-        /// The plugins whose refusal an event has to turn around (by position in `PLUGINS`); empty when there is no
-        /// node at all.
-        rejected_by: Vec<usize>,
-    },
+    /// The node, and what has to be written before the pod can be bound there.
+    Node(Arc<str>, VolumePlan),
+    Unschedulable(Refusal),
 }
 
-/// Decides for one pod. `start` remembers where the last cycle stopped looking, so that all nodes get their turn;
-/// `random` breaks ties fairly.
-pub fn decide(pod: &PodInfo, table: &NodeTable, start: &mut usize, random: &mut impl Rng) -> Decision {
-    let live = table.live();
-    if live.is_empty() {
-        return Decision::Unschedulable {
-            message: "no nodes available to schedule pods".to_owned(),
-            rejected_by: Vec::new(),
-        };
+/// Why a pod fits nowhere, and what is done about it.
+#[derive(Debug, Default)]
+pub struct Refusal {
+    /// For events and the PodScheduled condition.
+    pub message: String,
+    /// The plugins whose refusal an event has to turn around; empty when there is no node at all.
+    pub rejected_by: Vec<PluginId>,
+    /// Room is made for it.
+    pub preemption: Option<Preemption>,
+    /// The node it was nominated for cannot help it any more.
+    pub forget_nomination: bool,
+}
+
+/// What others than our plugins (extenders) said about nodes.
+#[derive(Debug, Default)]
+pub struct Advice {
+    /// The nodes they were asked about: no other may be chosen.
+    pub asked: HashSet<Arc<str>>,
+    /// By node: why not, and whether it is hopeless: no preemption could change that.
+    pub refused: HashMap<String, (String, bool)>,
+    /// By node: more score, weighted already.
+    pub scores: HashMap<String, i64>,
+}
+
+impl Advice {
+    fn accepts(&self, node: &Arc<str>) -> bool {
+        self.asked.contains(node) && !self.refused.contains_key(&**node)
     }
-    let mut cycle = Cycle::new(pod, table);
-    for (index, plugin) in PLUGINS.iter().enumerate() {
-        if let Some(Err(reason)) = plugin.prepare.map(|prepare| prepare(&mut cycle)) {
-            let message =
-                explain(live.len(), Some(&reason), &BTreeMap::new(), Some(&preemption_hopeless(live.len())));
-            return Decision::Unschedulable { message, rejected_by: vec![index] };
+}
+
+/// What the scheduler keeps from one decision to the next.
+#[derive(Debug)]
+pub struct Chooser<R> {
+    /// Where the last cycle stopped looking, so that all nodes get their turn.
+    pub start: usize,
+    /// Breaks ties fairly.
+    pub random: R,
+}
+
+/// Decides for one pod.
+pub fn decide(
+    pod: &PodInfo,
+    profile: &Profile,
+    world: &mut World,
+    chooser: &mut Chooser<impl Rng>,
+    advice: Option<&Advice>,
+) -> Decision {
+    let mut cycle = Cycle::begin(pod, profile, world);
+    let decision = in_cycle(&mut cycle, world, chooser, advice);
+    cycle.end(world);
+    decision
+}
+
+/// The nodes that fit, for an extender to look at; or what it comes to without one.
+pub fn fitting_nodes(
+    pod: &PodInfo,
+    profile: &Profile,
+    world: &mut World,
+    chooser: &mut Chooser<impl Rng>,
+) -> Result<Vec<Arc<str>>, Decision> {
+    let mut cycle = Cycle::begin(pod, profile, world);
+    let result = match find(&mut cycle, world, chooser, None) {
+        Err(refusal) => Err(Decision::Unschedulable(refusal)),
+        Ok(found) if found.fitting.is_empty() => {
+            Err(Decision::Unschedulable(found.refuse(&cycle, world, &mut chooser.random)))
+        }
+        Ok(found) => Ok(found.fitting.iter().map(|slot| world.table.names[*slot].clone()).collect()),
+    };
+    cycle.end(world);
+    result
+}
+
+fn in_cycle(
+    cycle: &mut Cycle,
+    world: &mut World,
+    chooser: &mut Chooser<impl Rng>,
+    advice: Option<&Advice>,
+) -> Decision {
+    let found = match find(cycle, world, chooser, advice) {
+        Ok(found) => found,
+        Err(refusal) => return Decision::Unschedulable(refusal),
+    };
+    if found.fitting.is_empty() {
+        return Decision::Unschedulable(found.refuse(cycle, world, &mut chooser.random));
+    }
+    let slot = best(cycle, world, &found.fitting, advice, &mut chooser.random);
+    Decision::Node(world.table.names[slot].clone(), plan_volumes(cycle, world, slot))
+}
+
+fn find(
+    cycle: &mut Cycle,
+    world: &mut World,
+    chooser: &mut Chooser<impl Rng>,
+    advice: Option<&Advice>,
+) -> Result<Found, Refusal> {
+    let nodes = world.table.live().len();
+    if nodes == 0 {
+        return Err(Refusal {
+            message: "no nodes available to schedule pods".to_owned(),
+            ..Refusal::default()
+        });
+    }
+    let active = prepare(cycle, world).map_err(|(plugin, reason)| {
+        let hopeless = format!("{nodes} Preemption is not helpful for scheduling");
+        let preemption = preemption::ineligible(cycle, world, &[])
+            .unwrap_or_else(|| explain(nodes, None, vec![hopeless], None));
+        let preempts = cycle.profile.preempts().then_some(preemption);
+        Refusal {
+            message: explain(nodes, Some(&reason), Vec::new(), preempts.as_deref()),
+            rejected_by: vec![plugin],
+            forget_nomination: true,
+            ..Refusal::default()
+        }
+    })?;
+    Ok(Found { active, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
+}
+
+/// The filters that have something to say about the pod; or the rule that rejects it everywhere.
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Result<Vec<PluginId>, (PluginId, String)> {
+    let mut active = Vec::with_capacity(cycle.profile.filters.len());
+    for &id in &cycle.profile.filters {
+        match PLUGINS[id].prepare.map_or(Prepared::Ready, |prepare| prepare(cycle, world)) {
+            Prepared::Ready if PLUGINS[id].filter.is_some() => active.push(id),
+            Prepared::Ready | Prepared::Skip => {}
+            Prepared::Rejected(reason) => return Err((id, reason)),
         }
     }
-    let found = filter(&cycle, start);
-    if found.fitting.is_empty() {
-        return found.refuse(&cycle);
+    Ok(active)
+}
+
+/// Whether the node takes the pod; otherwise the first filter that refuses.
+pub fn check(
+    cycle: &Cycle,
+    world: &World,
+    active: &[PluginId],
+    slot: Slot,
+) -> Result<(), (PluginId, Verdict)> {
+    for &id in active {
+        let filter = PLUGINS[id].filter.expect("only plugins with a filter are active");
+        match filter(cycle, world, slot) {
+            Verdict::Fits => {}
+            refused => return Err((id, refused)),
+        }
     }
-    Decision::Node(table.names[best(&cycle, &found.fitting, random)].clone())
+    Ok(())
+}
+
+/// The same, reckoning with pods at least as important that were promised room there: with them, and without, since
+/// they may yet go elsewhere.
+pub fn check_with_nominated(
+    cycle: &Cycle,
+    world: &mut World,
+    active: &[PluginId],
+    slot: Slot,
+) -> Result<(), (PluginId, Verdict)> {
+    let promised: Vec<Arc<PodInfo>> = match world.table.has_nominated() {
+        false => Vec::new(),
+        true => {
+            let nominated = world.table.nominated_on(slot).iter();
+            let ahead = |pod: &&Arc<PodInfo>| pod.priority >= cycle.pod.priority && pod.key != cycle.pod.key;
+            nominated.filter(ahead).cloned().collect()
+        }
+    };
+    if !promised.is_empty() {
+        for pod in &promised {
+            let placed = world.table.prepare(pod.clone());
+            world.table.put(slot, placed);
+        }
+        let verdict = check(cycle, world, active, slot);
+        for _ in &promised {
+            let last = world.table.pods[slot].len() - 1;
+            let placed = world.table.take(slot, last);
+            world.table.discard(placed);
+        }
+        verdict?;
+    }
+    check(cycle, world, active, slot)
 }
 
 /// What the filters left.
 #[derive(Default)]
-struct Found {
+pub struct Found {
+    pub active: Vec<PluginId>,
     fitting: Vec<Slot>,
-    reasons: BTreeMap<Cow<'static, str>, usize>,
-    rejected_by: Vec<usize>,
+    /// How many nodes a filter refused for the same reason.
+    reasons: Vec<(PluginId, u32, usize)>,
+    /// Reasons of others than plugins.
+    foreign: Vec<String>,
     /// Nodes where the removal of pods could help.
-    refused: Vec<Slot>,
-    hopeless: usize,
-}
-
-fn filter(cycle: &Cycle, start: &mut usize) -> Found {
-    let live = cycle.table.live();
-    let enough = nodes_to_find(live.len());
-    let mut found = Found::default();
-    let mut looked_at = 0;
-    for offset in 0..live.len() {
-        let slot = live[(*start + offset) % live.len()];
-        looked_at += 1;
-        found.look_at(cycle, slot);
-        if found.fitting.len() >= enough {
-            break;
-        }
-    }
-    *start = (*start + looked_at) % live.len();
-    found
-}
-
-fn nodes_to_find(nodes: usize) -> usize {
-    let percent = 50usize.saturating_sub(nodes / 125).max(PERCENT_MIN);
-    if nodes <= NODES_TO_FIND_MIN { nodes } else { (nodes * percent / 100).max(NODES_TO_FIND_MIN) }
+    pub refused: Vec<Slot>,
+    nodes: usize,
 }
 
 impl Found {
-    fn look_at(&mut self, cycle: &Cycle, slot: Slot) {
-        for (index, plugin) in PLUGINS.iter().enumerate() {
-            let reasons = match plugin.filter.map(|filter| filter(cycle, slot)) {
-                None | Some(Verdict::Fits) => continue,
-                Some(Verdict::Refused(reasons)) => {
-                    self.refused.push(slot);
-                    reasons
-                }
-                Some(Verdict::Hopeless(reasons)) => {
-                    self.hopeless += 1;
-                    reasons
-                }
-            };
-            for reason in reasons {
-                *self.reasons.entry(reason).or_insert(0) += 1;
-            }
-            if !self.rejected_by.contains(&index) {
-                self.rejected_by.push(index);
-            }
-            return;
+    fn look(mut self, cycle: &Cycle, world: &mut World, start: &mut usize, advice: Option<&Advice>) -> Self {
+        self.nodes = world.table.live().len();
+        // A node that was promised is looked at alone first.
+        let promised = world.table.nominated_node(&cycle.pod.key).or_else(|| cycle.pod.nominated_node());
+        if let Some(slot) = promised.and_then(|node| world.table.slot_of(node))
+            && is_asked(cycle, world, slot)
+            && advice.is_none_or(|advice| advice.accepts(&world.table.names[slot]))
+            && check_with_nominated(cycle, world, &self.active, slot).is_ok()
+        {
+            self.fitting.push(slot);
+            return self;
         }
-        self.fitting.push(slot);
+        match &cycle.only {
+            Some(names) => {
+                let slots: Vec<Slot> = names.iter().filter_map(|name| world.table.slot_of(name)).collect();
+                let left_out = self.nodes - slots.len();
+                slots.into_iter().for_each(|slot| self.look_at(cycle, world, slot, advice));
+                if left_out > 0 {
+                    let by = plugin_id("NodeAffinity").expect("the plugin that names nodes exists");
+                    self.reasons.push((by, LEFT_OUT, left_out));
+                }
+            }
+            None => self.look_around(cycle, world, start, advice),
+        }
+        self
     }
 
-    fn refuse(self, cycle: &Cycle) -> Decision {
-        let nodes = cycle.table.live().len();
-        let preemption = self.preemption(cycle, nodes);
-        let message = explain(nodes, None, &self.reasons, Some(&preemption));
-        Decision::Unschedulable { message, rejected_by: self.rejected_by }
-    }
-
-    /// What preemption would have to say.
-    fn preemption(&self, cycle: &Cycle, nodes: usize) -> String {
-        let spec = cycle.pod.pod.spec.as_ref();
-        if spec.and_then(|spec| spec.preemption_policy.as_deref()) == Some("Never") {
-            return "not eligible due to preemptionPolicy=Never.".to_owned();
-        }
-        let lower =
-            |slot: &&Slot| cycle.table.pods[**slot].values().any(|pod| pod.priority < cycle.pod.priority);
-        let with_victims = self.refused.iter().filter(lower).count();
-        let mut reasons = BTreeMap::new();
-        let mut add = |reason: &'static str, count: usize| {
-            if count > 0 {
-                reasons.insert(Cow::Borrowed(reason), count);
-            }
+    fn look_around(&mut self, cycle: &Cycle, world: &mut World, start: &mut usize, advice: Option<&Advice>) {
+        let enough = match advice {
+            Some(_) => self.nodes,
+            None if cycle.profile.scores.is_empty() => 1,
+            None => nodes_to_find(self.nodes, cycle.profile.percentage_of_nodes_to_score),
         };
-        add("No preemption victims found for incoming pod", self.refused.len() - with_victims);
-        add("Preemption is not helpful for scheduling", self.hopeless);
-        add("Preemption of lower priority pods is not supported yet", with_victims);
-        explain(nodes, None, &reasons, None)
+        let mut looked_at = 0;
+        let first = *start % self.nodes;
+        let nodes = self.nodes;
+        let place =
+            |offset: usize| if first + offset < nodes { first + offset } else { first + offset - nodes };
+        let one_by_one = advice.is_some() || world.table.has_nominated();
+        while looked_at < self.nodes && self.fitting.len() < enough {
+            let wanted = if one_by_one { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
+            let ahead = looked_at..self.nodes.min(looked_at + wanted);
+            let slots: Vec<Slot> = ahead.map(|offset| world.table.live()[place(offset)]).collect();
+            match one_by_one {
+                true => {
+                    self.look_at(cycle, world, slots[0], advice);
+                    looked_at += 1;
+                }
+                false => looked_at += self.look_at_many(cycle, world, &slots, enough),
+            }
+        }
+        *start = (first + looked_at) % self.nodes;
+    }
+
+    /// Looks at nodes together, filter by filter, until enough of them fit; how many it came to.
+    fn look_at_many(&mut self, cycle: &Cycle, world: &World, slots: &[Slot], enough: usize) -> usize {
+        let mut verdicts = [Verdict::Fits; BLOCK];
+        let verdicts = &mut verdicts[..slots.len()];
+        let mut refused_by = [PluginId::MAX; BLOCK];
+        for &id in &self.active {
+            match (PLUGINS[id].filter_many, PLUGINS[id].filter) {
+                (Some(filter), _) if !cycle.node_affinity.direct => filter(cycle, world, slots, verdicts),
+                (_, Some(filter)) => {
+                    for (slot, verdict) in slots.iter().zip(&mut *verdicts) {
+                        if *verdict == Verdict::Fits {
+                            *verdict = filter(cycle, world, *slot);
+                        }
+                    }
+                }
+                (_, None) => unreachable!("only plugins with a filter are active"),
+            }
+            for (verdict, by) in verdicts.iter().zip(&mut refused_by) {
+                if *verdict != Verdict::Fits && *by == PluginId::MAX {
+                    *by = id;
+                }
+            }
+        }
+        for (index, verdict) in verdicts.iter().enumerate() {
+            match verdict {
+                Verdict::Fits => self.fitting.push(slots[index]),
+                Verdict::Hopeless(code) => self.note(refused_by[index], *code),
+                Verdict::Refused(code) => {
+                    self.refused.push(slots[index]);
+                    self.note(refused_by[index], *code);
+                }
+            }
+            if self.fitting.len() >= enough {
+                return index + 1;
+            }
+        }
+        slots.len()
+    }
+
+    fn look_at(&mut self, cycle: &Cycle, world: &mut World, slot: Slot, advice: Option<&Advice>) {
+        let verdict = match world.table.has_nominated() {
+            false => check(cycle, world, &self.active, slot),
+            true => check_with_nominated(cycle, world, &self.active, slot),
+        };
+        match verdict {
+            Ok(()) => match advice.and_then(|advice| advice.refused.get(&*world.table.names[slot])) {
+                None if advice.is_some_and(|advice| !advice.asked.contains(&world.table.names[slot])) => {}
+                None => self.fitting.push(slot),
+                Some((reason, hopeless)) => {
+                    self.foreign.push(reason.clone());
+                    if !hopeless {
+                        self.refused.push(slot);
+                    }
+                }
+            },
+            Err((plugin, Verdict::Hopeless(code))) => self.note(plugin, code),
+            Err((plugin, Verdict::Refused(code))) => {
+                self.refused.push(slot);
+                self.note(plugin, code);
+            }
+            Err((_, Verdict::Fits)) => unreachable!("a refusal is not a fit"),
+        }
+    }
+
+    fn note(&mut self, plugin: PluginId, code: u32) {
+        // Neighbours are mostly refused for the same reason, so the last one found goes first.
+        let known = self.reasons.iter_mut().rev().find(|(by, what, _)| (*by, *what) == (plugin, code));
+        match known {
+            Some((_, _, nodes)) => *nodes += 1,
+            None => self.reasons.push((plugin, code, 1)),
+        }
+    }
+
+    fn refuse(self, cycle: &Cycle, world: &mut World, random: &mut impl Rng) -> Refusal {
+        let mut rejected_by: Vec<PluginId> = self.reasons.iter().map(|(plugin, ..)| *plugin).collect();
+        rejected_by.sort_unstable();
+        rejected_by.dedup();
+        let mut reasons: HashMap<String, usize> = HashMap::new();
+        for (plugin, code, nodes) in &self.reasons {
+            for text in explained(cycle, world, *plugin, *code) {
+                *reasons.entry(text).or_insert(0) += nodes;
+            }
+        }
+        for text in &self.foreign {
+            *reasons.entry(text.clone()).or_insert(0) += 1;
+        }
+        let reasons = reasons.into_iter().map(|(reason, nodes)| format!("{nodes} {reason}")).collect();
+        let (mut preemption, mut said, mut forget) = (None, None, false);
+        if cycle.profile.preempts() {
+            match preemption::preempt(cycle, world, &self, random) {
+                preemption::Outcome::Preempt(found) => preemption = Some(found),
+                preemption::Outcome::Ineligible(message) => said = Some(message),
+                preemption::Outcome::Useless(reasons) => {
+                    forget = true;
+                    said = Some(explain(self.nodes, None, reasons, None));
+                }
+            }
+        }
+        let message = explain(self.nodes, None, reasons, said.as_deref());
+        Refusal { message, rejected_by, preemption, forget_nomination: forget }
     }
 }
 
-fn preemption_hopeless(nodes: usize) -> String {
-    let reasons = BTreeMap::from([(Cow::Borrowed("Preemption is not helpful for scheduling"), nodes)]);
-    explain(nodes, None, &reasons, None)
+fn is_asked(cycle: &Cycle, world: &World, slot: Slot) -> bool {
+    let name = &world.table.names[slot];
+    cycle.only.as_ref().is_none_or(|names| names.iter().any(|only| **only == **name))
+}
+
+/// The words for a filter's refusal.
+pub fn explained(cycle: &Cycle, world: &World, plugin: PluginId, code: u32) -> Vec<String> {
+    match code {
+        LEFT_OUT => vec![format!("node(s) didn't satisfy plugin(s) [{}]", PLUGINS[plugin].name)],
+        _ => (PLUGINS[plugin].explain)(cycle, world, code),
+    }
+}
+
+fn nodes_to_find(nodes: usize, percentage: usize) -> usize {
+    if nodes <= NODES_TO_FIND_MIN || percentage >= 100 {
+        return nodes;
+    }
+    let adaptive = || 50usize.saturating_sub(nodes / 125).max(PERCENT_MIN);
+    let percent = if percentage == 0 { adaptive() } else { percentage };
+    (nodes * percent / 100).max(NODES_TO_FIND_MIN)
 }
 
 /// `0/3 nodes are available: 1 reason, 2 other reason. preemption: ...`
-fn explain(
+pub fn explain(
     nodes: usize,
     reason: Option<&str>,
-    reasons: &BTreeMap<Cow<'static, str>, usize>,
+    mut counted: Vec<String>,
     preemption: Option<&str>,
 ) -> String {
     let mut message = format!("0/{nodes} nodes are available:");
@@ -153,8 +411,6 @@ fn explain(
         message += &format!(" {reason}.");
     }
     // Sorted as text, counts included, as upstream does.
-    let mut counted: Vec<String> =
-        reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
     counted.sort();
     if !counted.is_empty() {
         message += &format!(" {}.", counted.join(", "));
@@ -165,32 +421,71 @@ fn explain(
     message
 }
 
-/// The node with the highest weighted score; of equals any.
-fn best(cycle: &Cycle, fitting: &[Slot], random: &mut impl Rng) -> Slot {
+/// The weighted sum of all scores, node by node.
+fn totals(cycle: &mut Cycle, world: &mut World, fitting: &[Slot], advice: Option<&Advice>) -> Vec<i64> {
     let mut totals = vec![0i64; fitting.len()];
-    for score in PLUGINS.iter().filter_map(|plugin| plugin.score.as_ref()) {
-        let mut raw: Vec<i64> = fitting.iter().map(|slot| (score.raw)(cycle, *slot)).collect();
-        scale(&mut raw, score.scale);
-        for (total, value) in totals.iter_mut().zip(raw) {
-            *total += score.weight * value;
+    let mut scores = vec![0i64; fitting.len()];
+    for &(id, weight) in &cycle.profile.scores {
+        let score = PLUGINS[id].score.expect("only plugins with a score are listed");
+        if score(cycle, world, fitting, &mut scores) {
+            for (total, score) in totals.iter_mut().zip(&scores) {
+                *total += weight * score;
+            }
         }
     }
-    let top = totals.iter().copied().max().unwrap_or(0);
-    let ties: Vec<Slot> =
-        fitting.iter().zip(&totals).filter(|(_, total)| **total == top).map(|(slot, _)| *slot).collect();
-    ties[random.random_range(0..ties.len())]
+    if let Some(advice) = advice.filter(|advice| !advice.scores.is_empty()) {
+        for (total, slot) in totals.iter_mut().zip(fitting) {
+            *total += advice.scores.get(&*world.table.names[*slot]).copied().unwrap_or(0);
+        }
+    }
+    totals
 }
 
-fn scale(raw: &mut [i64], scale: Scale) {
-    let most = raw.iter().copied().max().unwrap_or(0);
-    for value in raw {
-        *value = match scale {
-            Scale::AsIs => *value,
-            Scale::Proportional if most == 0 => 0,
-            Scale::Proportional => *value * 100 / most,
-            Scale::Reversed if most == 0 => 100,
-            Scale::Reversed => 100 - *value * 100 / most,
+/// The node with the highest score; of equals any.
+fn best(
+    cycle: &mut Cycle,
+    world: &mut World,
+    fitting: &[Slot],
+    advice: Option<&Advice>,
+    random: &mut impl Rng,
+) -> Slot {
+    if let [only] = fitting {
+        return *only;
+    }
+    let totals = totals(cycle, world, fitting, advice);
+    let top = totals.iter().copied().max().unwrap_or(0);
+    let ties = totals.iter().filter(|total| **total == top).count();
+    let chosen = random.random_range(0..ties.max(1));
+    let mut tied = fitting.iter().zip(&totals).filter(|(_, total)| **total == top);
+    tied.nth(chosen).map_or(fitting[0], |(slot, _)| *slot)
+}
+
+#[cfg(test)]
+pub mod inspect {
+    //! All that a decision is made of, for comparison with the reference.
+
+    use super::*;
+
+    /// Every node that fits with its total score, or the refusal's message.
+    pub fn judge(pod: &PodInfo, profile: &Profile, world: &mut World) -> Result<Vec<(String, i64)>, String> {
+        let mut cycle = Cycle::begin(pod, profile, world);
+        let mut chooser =
+            Chooser { start: 0, random: <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0) };
+        let result = match find(&mut cycle, world, &mut chooser, None) {
+            Err(refusal) => Err(refusal.message),
+            Ok(found) if found.fitting.is_empty() => {
+                Err(found.refuse(&cycle, world, &mut chooser.random).message)
+            }
+            Ok(found) => {
+                let totals = totals(&mut cycle, world, &found.fitting, None);
+                let names = found.fitting.iter().map(|slot| world.table.names[*slot].to_string());
+                let mut judged: Vec<(String, i64)> = names.zip(totals).collect();
+                judged.sort();
+                Ok(judged)
+            }
         };
+        cycle.end(world);
+        result
     }
 }
 

@@ -1,118 +1,211 @@
-//! The rules, as twins: each module has one `PLUGIN` with the same fields, and one line in [`PLUGINS`]. Order,
+//! The rules, as twins: each module has one `PLUGIN` with the same fields, and one line in [`PLUGINS`]. Order, default
 //! weights and wording are those of upstream's default profile.
 
 mod balanced_allocation;
+mod binder;
+mod dynamic_resources;
 mod fit;
+mod image_locality;
 mod inter_pod_affinity;
 mod node_affinity;
 mod node_name;
 mod node_ports;
+mod preemption;
+mod priority_sort;
+mod scheduling_gates;
 mod taint_toleration;
 mod topology_spread;
 mod unschedulable;
-mod volumes;
+mod volume_binding;
+mod volume_limits;
+mod volume_restrictions;
+mod volume_zone;
 
+use crate::event::ClusterEvent;
+use crate::groups::ClassId;
+use crate::objects::World;
 use crate::pod::PodInfo;
-use crate::table::{NodeTable, Slot};
-use std::borrow::Cow;
+use crate::profile::Profile;
+use crate::table::Slot;
+
+pub use balanced_allocation::BalancedArgs;
+pub use fit::{FitArgs, Strategy};
+pub use inter_pod_affinity::AffinityArgs;
+pub use node_affinity::NodeAffinityArgs;
+pub use preemption::PreemptionArgs;
+pub use scheduling_gates::is_gated as gated;
+pub use topology_spread::{SpreadArgs, SpreadDefaults};
+pub use volume_binding::{
+    SELECTED_NODE, VolumeBindingArgs, VolumePlan, has_selected_node, is_bound as is_claim_bound,
+    plan as plan_volumes,
+};
 
 /// In the order filters run; the first that refuses a node gives the reason.
 pub const PLUGINS: &[Plugin] = &[
+    scheduling_gates::PLUGIN,
+    priority_sort::PLUGIN,
     unschedulable::PLUGIN,
     node_name::PLUGIN,
     taint_toleration::PLUGIN,
     node_affinity::PLUGIN,
     node_ports::PLUGIN,
     fit::PLUGIN,
-    volumes::PLUGIN,
+    volume_restrictions::PLUGIN,
+    volume_limits::PLUGIN,
+    volume_binding::PLUGIN,
+    volume_zone::PLUGIN,
     topology_spread::PLUGIN,
     inter_pod_affinity::PLUGIN,
+    dynamic_resources::PLUGIN,
+    preemption::PLUGIN,
     balanced_allocation::PLUGIN,
+    image_locality::PLUGIN,
+    binder::PLUGIN,
 ];
 
-/// Works out once per cycle what the filter needs; an error refuses the pod whatever the node.
-type Prepare = fn(&mut Cycle) -> Result<(), String>;
+/// Nodes that filters look at together.
+pub const BLOCK: usize = 256;
+
+/// Position in [`PLUGINS`].
+pub type PluginId = usize;
 
 /// One rule.
 pub struct Plugin {
     pub name: &'static str,
-    /// Called once per cycle, before any filter. An error refuses the pod whatever the node, with this reason.
-    pub prepare: Option<Prepare>,
-    /// Whether the pod may run on the node. Pure; called at most once per node and cycle.
-    pub filter: Option<fn(&Cycle, Slot) -> Verdict>,
-    /// How well the node suits; called for nodes that passed all filters.
-    pub score: Option<Score>,
-    /// Whether an event may turn this rule's refusal of the pod around. A wrong "no" leaves the pod waiting for ever,
-    /// a wrong "yes" costs one cycle.
+    /// Where upstream calls it: what a configuration may switch on and off.
+    pub points: &'static [Point],
+    /// How much its score counts by default; 0 without a score.
+    pub weight: i64,
+    /// Called once per cycle, before any filter: makes ready what the filter reads.
+    pub prepare: Option<fn(&mut Cycle, &mut World) -> Prepared>,
+    /// Whether the pod may run on the node. Pure; called at most once per node and cycle, and by preemption again after
+    /// each change of the node's pods, without `prepare` in between.
+    pub filter: Option<fn(&Cycle, &World, Slot) -> Verdict>,
+    /// The same for up to [`BLOCK`] nodes at once, where that is faster: what is refused already stays so.
+    pub filter_many: Option<fn(&Cycle, &World, &[Slot], &mut [Verdict])>,
+    /// The words for a code that the filter gave.
+    pub explain: fn(&Cycle, &World, u32) -> Vec<String>,
+    /// How well nodes suit that passed all filters: 0 to 100, written into the last argument. False if it has no opinion
+    /// (upstream's `Skip`).
+    pub score: Option<fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> bool>,
+    /// Kinds of events (`event::kind`) that may turn this rule's refusal around for some pod.
+    pub hears: u16,
+    /// Whether an event may turn this rule's refusal of the pod around. A wrong "no" leaves the pod waiting for five
+    /// minutes, a wrong "yes" costs one cycle.
     pub wakes: fn(&ClusterEvent, &PodInfo) -> bool,
 }
 
-pub struct Score {
-    pub weight: i64,
-    pub raw: fn(&Cycle, Slot) -> i64,
-    pub scale: Scale,
+impl Plugin {
+    /// A plugin that does nothing: what each fills in.
+    const NONE: Plugin = Plugin {
+        name: "",
+        points: &[],
+        weight: 0,
+        prepare: None,
+        filter: None,
+        filter_many: None,
+        explain: |_, _, _| Vec::new(),
+        score: None,
+        hears: 0,
+        wakes: |_, _| false,
+    };
 }
 
-/// How raw scores become 0 to 100.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scale {
-    /// They are that already.
-    AsIs,
-    /// The largest becomes 100.
-    Proportional,
-    /// Zero becomes 100 and the largest 0.
-    Reversed,
+/// Upstream's extension points, in a configuration's spelling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Point {
+    PreEnqueue,
+    QueueSort,
+    PreFilter,
+    Filter,
+    PostFilter,
+    PreScore,
+    Score,
+    Reserve,
+    Permit,
+    PreBind,
+    Bind,
+    PostBind,
 }
 
-/// A filter's answer.
-#[derive(Clone, Debug, PartialEq)]
+/// What `prepare` found.
+#[derive(Debug, PartialEq)]
+pub enum Prepared {
+    /// Ask the filter.
+    Ready,
+    /// The pod has nothing to do with this rule: the filter need not be asked.
+    Skip,
+    /// The pod fits nowhere, for this reason.
+    Rejected(String),
+}
+
+/// A filter's answer. The codes are the plugin's own; its `explain` has the words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Fits,
     /// Refused; fewer pods on the node could help.
-    Refused(Vec<Cow<'static, str>>),
+    Refused(u32),
     /// Refused, and no pod's removal would change that.
-    Hopeless(Vec<Cow<'static, str>>),
+    Hopeless(u32),
 }
 
-impl Verdict {
-    fn refused(reason: &'static str) -> Self {
-        Verdict::Refused(vec![Cow::Borrowed(reason)])
-    }
-
-    fn hopeless(reason: impl Into<Cow<'static, str>>) -> Self {
-        Verdict::Hopeless(vec![reason.into()])
-    }
-}
-
-/// What happened in the cluster, as far as it can make room for a waiting pod.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ClusterEvent {
-    pub node_added: bool,
-    pub node_allocatable: bool,
-    pub node_labels: bool,
-    pub node_taints: bool,
-    /// A bound pod went away or shrank.
-    pub pod_removed: bool,
-    /// A pod was bound (here or by others) or its labels changed.
-    pub pod_added: bool,
-}
-
-impl ClusterEvent {
-    pub fn is_nothing(&self) -> bool {
-        *self == ClusterEvent::default()
-    }
-}
-
-/// One pod against the table, and what plugins prepared for it.
+/// One pod against the world, and what plugins prepared for it.
 pub struct Cycle<'a> {
     pub pod: &'a PodInfo,
-    pub table: &'a NodeTable,
-    pub affinity: inter_pod_affinity::State,
+    pub profile: &'a Profile,
+    /// The pod's class, held for the length of the cycle.
+    pub class: ClassId,
+    /// Only these nodes by name, sorted, if some rule names nodes.
+    pub only: Option<Vec<String>>,
+    pub taints: taint_toleration::State,
+    pub node_affinity: node_affinity::State,
+    pub fit: fit::State,
+    pub volumes: volume_binding::State,
+    pub restrictions: volume_restrictions::State,
+    pub limits: volume_limits::State,
+    pub zones: volume_zone::State,
     pub spread: topology_spread::State,
+    pub affinity: inter_pod_affinity::State,
 }
 
 impl<'a> Cycle<'a> {
-    pub fn new(pod: &'a PodInfo, table: &'a NodeTable) -> Self {
-        Cycle { pod, table, affinity: Default::default(), spread: Default::default() }
+    /// Begins a decision; [`Cycle::end`] must follow.
+    pub fn begin(pod: &'a PodInfo, profile: &'a Profile, world: &mut World) -> Self {
+        world.table.begin_cycle();
+        Cycle {
+            pod,
+            profile,
+            class: world.table.groups.join_class(&pod.class),
+            only: None,
+            taints: Default::default(),
+            node_affinity: Default::default(),
+            fit: Default::default(),
+            volumes: Default::default(),
+            restrictions: Default::default(),
+            limits: Default::default(),
+            zones: Default::default(),
+            spread: Default::default(),
+            affinity: Default::default(),
+        }
     }
+
+    pub fn end(self, world: &mut World) {
+        world.table.groups.leave_class(self.class);
+    }
+}
+
+/// Upstream's `DefaultNormalizeScore`: the largest becomes 100; reversed, it becomes 0.
+fn normalize(scores: &mut [i64], reverse: bool) {
+    let most = scores.iter().copied().max().unwrap_or(0);
+    for score in scores {
+        let share = if most == 0 { 0 } else { *score * 100 / most };
+        *score = if reverse { 100 - share } else { share };
+    }
+}
+
+#[cfg(test)]
+mod tests;
+
+pub fn plugin_id(name: &str) -> Option<PluginId> {
+    PLUGINS.iter().position(|plugin| plugin.name == name)
 }

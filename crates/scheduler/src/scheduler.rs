@@ -1,367 +1,584 @@
-//! The wiring: watches feed table and queue; one task decides pod after pod; binding, events and conditions happen in
-//! the background. Lock order: there is one lock, and no I/O happens under it.
+//! The wiring: watches feed table and queue; one task decides pod after pod; what follows from a decision is written in
+//! the background (`writes`). Lock order: there is one lock, and no I/O happens under it.
 
-use crate::cycle::{Decision, decide};
-use crate::plugins::{ClusterEvent, PLUGINS};
+use crate::config::Config;
+use crate::cycle::{Advice, Chooser, Decision, Refusal, decide, fitting_nodes};
+use crate::event::{ClusterEvent, node_matters};
+use crate::extender::Extender;
+use crate::metrics::{Attempted, Gauges, metrics};
+use crate::objects::World;
+use crate::plugins::{VolumePlan, gated};
 use crate::pod::PodInfo;
-use crate::queue::Queue;
-use crate::table::NodeTable;
-use k8s_openapi::api::core::v1::{Binding, Node, ObjectReference, Pod, PodCondition};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use knarr_client::{
-    Change, Client, Clock, During, Error, EventType, Informer, Informers, ObjectKey, Recorder, Result,
-    ignore_gone,
-};
-use kube::api::{Api, Patch, PatchParams, PostParams};
+use crate::profile::Profile;
+use crate::queue::{Attempt, Queue};
+use crate::writes;
+use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use knarr_client::{Change, Client, Clock, Informer, Informers, ObjectKey, Recorder, leader};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use serde_json::json;
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The scheduler of pods that name none.
-pub const DEFAULT_NAME: &str = "default-scheduler";
-/// Bindings and explanations under way at most; then deciding waits.
-const WRITES_MAX: usize = 100;
+/// Bindings and explanations under way at most; then deciding waits. Enough for the API server to make many of them
+/// durable at once.
+const WRITES_MAX: usize = 256;
+/// Decisions between two looks at everything else the thread has to do.
+const DECISIONS_AT_ONCE: usize = 16;
+/// A pod that was bound but that no watch shows on its node is forgotten after this, and its room is free again.
+pub const ASSUMED_MAX: Duration = Duration::from_secs(15 * 60);
 
 /// A scheduler. [`Scheduler::new`] starts its watches, [`Scheduler::run`] decides.
 pub struct Scheduler {
     shared: Arc<Shared>,
-    pods: Informer<Pod>,
-    nodes: Informer<Node>,
+    synced: Vec<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
-struct Shared {
-    name: String,
-    client: Client,
-    clock: Clock,
+pub(crate) struct Shared {
+    pub profiles: HashMap<String, Arc<Profile>>,
+    pub extenders: Vec<Extender>,
+    pub client: Client,
+    pub clock: Clock,
     recorder: Recorder,
-    state: Mutex<State>,
+    pub pods: Informer<Pod>,
+    pub state: Mutex<State>,
     changed: Notify,
+    /// Claims and volumes changed: bindings of volumes may be complete.
+    pub storage_changed: Notify,
 }
 
-struct State {
-    table: NodeTable,
-    queue: Queue,
-    /// Where the last cycle stopped looking for nodes.
-    start: usize,
-    random: SmallRng,
+pub(crate) struct State {
+    pub world: World,
+    pub queue: Queue,
+    chooser: Chooser<SmallRng>,
+    /// Pods counted on a node that no watch has shown there yet.
+    assumed: HashMap<ObjectKey, Option<Instant>>,
+    /// Those of them that are bound, by the time when they are given up.
+    expiring: BTreeSet<(Instant, ObjectKey)>,
+}
+
+/// What a decision leads to.
+pub(crate) enum Outcome {
+    Bind {
+        attempt: Attempt,
+        node: Arc<str>,
+        plan: VolumePlan,
+        began: Instant,
+    },
+    Explain {
+        pod: Arc<PodInfo>,
+        refusal: Refusal,
+    },
+    /// Others have to be asked first.
+    Ask {
+        attempt: Attempt,
+        nodes: Vec<Arc<str>>,
+        began: Instant,
+    },
+    AskAboutVictims {
+        pod: Arc<PodInfo>,
+        refusal: Refusal,
+    },
+}
+
+impl Outcome {
+    fn waits_for_volumes(&self) -> bool {
+        matches!(self, Outcome::Bind { plan, .. } if !plan.is_empty())
+    }
 }
 
 impl Scheduler {
-    /// A scheduler for pods whose `schedulerName` is `name`. `informers` should be shared with what else runs in the
-    /// process; `seed` decides ties.
-    pub fn new(name: &str, informers: &Informers, recorder: &Recorder, clock: Clock, seed: u64) -> Self {
+    /// A scheduler for the profiles of `config`. `informers` should be shared with what else runs in the process;
+    /// `seed` decides ties.
+    pub fn new(config: Config, informers: &Informers, recorder: &Recorder, clock: Clock, seed: u64) -> Self {
         let state = State {
-            table: NodeTable::new(),
-            queue: Queue::default(),
-            start: 0,
-            random: SmallRng::seed_from_u64(seed),
+            world: World::default(),
+            queue: Queue::new(config.backoff),
+            chooser: Chooser { start: 0, random: SmallRng::seed_from_u64(seed) },
+            assumed: HashMap::new(),
+            expiring: BTreeSet::new(),
         };
+        let profiles = config.profiles.into_iter();
         let shared = Arc::new(Shared {
-            name: name.to_owned(),
+            profiles: profiles.map(|profile| (profile.scheduler_name.clone(), Arc::new(profile))).collect(),
+            extenders: config.extenders,
             client: informers.client(),
             clock,
-            recorder: recorder.for_component(name),
+            recorder: recorder.clone(),
+            pods: informers.get(),
             state: Mutex::new(state),
             changed: Notify::new(),
+            storage_changed: Notify::new(),
         });
-        let (pods, nodes) = (informers.get::<Pod>(), informers.get::<Node>());
-        let observer = shared.clone();
-        nodes.on_change(move |change| observer.node_changed(change));
-        let observer = shared.clone();
-        pods.on_change(move |change| observer.pod_changed(change));
-        Scheduler { shared, pods, nodes }
+        let gauges: Weak<dyn Gauges> = Arc::<Shared>::downgrade(&shared);
+        metrics().register(gauges);
+        let mut scheduler = Scheduler { shared, synced: Vec::new() };
+        scheduler.watch_all(informers);
+        scheduler
     }
 
-    /// The default scheduler with everything of its own: what `knarr server` runs.
+    /// What `knarr server` runs: on the caches of the process, writing as the informers' client.
+    pub async fn run_with(informers: Informers, config: Config, shutdown: CancellationToken) {
+        let election = config.election.clone();
+        let client = informers.client();
+        let work = |shutdown: CancellationToken| {
+            let recorder = Recorder::new(client.clone(), Clock::System, crate::DEFAULT_NAME, "");
+            let scheduler =
+                Scheduler::new(config.clone(), &informers, &recorder, Clock::System, rand::random());
+            scheduler.run(shutdown)
+        };
+        let Some(election) = election else { return work(shutdown).await };
+        // Who lost the lease stands for it again.
+        while !shutdown.is_cancelled() {
+            let (lease, stop) = (election.lease(), shutdown.child_token());
+            let lead = || work(stop.clone());
+            if let Err(error) =
+                leader::run(client.clone(), Clock::System, lease, shutdown.clone(), lead).await
+            {
+                tracing::warn!(%error, "no longer the leading scheduler");
+            }
+            stop.cancel();
+        }
+    }
+
+    /// The default scheduler.
     pub async fn run_default(client: Client, shutdown: CancellationToken) {
-        let informers = Informers::new(client.clone());
-        let recorder = Recorder::new(client, Clock::System, DEFAULT_NAME, "");
-        Scheduler::new(DEFAULT_NAME, &informers, &recorder, Clock::System, rand::random())
-            .run(shutdown)
-            .await;
+        Scheduler::run_with(Informers::new(client), Config::default(), shutdown).await;
     }
 
-    /// Decides until `shutdown`; starts when pods and nodes are known.
+    fn watch_all(&mut self, informers: &Informers) {
+        self.watch(&informers.get::<Namespace>(), Shared::namespace_changed);
+        macro_rules! keep {
+            ($($field:ident => $told:expr;)*) => {
+                $(self.watch(&informers.get(), |shared, change| {
+                    let mut state = shared.state.lock();
+                    state.world.objects.$field.set(change);
+                    let told: fn(&mut State) = $told;
+                    told(&mut state);
+                    drop(state);
+                    shared.changed.notify_one();
+                });)*
+            };
+        }
+        keep! {
+            services => |state| state.world.objects.selectors_changed();
+            replication_controllers => |state| state.world.objects.selectors_changed();
+            stateful_sets => |state| state.world.objects.selectors_changed();
+            replica_sets => |state| state.world.objects.selectors_changed();
+            budgets => |_| {};
+            storage_classes => |state| state.wake(&ClusterEvent::StorageChanged);
+            csi_nodes => |state| state.wake(&ClusterEvent::StorageChanged);
+            csi_drivers => |state| state.wake(&ClusterEvent::StorageChanged);
+            csi_capacities => |state| state.wake(&ClusterEvent::StorageChanged);
+            resource_claims => |state| state.wake(&ClusterEvent::DevicesChanged);
+            resource_slices => |state| state.wake(&ClusterEvent::DevicesChanged);
+            device_classes => |state| state.wake(&ClusterEvent::DevicesChanged);
+        }
+        self.watch(&informers.get::<PersistentVolume>(), Shared::volume_changed);
+        self.watch(&informers.get::<PersistentVolumeClaim>(), Shared::claim_changed);
+        self.watch(&informers.get::<Node>(), Shared::node_changed);
+        self.watch(&self.shared.pods.clone(), Shared::pod_changed);
+    }
+
+    fn watch<K: knarr_client::informer::Cached>(
+        &mut self,
+        informer: &Informer<K>,
+        told: impl Fn(&Shared, &Change<K>) + Send + Sync + 'static,
+    ) {
+        let observer = Arc::downgrade(&self.shared);
+        informer.on_change(move |change| {
+            if let Some(shared) = observer.upgrade() {
+                told(&shared, change);
+            }
+        });
+        let informer = informer.clone();
+        self.synced.push(Box::pin(async move { informer.wait_synced().await }));
+    }
+
+    /// Decides until `shutdown`; starts when the cluster is known.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Scheduler { shared, pods, nodes } = self;
+        let Scheduler { shared, synced } = self;
         tokio::select! {
             () = shutdown.cancelled() => return,
-            _ = futures::future::join(pods.wait_synced(), nodes.wait_synced()) => {}
+            _ = futures::future::join_all(synced) => {}
         }
         let writes = Arc::new(Semaphore::new(WRITES_MAX));
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = shared.step(&pods, &writes) => {}
+                () = shared.step(&writes) => {}
             }
         }
     }
-}
-
-/// What a decision leads to.
-enum Outcome {
-    Bind(Arc<PodInfo>, String),
-    Explain(Arc<PodInfo>, String),
 }
 
 impl Shared {
-    /// Decides one pod, or waits until there may be one.
-    async fn step(self: &Arc<Self>, pods: &Informer<Pod>, writes: &Arc<Semaphore>) {
-        let permit = writes.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let changed = self.changed.notified();
-        let (outcome, deadline) = {
-            let mut state = self.state.lock();
-            (state.decide_next(Instant::now()), state.queue.next_deadline())
-        };
-        match outcome {
-            Some(outcome) => {
-                let (this, pods) = (self.clone(), pods.clone());
-                tokio::spawn(async move {
-                    this.carry_out(outcome, &pods).await;
-                    drop(permit);
-                });
-                // Watches and writes get their turn between decisions.
-                tokio::task::yield_now().await;
-            }
-            None => match deadline {
-                Some(deadline) => tokio::select! {
-                    () = changed => {}
-                    () = tokio::time::sleep_until(deadline) => {}
-                },
-                None => changed.await,
+    /// Decides some pods, or waits until there may be one.
+    async fn step(self: &Arc<Self>, writes: &Arc<Semaphore>) {
+        for _ in 0..DECISIONS_AT_ONCE {
+            let permit = writes.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let (outcome, deadline) = {
+                let mut state = self.state.lock();
+                let outcome = state.decide_next(self);
+                (outcome, state.next_deadline())
+            };
+            let Some(outcome) = outcome else {
+                drop(permit);
+                return self.wait(deadline).await;
+            };
+            // Volumes may take minutes: who waits for them keeps nobody else from being written.
+            let permit = (!outcome.waits_for_volumes()).then_some(permit);
+            let this = self.clone();
+            tokio::spawn(async move {
+                writes::carry_out(&this, outcome).await;
+                drop(permit);
+            });
+        }
+        // Watches and writes get their turn between decisions.
+        tokio::task::yield_now().await;
+    }
+
+    async fn wait(&self, deadline: Option<Instant>) {
+        match deadline {
+            Some(deadline) => tokio::select! {
+                () = self.changed.notified() => {}
+                () = tokio::time::sleep_until(deadline) => {}
             },
+            None => self.changed.notified().await,
         }
     }
 
-    async fn carry_out(&self, outcome: Outcome, pods: &Informer<Pod>) {
-        match outcome {
-            Outcome::Bind(pod, node) => match self.bind(&pod, &node).await {
-                Ok(()) => {
-                    let key = &pod.key;
-                    let message = format!("Successfully assigned {key} to {node}");
-                    self.recorder.event(&*pod.pod, EventType::Normal, "Scheduled", message);
-                    self.state.lock().queue.remove(key);
-                }
-                Err(error) => self.undo(&pod, pods, &error).await,
-            },
-            Outcome::Explain(pod, message) => self.explain(&pod, "Unschedulable", &message).await,
-        }
+    pub fn profile(&self, pod: &PodInfo) -> Option<&Arc<Profile>> {
+        self.profiles.get(pod.scheduler_name())
     }
 
-    async fn bind(&self, pod: &PodInfo, node: &str) -> Result<()> {
-        let binding = Binding {
-            metadata: ObjectMeta {
-                name: Some(pod.key.name.clone()),
-                namespace: Some(pod.key.namespace.clone()),
-                uid: pod.pod.metadata.uid.clone(),
-                ..Default::default()
-            },
-            target: ObjectReference {
-                kind: Some("Node".to_owned()),
-                name: Some(node.to_owned()),
-                ..Default::default()
-            },
-        };
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.key.namespace);
-        api.create_subresource::<_, serde_json::Value>(
-            "binding",
-            &pod.key.name,
-            &PostParams::default(),
-            &binding,
-        )
-        .await
-        .during(|| format!("bind pod {} to node {node}", pod.key))?;
-        Ok(())
+    /// Speaks as the scheduler the pod asked for.
+    pub fn recorder(&self, pod: &PodInfo) -> Recorder {
+        self.recorder.for_component(pod.scheduler_name())
     }
 
-    /// The pod was assumed on a node but not bound: forget that and try again later.
-    async fn undo(&self, pod: &PodInfo, pods: &Informer<Pod>, error: &Error) {
-        tracing::debug!(pod = %pod.key, %error, "binding failed");
-        let waiting = pods
-            .get_key(&pod.key)
-            .filter(|known| node_of(known).is_none() && known.metadata.uid == pod.pod.metadata.uid);
-        {
-            let mut state = self.state.lock();
-            match &waiting {
-                Some(_) => {
-                    state.table.remove_pod(&pod.key);
-                    state.queue.retry(&pod.key, Instant::now());
-                }
-                // Bound by someone else, or gone: the watch has told the table already.
-                None => state.queue.remove(&pod.key),
-            }
-            state.queue.wake(&ClusterEvent { pod_removed: true, ..Default::default() }, Instant::now());
-        }
+    /// Changes the state and lets the loop look again.
+    pub fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state.lock());
         self.changed.notify_one();
-        if waiting.is_some() && !error.is_not_found() && !error.is_conflict() {
-            self.explain(pod, "SchedulerError", &error.to_string()).await;
-        }
+        result
     }
 
-    /// Tells why the pod has no node: an event and the PodScheduled condition.
-    async fn explain(&self, pod: &PodInfo, reason: &str, message: &str) {
-        self.recorder.event(&*pod.pod, EventType::Warning, "FailedScheduling", message);
-        let Some(condition) = self.condition(&pod.pod, reason, message) else { return };
-        let patch = json!({"metadata": {"uid": pod.pod.metadata.uid}, "status": {"conditions": [condition]}});
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.key.namespace);
-        // Strategic: conditions of others, merged by type, stay.
-        let patched =
-            api.patch_status(&pod.key.name, &PatchParams::default(), &Patch::Strategic(patch)).await;
-        if let Err(error) = ignore_gone(patched.during(|| format!("write condition of pod {}", pod.key))) {
-            tracing::debug!(pod = %pod.key, %error, "condition not written");
-        }
-    }
-
-    /// `None` when the pod says so already.
-    fn condition(&self, pod: &Pod, reason: &str, message: &str) -> Option<PodCondition> {
-        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-        let old = conditions.into_iter().flatten().find(|condition| condition.type_ == "PodScheduled");
-        let since = old.filter(|old| old.status == "False").and_then(|old| old.last_transition_time.clone());
-        let new = PodCondition {
-            type_: "PodScheduled".to_owned(),
-            status: "False".to_owned(),
-            reason: Some(reason.to_owned()),
-            message: Some(message.to_owned()),
-            last_transition_time: since.or_else(|| Some(self.clock.time())),
-            observed_generation: pod.metadata.generation,
-            ..Default::default()
-        };
-        (old != Some(&new)).then_some(new)
+    /// Decides with what extenders said.
+    pub fn decide_advised(&self, attempt: Attempt, advice: &Advice, began: Instant) -> Option<Outcome> {
+        let profile = self.profile(&attempt.pod)?.clone();
+        self.update(|state| {
+            let State { world, chooser, .. } = state;
+            let decision = decide(&attempt.pod, &profile, world, chooser, Some(advice));
+            Some(state.settle(self, attempt, &profile, decision, began))
+        })
     }
 
     fn node_changed(&self, change: &Change<Node>) {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        match change {
+        self.update(|state| match change {
             Change::Deleted(node) => {
-                state.table.remove_node(node.metadata.name.as_deref().unwrap_or_default());
+                state.world.table.remove_node(node.metadata.name.as_deref().unwrap_or_default());
                 // Fewer domains can even satisfy a spread constraint.
-                state.queue.wake(&ClusterEvent { node_labels: true, ..Default::default() }, now);
+                state.wake(&ClusterEvent::NodeRemoved);
             }
             Change::Added(node) => {
-                state.table.set_node(node.clone());
-                state.queue.wake(&ClusterEvent { node_added: true, ..Default::default() }, now);
+                state.world.table.set_node(node.clone());
+                state.wake(&ClusterEvent::NodeAdded(node));
             }
             Change::Updated { old, new } => {
-                let event = difference(old, new);
-                state.table.set_node(new.clone());
-                state.queue.wake(&event, now);
+                state.world.table.set_node(new.clone());
+                if node_matters(old, new) {
+                    state.wake(&ClusterEvent::NodeChanged { old, new });
+                }
             }
-        }
-        drop(state);
-        self.changed.notify_one();
+        });
+    }
+
+    fn namespace_changed(&self, change: &Change<Namespace>) {
+        let namespace = change.object();
+        let name = namespace.metadata.name.as_deref().unwrap_or_default();
+        let none = Default::default();
+        let labels = (!change.is_deleted()).then(|| namespace.metadata.labels.as_ref().unwrap_or(&none));
+        self.update(|state| {
+            let table = &mut state.world.table;
+            table.groups.set_namespace(name, labels, &table.filters);
+            state.wake(&ClusterEvent::NamespaceChanged);
+        });
+    }
+
+    fn volume_changed(&self, change: &Change<PersistentVolume>) {
+        self.update(|state| {
+            let objects = &mut state.world.objects;
+            objects.volumes.set(change);
+            let volume = change.object();
+            let claimed = volume.spec.as_ref().is_some_and(|spec| spec.claim_ref.is_some());
+            if claimed || change.is_deleted() {
+                objects.promised_volumes.remove(volume.metadata.name.as_deref().unwrap_or_default());
+            }
+            state.wake(&ClusterEvent::StorageChanged);
+        });
+        self.storage_changed.notify_waiters();
+    }
+
+    fn claim_changed(&self, change: &Change<PersistentVolumeClaim>) {
+        self.update(|state| {
+            state.world.objects.claims.set(change);
+            state.wake(&ClusterEvent::ClaimChanged(change.object()));
+        });
+        self.storage_changed.notify_waiters();
     }
 
     fn pod_changed(&self, change: &Change<Pod>) {
         let pod = change.object();
         let gone = change.is_deleted() || is_finished(pod);
-        let mut state = self.state.lock();
-        match node_of(pod) {
+        self.update(|state| match node_of(pod) {
             _ if gone => state.pod_gone(&ObjectKey::of(&**pod)),
-            Some(node) => state.pod_bound(node, change),
-            None => state.pod_waits(&self.name, change),
-        }
-        drop(state);
-        self.changed.notify_one();
+            Some(node) => state.pod_placed(node, pod),
+            None => state.pod_waits(self, change),
+        });
     }
 }
 
 impl State {
-    fn decide_next(&mut self, now: Instant) -> Option<Outcome> {
-        let pod = self.queue.pop(now)?;
-        match decide(&pod, &self.table, &mut self.start, &mut self.random) {
-            Decision::Node(node) => {
-                self.table.add_pod(&node, pod.clone());
-                // Pods that want to be near this one may have their chance now.
-                self.queue.wake(&ClusterEvent { pod_added: true, ..Default::default() }, now);
-                Some(Outcome::Bind(pod, node))
+    fn decide_next(&mut self, shared: &Shared) -> Option<Outcome> {
+        let began = Instant::now();
+        self.expire(began);
+        loop {
+            let attempt = self.queue.pop(began)?;
+            let Some(profile) = shared.profile(&attempt.pod).cloned() else {
+                self.queue.remove(&attempt.pod.key);
+                continue;
+            };
+            let State { world, chooser, .. } = self;
+            let interested = shared.extenders.iter().any(|extender| extender.is_interested(&attempt.pod));
+            if interested {
+                return Some(match fitting_nodes(&attempt.pod, &profile, world, chooser) {
+                    Ok(nodes) => {
+                        self.queue.in_flight(&attempt.pod.key);
+                        Outcome::Ask { attempt, nodes, began }
+                    }
+                    Err(decision) => self.settle(shared, attempt, &profile, decision, began),
+                });
             }
-            Decision::Unschedulable { message, rejected_by } => {
-                let plugins: Vec<_> = rejected_by.iter().map(|plugin| PLUGINS[*plugin].name).collect();
-                tracing::debug!(pod = %pod.key, ?plugins, "no node fits");
-                self.queue.unschedulable(&pod.key, rejected_by);
-                Some(Outcome::Explain(pod, message))
+            let decision = decide(&attempt.pod, &profile, world, chooser, None);
+            return Some(self.settle(shared, attempt, &profile, decision, began));
+        }
+    }
+
+    /// Makes a decision part of what is known, and says what has to be written.
+    fn settle(
+        &mut self,
+        shared: &Shared,
+        attempt: Attempt,
+        profile: &Profile,
+        decision: Decision,
+        began: Instant,
+    ) -> Outcome {
+        metrics().decided(began.elapsed());
+        match decision {
+            Decision::Node(node, plan) => {
+                self.assume(&attempt.pod, &node, &plan);
+                Outcome::Bind { attempt, node, plan, began }
+            }
+            Decision::Unschedulable(refusal) => {
+                let name: Arc<str> = profile.scheduler_name.as_str().into();
+                metrics().attempt(&name, Attempted::Unschedulable, began.elapsed());
+                let pod = attempt.pod;
+                tracing::debug!(pod = %pod.key, message = refusal.message, "no node fits");
+                let asks = shared.extenders.iter().any(|e| e.preempts() && e.is_interested(&pod));
+                self.queue.unschedulable(&pod.key, &refusal.rejected_by, Instant::now());
+                if refusal.preemption.is_some() && asks {
+                    return Outcome::AskAboutVictims { pod, refusal };
+                }
+                self.nominate(&pod, &refusal);
+                Outcome::Explain { pod, refusal }
             }
         }
+    }
+
+    /// Promises the node where room is made, or takes an old promise back.
+    pub fn nominate(&mut self, pod: &Arc<PodInfo>, refusal: &Refusal) {
+        match &refusal.preemption {
+            Some(preemption) => {
+                metrics().preempted(preemption.victims.len());
+                self.world.table.nominate(pod, Some(&preemption.node));
+                for other in &preemption.unpromised {
+                    self.world.table.nominate(other, None);
+                }
+            }
+            None if refusal.forget_nomination => self.world.table.nominate(pod, None),
+            None => {}
+        }
+    }
+
+    fn assume(&mut self, pod: &Arc<PodInfo>, node: &str, plan: &VolumePlan) {
+        self.world.table.nominate(pod, None);
+        self.world.table.add_pod(node, pod.clone());
+        self.assumed.insert(pod.key.clone(), None);
+        let promises = plan.bind.iter().map(|(volume, claim)| (volume.clone(), claim.clone()));
+        self.world.objects.promised_volumes.extend(promises);
+        // Pods that want to be near this one may have their chance now.
+        self.wake(&ClusterEvent::PodPlaced(pod));
+    }
+
+    /// The pod was bound: from now on the watch should show it.
+    pub fn bound(&mut self, key: &ObjectKey) {
+        self.queue.remove(key);
+        if let Some(due) = self.assumed.get_mut(key) {
+            let expires = Instant::now() + ASSUMED_MAX;
+            *due = Some(expires);
+            self.expiring.insert((expires, key.clone()));
+        }
+    }
+
+    /// The pod was assumed on a node but not bound: forget that, and try again if it still waits.
+    pub fn forget(&mut self, pod: &Arc<PodInfo>, plan: &VolumePlan, still_waits: bool) {
+        for (volume, claim) in &plan.bind {
+            if self.world.objects.promised_volumes.get(volume) == Some(claim) {
+                self.world.objects.promised_volumes.remove(volume);
+            }
+        }
+        let assumed = self.assumed.remove(&pod.key).is_some();
+        match still_waits {
+            true => {
+                if assumed {
+                    self.world.table.remove_pod(&pod.key);
+                }
+                self.queue.retry(&pod.key, Instant::now());
+            }
+            // Bound by someone else, or gone: the watch has told the table already.
+            false => self.queue.remove(&pod.key),
+        }
+        self.wake(&ClusterEvent::PodRemoved(pod));
+    }
+
+    fn expire(&mut self, now: Instant) {
+        while let Some((_, key)) = self.expiring.first().filter(|(due, _)| *due <= now).cloned() {
+            self.expiring.pop_first();
+            tracing::warn!(pod = %key, "a bound pod never appeared on its node; its room is free again");
+            self.assumed.remove(&key);
+            self.pod_gone(&key);
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let expiry = self.expiring.first().map(|(due, _)| *due);
+        [self.queue.next_deadline(), expiry].into_iter().flatten().min()
+    }
+
+    fn confirm(&mut self, key: &ObjectKey) -> bool {
+        let Some(due) = self.assumed.remove(key) else { return false };
+        if let Some(due) = due {
+            self.expiring.remove(&(due, key.clone()));
+        }
+        true
+    }
+
+    fn wake(&mut self, event: &ClusterEvent) {
+        let moved = self.queue.wake(event, Instant::now());
+        metrics().queued("active", event.label(), moved);
     }
 
     fn pod_gone(&mut self, key: &ObjectKey) {
+        if let Some(pod) = self.queue.get(key).cloned() {
+            self.world.table.nominate(&pod, None);
+        }
         self.queue.remove(key);
-        if self.table.remove_pod(key) {
-            self.queue.wake(&ClusterEvent { pod_removed: true, ..Default::default() }, Instant::now());
+        self.confirm(key);
+        if let Some(pod) = self.world.table.remove_pod(key) {
+            self.wake(&ClusterEvent::PodRemoved(&pod));
         }
     }
 
-    fn pod_bound(&mut self, node: &str, change: &Change<Pod>) {
-        let info = Arc::new(PodInfo::new(change.object().clone()));
-        self.queue.remove(&info.key);
-        let known = self.table.node_of(&info.key) == Some(node);
-        let changed = change.old().is_some_and(|old| {
-            let old = PodInfo::new(old.clone());
-            old.requests != info.requests || old.pod.metadata.labels != info.pod.metadata.labels
-        });
-        self.table.add_pod(node, info);
-        let event = ClusterEvent { pod_added: !known || changed, pod_removed: changed, ..Default::default() };
-        self.queue.wake(&event, Instant::now());
-    }
-
-    fn pod_waits(&mut self, scheduler: &str, change: &Change<Pod>) {
-        let pod = change.object();
-        let key = ObjectKey::of(&**pod);
-        if !is_ours(pod, scheduler) || is_gated(pod) || pod.metadata.deletion_timestamp.is_some() {
-            return self.queue.remove(&key);
-        }
+    fn pod_placed(&mut self, node: &str, pod: &Arc<Pod>) {
         let info = Arc::new(PodInfo::new(pod.clone()));
+        self.queue.remove(&info.key);
+        let assumed = self.confirm(&info.key);
+        let table = &mut self.world.table;
+        let known = table.get_pod(&info.key).filter(|_| table.node_of(&info.key) == Some(node)).cloned();
+        match known {
+            Some(old) if old.counts_as(&info) => table.refresh_pod(info),
+            Some(old) => {
+                table.add_pod(node, info.clone());
+                self.wake(&ClusterEvent::PodChanged { old: &old, new: &info });
+            }
+            None => {
+                table.nominate(&info, None);
+                let moved = table.remove_pod(&info.key);
+                table.add_pod(node, info.clone());
+                if let Some(old) = moved {
+                    self.wake(&ClusterEvent::PodRemoved(&old));
+                }
+                if !assumed {
+                    self.wake(&ClusterEvent::PodPlaced(&info));
+                }
+            }
+        }
+    }
+
+    fn pod_waits(&mut self, shared: &Shared, change: &Change<Pod>) {
+        let pod = change.object();
+        let info = Arc::new(PodInfo::new(pod.clone()));
+        let key = &info.key;
+        if shared.profile(&info).is_none() || info.is_terminating() {
+            self.world.table.nominate(&info, None);
+            return self.queue.remove(key);
+        }
+        if self.assumed.contains_key(key) {
+            // Being bound; what changes matters only if that fails.
+            return self.queue.refresh(info);
+        }
+        let old_nomination = change.old().and_then(|old| nominated(old));
+        if nominated(pod) != old_nomination {
+            self.world.table.nominate(&info, nominated(pod));
+        }
         let only_status = change.old().is_some_and(|old| {
             old.spec == pod.spec
                 && old.metadata.labels == pod.metadata.labels
                 && old.metadata.annotations == pod.metadata.annotations
         });
-        if only_status && self.queue.get(&key).is_some() {
-            self.queue.refresh(info);
-        } else {
-            self.queue.add(info, Instant::now());
+        if only_status && self.queue.get(key).is_some() {
+            return self.queue.refresh(info);
         }
+        let event = if change.old().is_some() { "PodUpdate" } else { "PodAdd" };
+        metrics().queued("active", event, 1);
+        let gates = gated(&info);
+        self.queue.add(info, gates, Instant::now());
     }
 }
 
-fn node_of(pod: &Pod) -> Option<&str> {
+impl Gauges for Shared {
+    fn pending(&self) -> [usize; 4] {
+        self.state.lock().queue.lens()
+    }
+
+    fn cached(&self) -> [usize; 3] {
+        let state = self.state.lock();
+        [state.world.table.live().len(), state.world.table.pods_len(), state.assumed.len()]
+    }
+
+    fn refused_by(&self, plugin: usize) -> usize {
+        self.state.lock().queue.refused_by(plugin)
+    }
+}
+
+pub(crate) fn node_of(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref().filter(|name| !name.is_empty())
+}
+
+fn nominated(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref()?.nominated_node_name.as_deref().filter(|name| !name.is_empty())
 }
 
 fn is_finished(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-fn is_ours(pod: &Pod, scheduler: &str) -> bool {
-    let wanted =
-        pod.spec.as_ref().and_then(|spec| spec.scheduler_name.as_deref()).filter(|name| !name.is_empty());
-    wanted.unwrap_or(DEFAULT_NAME) == scheduler
-}
-
-fn is_gated(pod: &Pod) -> bool {
-    pod.spec.as_ref().and_then(|spec| spec.scheduling_gates.as_ref()).is_some_and(|gates| !gates.is_empty())
-}
-
-/// What changed of a node, as far as it can make room.
-fn difference(old: &Node, new: &Node) -> ClusterEvent {
-    let allocatable = |node: &Node| node.status.as_ref().and_then(|status| status.allocatable.clone());
-    let taints = |node: &Node| {
-        let spec = node.spec.clone().unwrap_or_default();
-        (spec.taints.unwrap_or_default(), spec.unschedulable.unwrap_or(false))
-    };
-    ClusterEvent {
-        node_allocatable: allocatable(old) != allocatable(new),
-        node_labels: old.metadata.labels != new.metadata.labels,
-        node_taints: taints(old) != taints(new),
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]

@@ -317,7 +317,14 @@ impl Committer {
         let Write { partition, key, change, .. } = write;
         let make = |bytes, expires| {
             let key = before.as_ref().map_or_else(|| key.clone(), |b| b.key.clone());
-            Arc::new(Entry { key, revision, bytes, expires, view: Default::default() })
+            Arc::new(Entry {
+                key,
+                revision,
+                bytes,
+                expires,
+                view: Default::default(),
+                digest: Default::default(),
+            })
         };
         let (value, after) = match change {
             Change::Put { bytes, splice: at, time_to_live } => {
@@ -422,7 +429,14 @@ impl Committer {
         let before = partition.get(&record.key);
         let make = |bytes| {
             let (key, expires) = (record.key.clone(), record.expires);
-            Arc::new(Entry { key, revision: record.revision, bytes, expires, view: Default::default() })
+            Arc::new(Entry {
+                key,
+                revision: record.revision,
+                bytes,
+                expires,
+                view: Default::default(),
+                digest: Default::default(),
+            })
         };
         let after = match (&record.value, &before) {
             (Some(value), _) => Ok(make(value.clone())),

@@ -43,6 +43,29 @@ pub struct Entry {
     pub expires: Option<SystemTime>,
     /// A reader's decoded view of the bytes, made at first use and shared by all watchers.
     pub view: std::sync::OnceLock<Arc<dyn std::any::Any + Send + Sync>>,
+    /// What a reader says the value is about; lists by [`Range::about`] skip entries without reading them.
+    pub digest: std::sync::OnceLock<Digest>,
+}
+
+/// A set of words in 128 bits (a Bloom filter): it may say "perhaps" of a word that is not in it, never "no" of one
+/// that is.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Digest(u128);
+
+impl Digest {
+    /// Adds the word that the parts make together.
+    pub fn add(&mut self, parts: &[&str]) {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hasher = DefaultHasher::new();
+        parts.hash(&mut hasher);
+        let hash = hasher.finish();
+        self.0 |= 1 << (hash & 127) | 1 << (hash >> 7 & 127);
+    }
+
+    /// False if a word of `others` is surely missing.
+    pub fn may_hold(&self, others: Digest) -> bool {
+        self.0 & others.0 == others.0
+    }
 }
 
 /// One change to one key.
@@ -125,6 +148,8 @@ pub struct Range {
     pub limit: usize,
     /// As of this revision; `None` means now.
     pub at: Option<Revision>,
+    /// Without entries whose digest lacks one of these words. Entries without a digest are listed.
+    pub about: Digest,
 }
 
 /// The store: everything the API server needs of a back end.

@@ -163,7 +163,8 @@ impl Partition {
         let limit = if range.limit == 0 { usize::MAX } else { range.limit };
         let mut entries = Vec::new();
         let mut remaining = 0;
-        for (_, entry) in merge_by_key(current, past) {
+        let about = |entry: &Entry| entry.digest.get().is_none_or(|d| d.may_hold(range.about));
+        for (_, entry) in merge_by_key(current, past).filter(|(_, entry)| about(entry)) {
             if entries.len() < limit {
                 entries.push(entry.clone());
             } else {

@@ -42,6 +42,7 @@ pub const JOB: Rules = Rules {
         }
     },
     selectable: &["status.successful"],
+    selectable_reads: &["status.succeeded"],
     selectable_value: Some(|object, path| {
         (path == "status.successful").then(|| object.int_at("status.succeeded").unwrap_or(0).to_string())
     }),

@@ -215,3 +215,19 @@ async fn a_finished_job_goes_when_its_time_is_over() {
     assert!((58..65).contains(&began.elapsed().as_secs()));
     harness.api.wait_for::<Pod>("no pods", |pods| pods.is_empty()).await;
 }
+
+/// Found by the simulator: a job deleted with its pods orphaned left its finalizer on them, for ever.
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_lost_its_job_loses_its_finalizer() {
+    let harness = Harness::quiet();
+    harness.start(start_orphans);
+    let pod = json!({
+        "metadata": {"name": "p", "finalizers": [FINALIZER, "example.com/kept"]},
+        "spec": {"containers": [{"name": "c", "image": "i"}]},
+    });
+    harness.create::<Pod>(pod).await;
+    let kept =
+        |pods: &[Pod]| pods[0].metadata.finalizers.as_deref() == Some(&["example.com/kept".to_owned()]);
+    harness.api.wait_for::<Pod>("the finalizer gone", kept).await;
+    harness.assert_quiet().await;
+}

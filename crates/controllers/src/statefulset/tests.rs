@@ -140,3 +140,18 @@ async fn each_pod_has_its_claims_and_the_policy_says_whom_they_go_with() {
     let claims = harness.api.objects::<PersistentVolumeClaim>();
     assert_eq!(owner_of(&claims, "data-web-0").as_deref(), Some("StatefulSet"));
 }
+
+/// Found by the simulator: the garbage collector deleted the revisions of a set in foreground deletion, and the loop
+/// made them again, without end.
+#[tokio::test(start_paused = true)]
+async fn a_set_that_is_being_deleted_makes_no_revision() {
+    let harness = Harness::quiet();
+    let mut object = set(1, json!({}));
+    object["metadata"]["finalizers"] = json!(["foregroundDeletion"]);
+    harness.create::<StatefulSet>(object).await;
+    harness.delete::<StatefulSet>("web").await;
+    harness.start(start);
+    harness.api.settle(std::time::Duration::from_secs(5)).await;
+    assert_eq!(harness.api.objects::<ControllerRevision>(), []);
+    assert_eq!(harness.api.objects::<Pod>(), []);
+}

@@ -1,58 +1,271 @@
-//! NodeResourcesFit: a node must have what a pod requests; the emptier one scores higher (LeastAllocated).
+//! NodeResourcesFit: a node must have what a pod requests. It scores by how much would be left (LeastAllocated), used
+//! (MostAllocated), or by a curve over use (RequestedToCapacityRatio).
 
-use super::{Cycle, Plugin, Scale, Score, Verdict};
-use crate::table::{CPU_COLUMN, MEMORY_COLUMN, PODS_COLUMN, Slot};
-use std::borrow::Cow;
+use super::balanced_allocation::is_native;
+use super::{BLOCK, Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::{ClusterEvent, kind};
+use crate::objects::World;
+use crate::pod::PodInfo;
+use crate::requests::{CPU, MEMORY, amounts};
+use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, STORAGE_COLUMN, Slot};
+use k8s_openapi::api::core::v1::Node;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeResourcesFit",
-    prepare: None,
+    points: &[Point::PreFilter, Point::Filter, Point::PreScore, Point::Score],
+    weight: 1,
+    prepare: Some(prepare),
     filter: Some(filter),
-    score: Some(Score { weight: 1, raw: score, scale: Scale::AsIs }),
-    wakes: |event, _| event.node_added || event.node_allocatable || event.pod_removed,
+    filter_many: Some(filter_many),
+    explain,
+    score: Some(score),
+    hears: kind::NODE | kind::POD_REMOVED | kind::POD_CHANGED,
+    wakes: |event, pod| match event {
+        ClusterEvent::PodRemoved(_) => true,
+        ClusterEvent::PodChanged { old, new } => new.requests.is_less_somewhere(&old.requests),
+        _ => event.allocatable_changed() && event.node().is_some_and(|node| has_room(node, pod)),
+    },
 };
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    let table = cycle.table;
-    let mut reasons: Vec<Cow<'static, str>> = Vec::new();
-    let mut hopeless = false;
-    let pods = &table.resources[PODS_COLUMN];
-    if pods.requested[slot] + 1 > pods.allocatable[slot] {
-        reasons.push("Too many pods".into());
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FitArgs {
+    pub ignored_resources: Vec<String>,
+    pub ignored_groups: Vec<String>,
+    pub strategy: Strategy,
+}
+
+impl FitArgs {
+    fn ignores(&self, name: &str) -> bool {
+        let group = name.split_once('/').map(|(group, _)| group);
+        let ignored = || self.ignored_resources.iter().any(|ignored| ignored == name);
+        name.contains('/')
+            && (ignored() || self.ignored_groups.iter().any(|ignored| Some(ignored.as_str()) == group))
     }
-    for (name, wanted) in cycle.pod.requests.iter().filter(|(_, wanted)| **wanted > 0) {
-        let column = table.find_column(name).map(|column| &table.resources[column]);
-        let (allocatable, requested) =
-            column.map_or((0, 0), |column| (column.allocatable[slot], column.requested[slot]));
-        if *wanted > allocatable - requested {
-            reasons.push(format!("Insufficient {name}").into());
-            hopeless |= *wanted > allocatable;
+}
+
+/// Resources with their weights, and what is good.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Strategy {
+    LeastAllocated(Vec<(String, i64)>),
+    MostAllocated(Vec<(String, i64)>),
+    /// Points of a curve from use in percent to a score of 0 to 100.
+    RequestedToCapacityRatio(Vec<(String, i64)>, Vec<(i64, i64)>),
+}
+
+impl Default for Strategy {
+    fn default() -> Self {
+        Strategy::LeastAllocated(vec![(CPU.to_owned(), 1), (MEMORY.to_owned(), 1)])
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct State {
+    /// Column (if any node offers it), amount, and name; cpu, memory and storage first.
+    wanted: Vec<(Option<usize>, i64, String)>,
+}
+
+/// The bit of "Too many pods" in a code; the others are positions in `wanted`.
+const TOO_MANY_PODS: u32 = 1 << 31;
+/// A pod may ask for so many kinds of resources; of more, the last share a bit.
+const BITS: usize = 31;
+
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
+    let requests = &cycle.pod.requests;
+    let common =
+        [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
+    let resources = &world.table.resources;
+    let common =
+        common.into_iter().map(|(column, amount)| (Some(column), amount, resources[column].name.to_string()));
+    let others = requests.others.iter().filter(|(name, _)| !cycle.profile.args.fit.ignores(name));
+    let others = others.map(|(name, amount)| (world.table.find_column(name), *amount, name.to_string()));
+    cycle.fit.wanted = common.chain(others).filter(|(_, amount, _)| *amount > 0).collect();
+    Prepared::Ready
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    let resources = &world.table.resources;
+    let mut code = if resources[PODS_COLUMN].free[slot] < 1 { TOO_MANY_PODS } else { 0 };
+    for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
+        if column.is_none_or(|column| resources[column].free[slot] < *wanted) {
+            code |= 1 << bit.min(BITS - 1);
         }
     }
-    match reasons.is_empty() {
-        true => Verdict::Fits,
-        false if hopeless => Verdict::Hopeless(reasons),
-        false => Verdict::Refused(reasons),
+    verdict(cycle, world, slot, code)
+}
+
+/// Column by column.
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let resources = &world.table.resources;
+    let mut codes = [0u32; BLOCK];
+    let pods = &resources[PODS_COLUMN].free;
+    for (code, slot) in codes.iter_mut().zip(slots) {
+        *code = u32::from(pods[*slot] < 1) << TOO_MANY_PODS.trailing_zeros();
+    }
+    for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
+        let bit = bit.min(BITS - 1);
+        match column {
+            Some(column) => {
+                let free = &resources[*column].free;
+                for (code, slot) in codes.iter_mut().zip(slots) {
+                    *code |= u32::from(free[*slot] < *wanted) << bit;
+                }
+            }
+            None => codes.iter_mut().for_each(|code| *code |= 1 << bit),
+        }
+    }
+    for ((code, slot), said) in codes.iter().zip(slots).zip(verdicts) {
+        if *code != 0 && *said == Verdict::Fits {
+            *said = verdict(cycle, world, *slot, *code);
+        }
     }
 }
 
-fn score(cycle: &Cycle, slot: Slot) -> i64 {
-    let table = cycle.table;
-    let cpu = table.assumed_cpu[slot] + cycle.pod.assumed_cpu;
-    let memory = table.assumed_memory[slot] + cycle.pod.assumed_memory;
-    let shares = [
-        free_share(table.resources[CPU_COLUMN].allocatable[slot], cpu),
-        free_share(table.resources[MEMORY_COLUMN].allocatable[slot], memory),
-    ];
-    let known: Vec<i64> = shares.into_iter().flatten().collect();
-    if known.is_empty() { 0 } else { known.iter().sum::<i64>() / known.len() as i64 }
+/// A node that offers less than the pod wants will not help, however empty.
+fn verdict(cycle: &Cycle, world: &World, slot: Slot, code: u32) -> Verdict {
+    if code == 0 {
+        return Verdict::Fits;
+    }
+    let resources = &world.table.resources;
+    let too_small = |(column, wanted, _): &(Option<usize>, i64, String)| {
+        column.is_none_or(|column| resources[column].allocatable[slot] < *wanted)
+    };
+    if cycle.fit.wanted.iter().any(too_small) { Verdict::Hopeless(code) } else { Verdict::Refused(code) }
 }
 
-/// The percentage left free; `None` for a resource the node does not have.
-fn free_share(allocatable: i64, used: i64) -> Option<i64> {
-    match allocatable {
-        ..=0 => None,
-        _ if used > allocatable => Some(0),
-        _ => Some((i128::from(allocatable - used) * 100 / i128::from(allocatable)) as i64),
+fn explain(cycle: &Cycle, _: &World, code: u32) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if code & TOO_MANY_PODS != 0 {
+        reasons.push("Too many pods".to_owned());
+    }
+    for (bit, (_, _, name)) in cycle.fit.wanted.iter().enumerate() {
+        if code & (1 << bit.min(BITS - 1)) != 0 {
+            reasons.push(format!("Insufficient {name}"));
+        }
+    }
+    reasons
+}
+
+/// Whether the node could take the pod if it were empty.
+pub fn has_room(node: &Node, pod: &PodInfo) -> bool {
+    let offered = amounts(&node.status.as_ref().and_then(|status| status.allocatable.clone()));
+    offered.iter().all(|(name, amount)| pod.requests.get(name) <= *amount)
+        && pod.requests.others.iter().all(|(name, amount)| *amount == 0 || offered.contains_key(&**name))
+}
+
+/// One resource as scoring reads it: columns, the pod's own amount, and its weight.
+struct Measured<'a> {
+    allocatable: &'a [i64],
+    used: &'a [i64],
+    wanted: i64,
+    weight: i64,
+}
+
+fn measured<'a>(table: &'a NodeTable, pod: &PodInfo, resources: &[(String, i64)]) -> Vec<Measured<'a>> {
+    let one = |(name, weight): &(String, i64)| {
+        let column = table.find_column(name)?;
+        let resource = &table.resources[column];
+        let (used, wanted) = match column {
+            CPU_COLUMN => (&table.scored_cpu, pod.scored_cpu),
+            MEMORY_COLUMN => (&table.scored_memory, pod.scored_memory),
+            _ => (&resource.requested, pod.requests.get(name)),
+        };
+        // Resources of devices count only for pods that want some.
+        let counts = wanted > 0 || is_native(name);
+        counts.then_some(Measured { allocatable: &resource.allocatable, used, wanted, weight: *weight })
+    };
+    resources.iter().filter_map(one).collect()
+}
+
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+    let (table, pod) = (&world.table, cycle.pod);
+    match &cycle.profile.args.fit.strategy {
+        Strategy::LeastAllocated(resources) => {
+            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
+                match used > allocatable {
+                    true => 0,
+                    false => percent(allocatable - used, allocatable),
+                }
+            });
+        }
+        Strategy::MostAllocated(resources) => {
+            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
+                percent(used.min(allocatable), allocatable)
+            });
+        }
+        Strategy::RequestedToCapacityRatio(resources, shape) => {
+            let measured = measured(table, pod, resources);
+            for (score, slot) in scores.iter_mut().zip(slots) {
+                *score = by_curve(&measured, *slot, shape);
+            }
+        }
+    }
+    true
+}
+
+/// The whole percents of a part, not negative, of a whole. Division of floating point numbers is several times faster
+/// than that of integers; where it is off by one, that is put right.
+fn percent(part: i64, whole: i64) -> i64 {
+    let part = part.saturating_mul(100);
+    let guess = (part as f64 / whole as f64) as i64;
+    guess - i64::from(guess * whole > part) + i64::from((guess + 1).saturating_mul(whole) <= part)
+}
+
+/// The weighted mean over the resources that the node has.
+fn weighted(measured: &[Measured], slots: &[Slot], scores: &mut [i64], share: impl Fn(i64, i64) -> i64) {
+    for (score, slot) in scores.iter_mut().zip(slots) {
+        let (mut sum, mut weights) = (0, 0);
+        for resource in measured {
+            let allocatable = resource.allocatable[*slot];
+            if allocatable != 0 {
+                sum += resource.weight * share(allocatable, resource.used[*slot] + resource.wanted);
+                weights += resource.weight;
+            }
+        }
+        *score = if weights == 0 { 0 } else { sum / weights };
+    }
+}
+
+fn by_curve(measured: &[Measured], slot: Slot, shape: &[(i64, i64)]) -> i64 {
+    let (mut sum, mut weights) = (0, 0);
+    for resource in measured {
+        let allocatable = resource.allocatable[slot];
+        if allocatable == 0 {
+            continue;
+        }
+        let used = resource.used[slot] + resource.wanted;
+        let utilization = if used > allocatable { 100 } else { used * 100 / allocatable };
+        let score = on_curve(shape, utilization);
+        if score > 0 {
+            sum += score * resource.weight;
+            weights += resource.weight;
+        }
+    }
+    if weights == 0 { 0 } else { (sum as f64 / weights as f64).round() as i64 }
+}
+
+/// A curve of straight lines between the points.
+fn on_curve(shape: &[(i64, i64)], utilization: i64) -> i64 {
+    let Some(next) = shape.iter().position(|(at, _)| utilization <= *at) else {
+        return shape.last().map_or(0, |(_, score)| *score);
+    };
+    let (at, score) = shape[next];
+    match next.checked_sub(1).map(|before| shape[before]) {
+        None => score,
+        Some((before, low)) => low + (score - low) * (utilization - before) / (at - before),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percents_are_exact() {
+        for whole in [1, 3, 7, 4000, 1 << 35, (1 << 50) + 1] {
+            for part in [0, 1, whole / 3, whole / 2, whole - 1, whole] {
+                let exact = (i128::from(part) * 100 / i128::from(whole)) as i64;
+                assert_eq!(percent(part, whole), exact, "{part} of {whole}");
+            }
+        }
     }
 }

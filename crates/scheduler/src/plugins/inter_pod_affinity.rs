@@ -1,169 +1,210 @@
-//! InterPodAffinity: required affinity and anti-affinity between pods, of the incoming pod and of those that run.
-//! Preferred terms do not score yet.
+//! InterPodAffinity: affinity and anti-affinity between pods, of the incoming pod and of those that run. Required terms
+//! decide, preferred ones score; a running pod's required affinity scores too, as much as the arguments say.
 //!
-//! Counted afresh each cycle: pods are only walked when the incoming pod or a running one has such rules.
+//! Nothing is scanned: the terms name counters of the table, read as they are at the moment of the question.
 
-use super::{Cycle, Plugin, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::{ClusterEvent, kind};
+use crate::groups::{CounterId, OwnerId, OwnerKind, TopologyId};
+use crate::objects::World;
 use crate::pod::PodInfo;
-use crate::table::{NodeTable, Slot};
-use k8s_openapi::api::core::v1::PodAffinityTerm;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
-use knarr_client::selector::Selector;
-use std::collections::HashSet;
+use crate::table::Slot;
+use crate::topology::NOWHERE;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "InterPodAffinity",
+    points: &[Point::PreFilter, Point::Filter, Point::PreScore, Point::Score],
+    weight: 2,
     prepare: Some(prepare),
     filter: Some(filter),
-    score: None,
-    wakes: |event, _| event.node_added || event.node_labels || event.pod_removed || event.pod_added,
+    filter_many: Some(filter_many),
+    explain: |_, _, code| {
+        let text = match code {
+            AFFINITY => "node(s) didn't match pod affinity rules",
+            ANTI_AFFINITY => "node(s) didn't match pod anti-affinity rules",
+            _ => "node(s) didn't satisfy existing pods anti-affinity rules",
+        };
+        vec![text.to_owned()]
+    },
+    score: Some(score),
+    hears: kind::NODE | kind::POD_PLACED | kind::POD_REMOVED | kind::POD_CHANGED | kind::NAMESPACE,
+    wakes,
 };
 
-/// A topology label and a value of it.
-type Domain = (String, String);
+const AFFINITY: u32 = 0;
+const ANTI_AFFINITY: u32 = 1;
+const EXISTING: u32 = 2;
 
-#[derive(Default)]
+#[derive(Debug, Clone, PartialEq)]
+pub struct AffinityArgs {
+    /// How much a running pod's required affinity scores for pods it means.
+    pub hard_weight: i64,
+    pub ignores_preferences_of_existing: bool,
+}
+
+impl Default for AffinityArgs {
+    fn default() -> Self {
+        AffinityArgs { hard_weight: 1, ignores_preferences_of_existing: false }
+    }
+}
+
+#[derive(Debug, Default)]
 pub struct State {
-    /// Domains that running pods' anti-affinity closes to the incoming pod.
-    closed_by_others: HashSet<Domain>,
-    affinity: Vec<Wish>,
-    anti_affinity: Vec<Wish>,
-    /// The pod matches its own affinity and nobody else does: it may be the first of its group.
-    first_of_group: bool,
+    affinity: Vec<(CounterId, TopologyId)>,
+    /// The pod matches its own affinity: where nobody else does yet, it may be the first of its group.
+    matches_itself: bool,
+    anti_affinity: Vec<CounterId>,
+    /// Anti-affinity of running pods that means this one.
+    repelled_by: Vec<OwnerId>,
 }
 
-struct Wish {
-    key: String,
-    domains: HashSet<String>,
-}
-
-/// A required term, checked.
-struct Term {
-    key: String,
-    selector: Selector,
-    namespaces: Namespaces,
-}
-
-enum Namespaces {
-    These(Vec<String>),
-    All,
-}
-
-impl Term {
-    fn matches(&self, pod: &PodInfo) -> bool {
-        let namespace = match &self.namespaces {
-            Namespaces::All => true,
-            Namespaces::These(names) => names.iter().any(|name| name == pod.namespace()),
-        };
-        namespace && self.selector.matches(pod.pod.metadata.labels.as_ref())
+fn wakes(event: &ClusterEvent, pod: &PodInfo) -> bool {
+    let affine = || pod.affinity.as_ref().is_some_and(|affinity| affinity.required.is_some());
+    match event {
+        // Somebody to be near to.
+        ClusterEvent::PodPlaced(other) => affine() && may_want(pod, other),
+        ClusterEvent::PodChanged { old, new } => old.class != new.class,
+        // Somebody to be away from, who is or keeps away.
+        ClusterEvent::PodRemoved(_) => true,
+        ClusterEvent::NamespaceChanged => pod.affinity.is_some(),
+        _ => event.labels_changed(),
     }
 }
 
-fn prepare(cycle: &mut Cycle) -> Result<(), String> {
-    let (affinity, anti_affinity) = (terms(cycle.pod, true)?, terms(cycle.pod, false)?);
-    let table = cycle.table;
-    let mut state = State { closed_by_others: closed_by_others(cycle.pod, table)?, ..State::default() };
-    if !affinity.is_empty() {
-        // Upstream: a running pod counts for affinity only when it matches all terms.
-        let matching = |other: &PodInfo| affinity.iter().all(|term| term.matches(other));
-        state.affinity = affinity.iter().map(|term| wish(table, &term.key, &matching)).collect();
-        let nobody = state.affinity.iter().all(|wish| wish.domains.is_empty());
-        state.first_of_group = nobody && matching(cycle.pod);
+/// Whether the other pod's labels and namespace could satisfy the required affinity; labels of namespaces are left to
+/// the next try.
+fn may_want(pod: &PodInfo, other: &PodInfo) -> bool {
+    let required = pod.affinity.as_ref().and_then(|affinity| affinity.required.as_ref());
+    required.is_some_and(|(predicate, _)| {
+        predicate.terms.iter().all(|term| {
+            let namespace = term.namespace_selector.is_some()
+                || term.namespaces.iter().any(|name| name == other.namespace());
+            namespace && term.selector.matches(other.labels())
+        })
+    })
+}
+
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
+    if let Some(error) = &cycle.pod.error {
+        return Prepared::Rejected(error.clone());
     }
-    state.anti_affinity =
-        anti_affinity.iter().map(|term| wish(table, &term.key, &|other| term.matches(other))).collect();
-    cycle.affinity = state;
-    Ok(())
-}
-
-/// The required terms of a pod: affinity or anti-affinity.
-fn terms(pod: &PodInfo, affinity: bool) -> Result<Vec<Term>, String> {
-    let Some(rules) = pod.pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()) else {
-        return Ok(Vec::new());
-    };
-    let required = if affinity {
-        rules
-            .pod_affinity
-            .as_ref()
-            .and_then(|rules| rules.required_during_scheduling_ignored_during_execution.as_ref())
-    } else {
-        rules
-            .pod_anti_affinity
-            .as_ref()
-            .and_then(|rules| rules.required_during_scheduling_ignored_during_execution.as_ref())
-    };
-    required.into_iter().flatten().map(|rule| term(pod, rule)).collect()
-}
-
-fn term(pod: &PodInfo, rule: &PodAffinityTerm) -> Result<Term, String> {
-    let selector = match &rule.label_selector {
-        // No selector matches no pod.
-        None => Selector::none(),
-        Some(selector) => {
-            Selector::new(&with_label_keys(pod, rule, selector)).map_err(|error| error.to_string())?
-        }
-    };
-    let named = rule.namespaces.clone().unwrap_or_default();
-    let namespaces = match &rule.namespace_selector {
-        None if named.is_empty() => Namespaces::These(vec![pod.namespace().to_owned()]),
-        None => Namespaces::These(named),
-        Some(selector) if *selector == LabelSelector::default() => Namespaces::All,
-        Some(_) => return Err("pod affinity with a namespaceSelector is not supported yet".to_owned()),
-    };
-    Ok(Term { key: rule.topology_key.clone(), selector, namespaces })
-}
-
-fn with_label_keys(pod: &PodInfo, rule: &PodAffinityTerm, selector: &LabelSelector) -> LabelSelector {
-    let mut selector = selector.clone();
-    let lists = [("In", &rule.match_label_keys), ("NotIn", &rule.mismatch_label_keys)];
-    for (operator, keys) in lists {
-        for key in keys.iter().flatten() {
-            let Some(value) = pod.pod.metadata.labels.as_ref().and_then(|labels| labels.get(key)) else {
-                continue;
-            };
-            selector.match_expressions.get_or_insert_default().push(LabelSelectorRequirement {
-                key: key.clone(),
-                operator: operator.to_owned(),
-                values: Some(vec![value.clone()]),
-            });
-        }
-    }
-    selector
-}
-
-/// The domains in which a pod runs that matches.
-fn wish(table: &NodeTable, key: &str, matches: &dyn Fn(&PodInfo) -> bool) -> Wish {
-    let live = table.live().iter().filter(|slot| table.pods[**slot].values().any(|pod| matches(pod)));
-    let domains = live.filter_map(|slot| table.labels[*slot].get(key).cloned()).collect();
-    Wish { key: key.to_owned(), domains }
-}
-
-fn closed_by_others(pod: &PodInfo, table: &NodeTable) -> Result<HashSet<Domain>, String> {
-    let mut closed = HashSet::new();
-    for (slot, other) in table.repelling() {
-        for term in terms(other, false)? {
-            if let Some(value) = table.labels[slot].get(&term.key).filter(|_| term.matches(pod)) {
-                closed.insert((term.key.clone(), value.clone()));
+    let table = &mut world.table;
+    let mut state = State::default();
+    if let Some(affinity) = &cycle.pod.affinity {
+        if let Some((predicate, topologies)) = &affinity.required {
+            for topology in topologies {
+                let counter = table.counter(predicate, topology, None, false);
+                state.affinity.push((counter, table.groups.get_topology(topology, &table.nodes)));
             }
+            state.matches_itself = predicate.matches(&cycle.pod.class, table.groups.namespaces());
         }
+        let anti = affinity.required_anti.iter();
+        state.anti_affinity =
+            anti.map(|rule| table.counter(&rule.predicate, &rule.topology, None, false)).collect();
     }
-    Ok(closed)
+    let owners = table.groups.owners_of(cycle.class);
+    state.repelled_by =
+        owners.filter(|owner| table.groups.owner(*owner).kind() == OwnerKind::Repels).collect();
+    let idle = state.affinity.is_empty() && state.anti_affinity.is_empty() && state.repelled_by.is_empty();
+    cycle.affinity = state;
+    if idle { Prepared::Skip } else { Prepared::Ready }
 }
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    let (state, labels) = (&cycle.affinity, &cycle.table.labels[slot]);
-    let inside = |wish: &Wish| labels.get(&wish.key).is_some_and(|value| wish.domains.contains(value));
-    let has_keys = state.affinity.iter().all(|wish| labels.contains_key(&wish.key));
-    let with_friends = has_keys && (state.first_of_group || state.affinity.iter().all(inside));
-    if !with_friends {
-        return Verdict::hopeless("node(s) didn't match pod affinity rules");
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    let (state, groups) = (&cycle.affinity, &world.table.groups);
+    if !state.affinity.is_empty() {
+        let labelled =
+            state.affinity.iter().all(|(_, topology)| groups.topology(*topology).domain(slot) != NOWHERE);
+        let near = || state.affinity.iter().all(|(counter, _)| groups.count_at(*counter, slot) > 0);
+        let nobody = || state.affinity.iter().all(|(counter, _)| groups.counter(*counter).total == 0);
+        if !labelled || !(near() || (state.matches_itself && nobody())) {
+            return Verdict::Hopeless(AFFINITY);
+        }
     }
-    if state.anti_affinity.iter().any(inside) {
-        return Verdict::refused("node(s) didn't match pod anti-affinity rules");
+    if state.anti_affinity.iter().any(|counter| groups.count_at(*counter, slot) > 0) {
+        return Verdict::Refused(ANTI_AFFINITY);
     }
-    let closed = |(key, value): &Domain| labels.get(key) == Some(value);
-    if state.closed_by_others.iter().any(closed) {
-        return Verdict::refused("node(s) didn't satisfy existing pods anti-affinity rules");
+    let repelled = |owner: &OwnerId| {
+        let owner = groups.owner(*owner);
+        owner.get(groups.topology(owner.topology()).domain(slot)) > 0
+    };
+    if state.repelled_by.iter().any(repelled) {
+        return Verdict::Refused(EXISTING);
     }
     Verdict::Fits
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let (state, groups) = (&cycle.affinity, &world.table.groups);
+    let nobody = state.affinity.iter().all(|(counter, _)| groups.counter(*counter).total == 0);
+    let may_be_first = state.matches_itself && nobody;
+    let refuse = |verdicts: &mut [Verdict], as_what: Verdict, holds: &dyn Fn(Slot) -> bool| {
+        for (slot, verdict) in slots.iter().zip(verdicts) {
+            if *verdict == Verdict::Fits && !holds(*slot) {
+                *verdict = as_what;
+            }
+        }
+    };
+    for (counter, topology) in &state.affinity {
+        let (counts, domain_of) = (groups.counter(*counter).column(), &groups.topology(*topology).of);
+        refuse(verdicts, Verdict::Hopeless(AFFINITY), &|slot| {
+            let domain = domain_of[slot];
+            domain != NOWHERE && (may_be_first || counts.get(domain as usize).is_some_and(|pods| *pods > 0))
+        });
+    }
+    for counter in &state.anti_affinity {
+        let counter = groups.counter(*counter);
+        let (counts, domain_of) = (counter.column(), &groups.topology(counter.topology()).of);
+        refuse(verdicts, Verdict::Refused(ANTI_AFFINITY), &|slot| {
+            counts.get(domain_of[slot] as usize).is_none_or(|pods| *pods == 0)
+        });
+    }
+    for owner in &state.repelled_by {
+        let owner = groups.owner(*owner);
+        let domain_of = &groups.topology(owner.topology()).of;
+        refuse(verdicts, Verdict::Refused(EXISTING), &|slot| owner.get(domain_of[slot]) <= 0);
+    }
+}
+
+/// Matching pods in the node's domains times the weights of the terms; the best becomes 100, the worst 0.
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+    let args = &cycle.profile.args.affinity;
+    let preferred =
+        cycle.pod.affinity.as_ref().map(|affinity| affinity.preferred.as_slice()).unwrap_or_default();
+    if preferred.is_empty() && args.ignores_preferences_of_existing {
+        return false;
+    }
+    let table = &mut world.table;
+    let own: Vec<(CounterId, i64)> = preferred
+        .iter()
+        .map(|(weight, rule)| (table.counter(&rule.predicate, &rule.topology, None, false), *weight))
+        .collect();
+    let groups = &table.groups;
+    let weight_of = |owner: OwnerId| match groups.owner(owner).kind() {
+        OwnerKind::Repels => None,
+        OwnerKind::Attracts => (args.hard_weight > 0).then_some((owner, args.hard_weight)),
+        OwnerKind::Prefers => (!args.ignores_preferences_of_existing).then_some((owner, 1)),
+    };
+    let others: Vec<(OwnerId, i64)> = groups.owners_of(cycle.class).filter_map(weight_of).collect();
+    if own.is_empty() && others.is_empty() {
+        return false;
+    }
+    for (score, slot) in scores.iter_mut().zip(slots) {
+        let own: i64 =
+            own.iter().map(|(counter, weight)| weight * i64::from(groups.count_at(*counter, *slot))).sum();
+        let others = others.iter().map(|(owner, weight)| {
+            let owner = groups.owner(*owner);
+            weight * owner.get(groups.topology(owner.topology()).domain(*slot))
+        });
+        *score = own + others.sum::<i64>();
+    }
+    let (least, most) =
+        (scores.iter().copied().min().unwrap_or(0), scores.iter().copied().max().unwrap_or(0));
+    for score in scores {
+        *score = match most - least {
+            0 => 0,
+            range => (100.0 * ((*score - least) as f64 / range as f64)) as i64,
+        };
+    }
+    true
 }

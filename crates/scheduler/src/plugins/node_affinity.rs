@@ -1,75 +1,133 @@
-//! NodeAffinity: `nodeSelector` and required terms decide; preferred terms score.
+//! NodeAffinity: `nodeSelector` and required terms decide, and those that the configuration adds for every pod of the
+//! profile; preferred terms score.
 
-use super::{Cycle, Plugin, Scale, Score, Verdict};
-use crate::pod::PodInfo;
-use crate::table::{NodeTable, Slot};
-use k8s_openapi::api::core::v1::NodeAffinity;
+use super::{Cycle, Plugin, Point, Prepared, Verdict, normalize};
+use crate::event::kind;
+use crate::filters::{Filter, FilterId, Selection};
+use crate::objects::World;
+use crate::table::Slot;
+use k8s_openapi::api::core::v1::{NodeAffinity, Pod, PreferredSchedulingTerm};
 use knarr_client::placement;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeAffinity",
-    prepare: None,
+    points: &[Point::PreFilter, Point::Filter, Point::PreScore, Point::Score],
+    weight: 2,
+    prepare: Some(prepare),
     filter: Some(filter),
-    score: Some(Score { weight: 2, raw: score, scale: Scale::Proportional }),
-    wakes: |event, _| event.node_added || event.node_labels,
+    filter_many: Some(filter_many),
+    explain: |_, _, code| {
+        let text = match code {
+            ADDED => "node(s) didn't match scheduler-enforced node affinity",
+            _ => "node(s) didn't match Pod's node affinity/selector",
+        };
+        vec![text.to_owned()]
+    },
+    score: Some(score),
+    hears: kind::NODE,
+    wakes: |event, pod| {
+        event.labels_changed()
+            && event
+                .node()
+                .is_some_and(|node| pod.selection.as_ref().is_none_or(|selection| selection.matches(node)))
+    },
 };
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    if matches_node(cycle.pod, cycle.table, slot) {
-        return Verdict::Fits;
+/// The code of a refusal by the configuration's affinity.
+const ADDED: u32 = 1;
+
+/// A node affinity for every pod of the profile.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NodeAffinityArgs {
+    pub added: Option<NodeAffinity>,
+    pub added_selection: Option<Arc<Selection>>,
+}
+
+#[derive(Debug, Default)]
+pub struct State {
+    selection: Option<FilterId>,
+    /// Few nodes are asked about: they are held against the rules one by one.
+    pub direct: bool,
+    added: Option<FilterId>,
+}
+
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
+    let added = &cycle.profile.args.node_affinity.added_selection;
+    if cycle.pod.selection.is_none() && added.is_none() {
+        return Prepared::Skip;
     }
-    if names_other_nodes(cycle.pod, &cycle.table.names[slot]) {
-        // Upstream sorts such nodes out before filtering and words it so.
-        return Verdict::hopeless("node(s) didn't satisfy plugin(s) [NodeAffinity]");
+    if let Some(names) = &cycle.pod.node_names {
+        cycle.only = Some(names.clone());
+        cycle.node_affinity.direct = true;
+    } else if cycle.pod.selection.is_some() {
+        let filter = Filter { selection: cycle.pod.selection.clone(), ..Default::default() };
+        cycle.node_affinity.selection = Some(world.table.filter(filter));
     }
-    Verdict::hopeless("node(s) didn't match Pod's node affinity/selector")
+    if added.is_some() {
+        let filter = Filter { selection: added.clone(), ..Default::default() };
+        cycle.node_affinity.added = Some(world.table.filter(filter));
+    }
+    Prepared::Ready
 }
 
-/// Whether node selector and required node affinity let the pod on the node.
-pub fn matches_node(pod: &PodInfo, table: &NodeTable, slot: Slot) -> bool {
-    pod.pod
-        .spec
-        .as_ref()
-        .is_none_or(|spec| placement::selects_node(spec, &table.labels[slot], &table.names[slot]))
-}
-
-fn affinity(pod: &PodInfo) -> Option<&NodeAffinity> {
-    pod.pod.spec.as_ref()?.affinity.as_ref()?.node_affinity.as_ref()
-}
-
-/// Whether every required term names nodes and none names this one.
-fn names_other_nodes(pod: &PodInfo, name: &str) -> bool {
-    let Some(required) = affinity(pod)
-        .and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref())
-    else {
-        return false;
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    let state = &cycle.node_affinity;
+    if state.added.is_some_and(|added| !world.table.filters.contains(added, slot)) {
+        return Verdict::Hopeless(ADDED);
+    }
+    let selected = match state.selection {
+        Some(selection) => world.table.filters.contains(selection, slot),
+        None if state.direct => {
+            cycle.pod.selection.as_ref().is_none_or(|selection| selection.matches(world.table.node(slot)))
+        }
+        None => true,
     };
-    let terms = &required.node_selector_terms;
-    !terms.is_empty()
-        && terms.iter().all(|term| {
-            let mut fields = term.match_fields.iter().flatten();
-            fields.any(|field| {
-                let values = field.values.iter().flatten();
-                field.key == "metadata.name"
-                    && field.operator == "In"
-                    && !values.into_iter().any(|v| v == name)
-            })
-        })
+    if selected { Verdict::Fits } else { Verdict::Hopeless(0) }
 }
 
-fn score(cycle: &Cycle, slot: Slot) -> i64 {
-    let preferred = affinity(cycle.pod)
-        .and_then(|affinity| affinity.preferred_during_scheduling_ignored_during_execution.as_ref());
-    let terms = preferred.into_iter().flatten();
-    // An empty preference says nothing; an empty required term, by contrast, matches no node.
-    let terms = terms.filter(|term| {
-        let preference = &term.preference;
-        preference.match_expressions.is_some() || preference.match_fields.is_some()
-    });
-    terms
-        .filter(|term| {
-            placement::term_holds(&term.preference, &cycle.table.labels[slot], &cycle.table.names[slot])
-        })
-        .map(|term| i64::from(term.weight))
-        .sum()
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let state = &cycle.node_affinity;
+    let filters = &world.table.filters;
+    for (filter, code) in [(state.added, ADDED), (state.selection, 0)] {
+        let Some(filter) = filter else { continue };
+        let bits = filters.bits(filter);
+        for (slot, verdict) in slots.iter().zip(&mut *verdicts) {
+            if !bits[*slot] && *verdict == Verdict::Fits {
+                *verdict = Verdict::Hopeless(code);
+            }
+        }
+    }
+}
+
+fn preferred(affinity: Option<&NodeAffinity>) -> impl Iterator<Item = &PreferredSchedulingTerm> {
+    let terms =
+        affinity.and_then(|affinity| affinity.preferred_during_scheduling_ignored_during_execution.as_ref());
+    terms.into_iter().flatten().filter(|term| term.weight != 0)
+}
+
+fn of_pod(pod: &Pod) -> Option<&NodeAffinity> {
+    pod.spec.as_ref()?.affinity.as_ref()?.node_affinity.as_ref()
+}
+
+/// The weights of the preferred terms that hold.
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+    let own = preferred(of_pod(&cycle.pod.pod));
+    let terms: Vec<&PreferredSchedulingTerm> =
+        own.chain(preferred(cycle.profile.args.node_affinity.added.as_ref())).collect();
+    if terms.is_empty() {
+        return false;
+    }
+    let none = BTreeMap::new();
+    for (score, slot) in scores.iter_mut().zip(slots) {
+        let node = world.table.node(*slot);
+        let labels = node.metadata.labels.as_ref().unwrap_or(&none);
+        let holds = |term: &&&PreferredSchedulingTerm| {
+            placement::term_holds(&term.preference, labels, &world.table.names[*slot])
+        };
+        *score = terms.iter().filter(holds).map(|term| i64::from(term.weight)).sum();
+    }
+    normalize(scores, false);
+    true
 }

@@ -1,20 +1,28 @@
-//! NodeName: a pod that names a node runs there or nowhere.
+//! NodeName: a pod that names its node fits only there.
 
-use super::{Cycle, Plugin, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::kind;
+use crate::objects::World;
+use crate::pod::PodInfo;
 use crate::table::Slot;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeName",
-    prepare: None,
+    points: &[Point::Filter],
+    prepare: Some(|cycle, _| if wanted(cycle.pod).is_some() { Prepared::Ready } else { Prepared::Skip }),
     filter: Some(filter),
-    score: None,
-    wakes: |event, _| event.node_added,
+    explain: |_, _, _| vec!["node(s) didn't match the requested node name".to_owned()],
+    hears: kind::NODE,
+    wakes: |event, pod| {
+        event.labels_changed() && event.node().and_then(|node| node.metadata.name.as_deref()) == wanted(pod)
+    },
+    ..Plugin::NONE
 };
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    let wanted = cycle.pod.pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default();
-    if wanted.is_empty() || wanted == cycle.table.names[slot] {
-        return Verdict::Fits;
-    }
-    Verdict::hopeless("node(s) didn't match the requested node name")
+fn wanted(pod: &PodInfo) -> Option<&str> {
+    pod.spec()?.node_name.as_deref().filter(|name| !name.is_empty())
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    if wanted(cycle.pod) == Some(&*world.table.names[slot]) { Verdict::Fits } else { Verdict::Hopeless(0) }
 }

@@ -1,23 +1,31 @@
-//! NodePorts: two pods cannot have the same port of a node.
+//! NodePorts: a host port belongs to one pod of the node, by address and protocol.
 
-use super::{Cycle, Plugin, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::{ClusterEvent, kind};
+use crate::objects::World;
+use crate::pod::{HostPort, PodInfo};
 use crate::table::Slot;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodePorts",
-    prepare: None,
+    points: &[Point::PreFilter, Point::Filter],
+    prepare: Some(|cycle, _| if cycle.pod.ports.is_empty() { Prepared::Skip } else { Prepared::Ready }),
     filter: Some(filter),
-    score: None,
-    wakes: |event, _| event.node_added || event.pod_removed,
+    explain: |_, _, _| vec!["node(s) didn't have free ports for the requested pod ports".to_owned()],
+    hears: kind::NODE | kind::POD_REMOVED,
+    wakes: |event, pod| match event {
+        ClusterEvent::NodeAdded(_) => true,
+        ClusterEvent::PodRemoved(gone) => collide(gone, pod),
+        _ => false,
+    },
+    ..Plugin::NONE
 };
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    if cycle.pod.ports.is_empty() {
-        return Verdict::Fits;
-    }
-    let mut taken = cycle.table.pods[slot].values().flat_map(|pod| &pod.ports);
-    if taken.any(|taken| cycle.pod.ports.iter().any(|port| port.collides(taken))) {
-        return Verdict::refused("node(s) didn't have free ports for the requested pod ports");
-    }
-    Verdict::Fits
+fn collide(there: &PodInfo, pod: &PodInfo) -> bool {
+    there.ports.iter().any(|taken| pod.ports.iter().any(|port: &HostPort| port.collides(taken)))
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    let taken = world.table.pods[slot].iter().any(|placed| collide(&placed.pod, cycle.pod));
+    if taken { Verdict::Refused(0) } else { Verdict::Fits }
 }

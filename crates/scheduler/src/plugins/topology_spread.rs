@@ -1,125 +1,266 @@
-//! PodTopologySpread: pods of a kind spread evenly over topology domains. Hard constraints (`DoNotSchedule`) filter;
-//! soft ones (`ScheduleAnyway`) do not score yet.
-//!
-//! Counted afresh each cycle for pods that have constraints; others pay nothing.
+//! PodTopologySpread: `DoNotSchedule` constraints keep the skew between domains; `ScheduleAnyway` ones, and those that
+//! the configuration gives pods without their own, prefer emptier domains.
 
-use super::node_affinity::matches_node;
-use super::taint_toleration::tolerates;
-use super::{Cycle, Plugin, Verdict};
-use crate::pod::PodInfo;
-use crate::table::{NodeTable, Slot};
-use k8s_openapi::api::core::v1::TopologySpreadConstraint;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
-use knarr_client::selector::Selector;
-use std::collections::HashMap;
+use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::{ClusterEvent, kind};
+use crate::filters::{Filter, Tolerations};
+use crate::groups::{CounterId, TopologyId};
+use crate::objects::World;
+use crate::pod::{PodInfo, SpreadRule};
+use crate::table::Slot;
+use crate::topology::{EACH_NODE, NOWHERE};
 
 pub const PLUGIN: Plugin = Plugin {
     name: "PodTopologySpread",
+    points: &[Point::PreFilter, Point::Filter, Point::PreScore, Point::Score],
+    weight: 2,
     prepare: Some(prepare),
     filter: Some(filter),
-    score: None,
-    wakes: |event, _| {
-        event.node_added || event.node_labels || event.node_taints || event.pod_removed || event.pod_added
+    filter_many: Some(filter_many),
+    explain: |_, _, code| {
+        let text = "node(s) didn't match pod topology spread constraints";
+        vec![if code == MISSING { format!("{text} (missing required label)") } else { text.to_owned() }]
     },
+    score: Some(score),
+    hears: kind::NODE | kind::POD_PLACED | kind::POD_REMOVED | kind::POD_CHANGED,
+    wakes,
 };
 
-#[derive(Default)]
+const MISSING: u32 = 1;
+const HOSTNAME: &str = "kubernetes.io/hostname";
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// What pods without constraints of their own get, if they belong to a service or an owner.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SpreadArgs {
+    pub defaults: SpreadDefaults,
+}
+
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum SpreadDefaults {
+    /// Over hosts and zones, as preferences; nodes without zones are spread over by host alone.
+    #[default]
+    System,
+    /// These: topology, skew, whether they are required.
+    List(Vec<(String, i64, bool)>),
+}
+
+#[derive(Debug, Default)]
 pub struct State {
-    constraints: Vec<Constraint>,
+    hard: Vec<Hard>,
 }
 
-struct Constraint {
-    key: String,
+#[derive(Debug)]
+struct Hard {
+    counter: CounterId,
+    topology: TopologyId,
     max_skew: i64,
-    /// The pod itself counts where it goes.
+    min_domains: i64,
     own: i64,
-    /// Matching pods by domain, of the domains that count.
-    domains: HashMap<String, i64>,
-    least: i64,
 }
 
-fn hard(pod: &PodInfo) -> impl Iterator<Item = &TopologySpreadConstraint> {
-    let constraints = pod.pod.spec.as_ref().and_then(|spec| spec.topology_spread_constraints.as_ref());
-    constraints.into_iter().flatten().filter(|constraint| constraint.when_unsatisfiable == "DoNotSchedule")
-}
-
-fn prepare(cycle: &mut Cycle) -> Result<(), String> {
-    let keys: Vec<String> = hard(cycle.pod).map(|constraint| constraint.topology_key.clone()).collect();
-    let constraints = hard(cycle.pod).map(|constraint| count(cycle.pod, cycle.table, constraint, &keys));
-    cycle.spread.constraints = constraints.collect::<Result<_, _>>()?;
-    Ok(())
-}
-
-fn count(
-    pod: &PodInfo,
-    table: &NodeTable,
-    constraint: &TopologySpreadConstraint,
-    keys: &[String],
-) -> Result<Constraint, String> {
-    let selector = selector(pod, constraint)?;
-    let key = &constraint.topology_key;
-    let mut domains = HashMap::new();
-    for &slot in table.live().iter().filter(|slot| counts(pod, table, **slot, constraint, keys)) {
-        let matching = table.pods[slot].values().filter(|other| {
-            other.namespace() == pod.namespace()
-                && other.pod.metadata.deletion_timestamp.is_none()
-                && selector.matches(other.pod.metadata.labels.as_ref())
-        });
-        *domains.entry(table.labels[slot][key].clone()).or_insert(0) += matching.count() as i64;
+fn wakes(event: &ClusterEvent, pod: &PodInfo) -> bool {
+    let counts = |other: &PodInfo| other.namespace() == pod.namespace();
+    match event {
+        ClusterEvent::PodPlaced(other) | ClusterEvent::PodRemoved(other) => counts(other),
+        ClusterEvent::PodChanged { old, new } => counts(new) && old.class != new.class,
+        ClusterEvent::NodeRemoved => true,
+        _ => event.labels_changed() || event.taints_changed(),
     }
-    let min_domains = constraint.min_domains.unwrap_or(1);
-    let enough = domains.len() as i64 >= i64::from(min_domains);
-    // With fewer domains than wished the missing ones count as empty.
-    let least = if enough { domains.values().copied().min().unwrap_or(0) } else { 0 };
-    let own = i64::from(selector.matches(pod.pod.metadata.labels.as_ref()));
-    Ok(Constraint { key: key.clone(), max_skew: constraint.max_skew.into(), own, domains, least })
 }
 
-/// The constraint's selector, with the values the pod itself has for `matchLabelKeys`.
-fn selector(pod: &PodInfo, constraint: &TopologySpreadConstraint) -> Result<Selector, String> {
-    // No selector matches no pod.
-    let Some(selector) = &constraint.label_selector else { return Ok(Selector::none()) };
-    let mut selector: LabelSelector = selector.clone();
-    for key in constraint.match_label_keys.iter().flatten() {
-        if let Some(value) = pod.pod.metadata.labels.as_ref().and_then(|labels| labels.get(key)) {
-            selector.match_labels.get_or_insert_default().insert(key.clone(), value.clone());
-        }
+/// The pod's own rules, or the default ones; and whether the latter are the system's.
+fn rules(cycle: &Cycle, world: &mut World) -> (Vec<SpreadRule>, bool) {
+    if !cycle.pod.spread.is_empty() {
+        return (cycle.pod.spread.clone(), false);
     }
-    Selector::new(&selector).map_err(|error| error.to_string())
-}
-
-/// Whether a node's pods count: it has all topology labels, and the policies let it.
-fn counts(
-    pod: &PodInfo,
-    table: &NodeTable,
-    slot: Slot,
-    constraint: &TopologySpreadConstraint,
-    keys: &[String],
-) -> bool {
-    let labels = &table.labels[slot];
-    let affinity_ignored = constraint.node_affinity_policy.as_deref() == Some("Ignore");
-    let taints_honored = constraint.node_taints_policy.as_deref() == Some("Honor");
-    let blocked = || {
-        let mut taints = table.taints[slot].iter().filter(|taint| taint.effect != "PreferNoSchedule");
-        taints.any(|taint| !tolerates(pod, taint))
+    let defaults = &cycle.profile.args.spread.defaults;
+    let (list, system) = match defaults {
+        SpreadDefaults::System => (vec![(HOSTNAME.to_owned(), 3, false), (ZONE.to_owned(), 5, false)], true),
+        SpreadDefaults::List(list) => (list.clone(), false),
     };
-    keys.iter().all(|key| labels.contains_key(key))
-        && (affinity_ignored || matches_node(pod, table, slot))
-        && !(taints_honored && blocked())
+    if list.is_empty() {
+        return (Vec::new(), system);
+    }
+    let Some(predicate) = world.objects.default_group(cycle.pod) else { return (Vec::new(), system) };
+    let counts_itself = predicate.matches(&cycle.pod.class, world.table.groups.namespaces());
+    let rule = |(topology, max_skew, hard)| SpreadRule {
+        hard,
+        topology,
+        max_skew,
+        min_domains: 1,
+        predicate: predicate.clone(),
+        honors_affinity: true,
+        honors_taints: false,
+        counts_itself,
+    };
+    (list.into_iter().map(rule).collect(), system)
 }
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    let labels = &cycle.table.labels[slot];
-    for constraint in &cycle.spread.constraints {
-        let Some(domain) = labels.get(&constraint.key) else {
-            return Verdict::hopeless(
-                "node(s) didn't match pod topology spread constraints (missing required label)",
-            );
-        };
-        let there = constraint.domains.get(domain).copied().unwrap_or(0);
-        if there + constraint.own - constraint.least > constraint.max_skew {
-            return Verdict::refused("node(s) didn't match pod topology spread constraints");
+fn filter_of(pod: &PodInfo, rule: &SpreadRule, keys: &[String]) -> Filter {
+    Filter {
+        selection: pod.selection.clone().filter(|_| rule.honors_affinity),
+        tolerations: rule.honors_taints.then(|| Tolerations(pod.tolerations().cloned().unwrap_or_default())),
+        keys: keys.to_vec(),
+    }
+}
+
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
+    let has_hard_default = || match &cycle.profile.args.spread.defaults {
+        SpreadDefaults::System => false,
+        SpreadDefaults::List(list) => list.iter().any(|(_, _, hard)| *hard),
+    };
+    if !cycle.pod.spread.iter().any(|rule| rule.hard) && (!cycle.pod.spread.is_empty() || !has_hard_default())
+    {
+        return Prepared::Skip;
+    }
+    let (rules, _) = rules(cycle, world);
+    let rules: Vec<SpreadRule> = rules.into_iter().filter(|rule| rule.hard).collect();
+    let mut keys: Vec<String> = rules.iter().map(|rule| rule.topology.clone()).collect();
+    keys.sort();
+    keys.dedup();
+    for rule in &rules {
+        let filter = world.table.filter(filter_of(cycle.pod, rule, &keys));
+        let counter = world.table.counter(&rule.predicate, &rule.topology, Some(filter), true);
+        cycle.spread.hard.push(Hard {
+            counter,
+            topology: world.table.groups.get_topology(&rule.topology, &world.table.nodes),
+            max_skew: rule.max_skew,
+            min_domains: rule.min_domains,
+            own: rule.counts_itself.into(),
+        });
+    }
+    if rules.is_empty() { Prepared::Skip } else { Prepared::Ready }
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    let groups = &world.table.groups;
+    for rule in &cycle.spread.hard {
+        let domain = groups.topology(rule.topology).domain(slot);
+        if domain == NOWHERE {
+            return Verdict::Hopeless(MISSING);
+        }
+        let counter = groups.counter(rule.counter);
+        let (least, domains) = counter.least();
+        // With fewer domains than wished the missing ones count as empty.
+        let least = if i64::from(domains) < rule.min_domains { 0 } else { least };
+        if i64::from(counter.get(domain)) + rule.own - i64::from(least) > rule.max_skew {
+            return Verdict::Refused(0);
         }
     }
     Verdict::Fits
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    let groups = &world.table.groups;
+    for rule in &cycle.spread.hard {
+        let (counter, domains_of) = (groups.counter(rule.counter), &groups.topology(rule.topology).of);
+        let (least, domains) = counter.least();
+        let least = if i64::from(domains) < rule.min_domains { 0 } else { i64::from(least) };
+        let most = rule.max_skew + least - rule.own;
+        let counts = counter.column();
+        for (slot, verdict) in
+            slots.iter().zip(&mut *verdicts).filter(|(_, verdict)| **verdict == Verdict::Fits)
+        {
+            let domain = domains_of[*slot];
+            *verdict = match counts.get(domain as usize) {
+                _ if domain == NOWHERE => Verdict::Hopeless(MISSING),
+                Some(count) if i64::from(*count) > most => Verdict::Refused(0),
+                None if 0 > most => Verdict::Refused(0),
+                _ => Verdict::Fits,
+            };
+        }
+    }
+}
+
+struct Soft {
+    counter: CounterId,
+    topology: TopologyId,
+    max_skew: i64,
+    weight: f64,
+}
+
+/// Fewer matching pods in the domain are better; small topologies weigh less per pod (upstream's formula).
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+    let (rules, system) = rules(cycle, world);
+    let rules: Vec<SpreadRule> = rules.into_iter().filter(|rule| !rule.hard).collect();
+    if rules.is_empty() {
+        return false;
+    }
+    // The system's constraints also apply to nodes that have only some of the labels.
+    let mut keys: Vec<String> =
+        if system { Vec::new() } else { rules.iter().map(|rule| rule.topology.clone()).collect() };
+    keys.sort();
+    keys.dedup();
+    let soft: Vec<Soft> = rules.iter().map(|rule| soft(cycle, world, rule, &keys)).collect();
+    let groups = &world.table.groups;
+    let all = Filter { keys, ..Default::default() };
+    let ignored: Vec<bool> = match all.is_everything() {
+        true => vec![false; slots.len()],
+        false => slots.iter().map(|slot| !all.holds(world.table.node(*slot))).collect(),
+    };
+    let scored = ignored.iter().filter(|ignored| !**ignored).count();
+    let soft: Vec<Soft> = soft
+        .into_iter()
+        .zip(&rules)
+        .map(|(soft, rule)| {
+            let size = match rule.topology == HOSTNAME {
+                true => scored,
+                false => domains(world, soft.topology, slots, &ignored),
+            };
+            Soft { weight: ((size + 2) as f64).ln(), ..soft }
+        })
+        .collect();
+    for ((score, slot), ignored) in scores.iter_mut().zip(slots).zip(&ignored) {
+        let mut sum = 0.0;
+        for rule in soft.iter().filter(|_| !ignored) {
+            if groups.topology(rule.topology).domain(*slot) != NOWHERE {
+                let pods = groups.count_at(rule.counter, *slot);
+                sum += f64::from(pods) * rule.weight + (rule.max_skew - 1) as f64;
+            }
+        }
+        *score = sum.round() as i64;
+    }
+    fewest_is_best(scores, &ignored);
+    true
+}
+
+fn soft(cycle: &Cycle, world: &mut World, rule: &SpreadRule, keys: &[String]) -> Soft {
+    // On its own node every pod counts, whatever the policies say of the node.
+    let (counted_by, filter) = match rule.topology == HOSTNAME {
+        true => (EACH_NODE, None),
+        false => {
+            let filter = filter_of(cycle.pod, rule, keys);
+            (rule.topology.as_str(), (!filter.is_everything()).then(|| world.table.filter(filter)))
+        }
+    };
+    Soft {
+        counter: world.table.counter(&rule.predicate, counted_by, filter, false),
+        topology: world.table.groups.get_topology(&rule.topology, &world.table.nodes),
+        max_skew: rule.max_skew,
+        weight: 0.0,
+    }
+}
+
+/// The number of domains among the nodes that fit; nodes without the label are one more.
+fn domains(world: &World, topology: TopologyId, slots: &[Slot], ignored: &[bool]) -> usize {
+    let topology = world.table.groups.topology(topology);
+    let mut seen = vec![false; topology.len() + 1];
+    for (slot, _) in slots.iter().zip(ignored).filter(|(_, ignored)| !**ignored) {
+        let domain = topology.domain(*slot);
+        seen[if domain == NOWHERE { topology.len() } else { domain as usize }] = true;
+    }
+    seen.into_iter().filter(|seen| *seen).count()
+}
+
+fn fewest_is_best(scores: &mut [i64], ignored: &[bool]) {
+    let counted = || scores.iter().zip(ignored).filter(|(_, ignored)| !**ignored).map(|(score, _)| *score);
+    let (least, most) = (counted().min().unwrap_or(0), counted().max().unwrap_or(0));
+    for (score, ignored) in scores.iter_mut().zip(ignored) {
+        *score = match (ignored, most) {
+            (true, _) => 0,
+            (_, 0) => 100,
+            _ => 100 * (most + least - *score) / most,
+        };
+    }
 }

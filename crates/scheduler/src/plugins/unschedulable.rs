@@ -1,25 +1,41 @@
 //! NodeUnschedulable: cordoned nodes take only pods that tolerate it.
 
-use super::{Cycle, Plugin, Verdict, taint_toleration::tolerates};
+use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use crate::event::kind;
+use crate::objects::World;
+use crate::pod::PodInfo;
 use crate::table::Slot;
-use k8s_openapi::api::core::v1::Taint;
+use k8s_openapi::api::core::v1::{Node, Taint};
+use knarr_client::placement;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeUnschedulable",
-    prepare: None,
+    points: &[Point::Filter],
+    prepare: Some(prepare),
     filter: Some(filter),
-    score: None,
-    wakes: |event, _| event.node_added || event.node_taints,
+    explain: |_, _, _| vec!["node(s) were unschedulable".to_owned()],
+    hears: kind::NODE,
+    wakes: |event, pod| {
+        let open = |node: &Node| !node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true));
+        event.taints_changed() && event.node().is_some_and(|node| open(node) || tolerates(pod))
+    },
+    ..Plugin::NONE
 };
 
-fn filter(cycle: &Cycle, slot: Slot) -> Verdict {
-    if !cycle.table.unschedulable[slot] {
-        return Verdict::Fits;
-    }
+fn tolerates(pod: &PodInfo) -> bool {
     let taint = Taint {
         key: "node.kubernetes.io/unschedulable".to_owned(),
         effect: "NoSchedule".to_owned(),
         ..Default::default()
     };
-    if tolerates(cycle.pod, &taint) { Verdict::Fits } else { Verdict::hopeless("node(s) were unschedulable") }
+    placement::tolerates(pod.tolerations(), &taint)
+}
+
+fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
+    let matters = world.table.has_unschedulable_nodes() && !tolerates(cycle.pod);
+    if matters { Prepared::Ready } else { Prepared::Skip }
+}
+
+fn filter(_: &Cycle, world: &World, slot: Slot) -> Verdict {
+    if world.table.unschedulable[slot] { Verdict::Hopeless(0) } else { Verdict::Fits }
 }

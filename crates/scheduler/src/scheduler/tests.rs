@@ -4,7 +4,9 @@ use super::*;
 use k8s_openapi::api::core::v1::Event;
 use knarr_client::testing::{FakeApi, Faults};
 use kube::api::DeleteParams;
+use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::Value;
+use serde_json::json;
 use tokio_util::sync::DropGuard;
 
 struct Cluster {
@@ -22,7 +24,7 @@ impl Cluster {
         let clock = Clock::starting_at(jiff::Timestamp::now());
         let recorder = Recorder::new(client.clone(), clock.clone(), "test", "");
         let shutdown = CancellationToken::new();
-        let scheduler = Scheduler::new(DEFAULT_NAME, &informers, &recorder, clock, seed);
+        let scheduler = Scheduler::new(crate::Config::default(), &informers, &recorder, clock, seed);
         tokio::spawn(scheduler.run(shutdown.clone()));
         Cluster { api, client, _informers: informers, _stop: shutdown.drop_guard() }
     }
@@ -129,4 +131,266 @@ async fn gated_and_foreign_pods_are_left_alone() {
     let open = json!({"spec": {"schedulingGates": null}});
     api.patch("gated", &PatchParams::default(), &Patch::Merge(open)).await.unwrap();
     cluster.api.wait_for::<Pod>("the opened pod bound", |pods| bound(pods) == 2).await;
+}
+
+impl Cluster {
+    fn with(config: crate::Config) -> Self {
+        let api = FakeApi::new();
+        Cluster::over(api, config)
+    }
+
+    fn over(api: FakeApi, config: crate::Config) -> Self {
+        let client = api.client();
+        let informers = Informers::new(client.clone());
+        let clock = Clock::starting_at(jiff::Timestamp::now());
+        let recorder = Recorder::new(client.clone(), clock.clone(), "test", "");
+        let shutdown = CancellationToken::new();
+        let scheduler = Scheduler::new(config, &informers, &recorder, clock, 1);
+        tokio::spawn(scheduler.run(shutdown.clone()));
+        Cluster { api, client, _informers: informers, _stop: shutdown.drop_guard() }
+    }
+
+    async fn create<K>(&self, object: Value)
+    where
+        K: kube::Resource<DynamicType = ()>
+            + serde::Serialize
+            + serde::de::DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        let api: Api<kube::api::DynamicObject> = match object["metadata"]["namespace"].as_str() {
+            Some(namespace) => {
+                Api::namespaced_with(self.client.clone(), namespace, &kube::api::ApiResource::erase::<K>(&()))
+            }
+            None => Api::all_with(self.client.clone(), &kube::api::ApiResource::erase::<K>(&())),
+        };
+        let mut object = object;
+        object["apiVersion"] = json!(K::api_version(&()));
+        object["kind"] = json!(K::kind(&()));
+        api.create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap();
+    }
+}
+
+fn node_named(pods: &[Pod], name: &str) -> Option<String> {
+    pods.iter()
+        .find(|pod| pod.metadata.name.as_deref() == Some(name))
+        .and_then(|pod| node_of(pod).map(str::to_owned))
+}
+
+fn find<'a>(pods: &'a [Pod], name: &str) -> Option<&'a Pod> {
+    pods.iter().find(|pod| pod.metadata.name.as_deref() == Some(name))
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_important_pod_makes_a_less_important_one_go() {
+    let cluster = Cluster::with(crate::Config::default());
+    cluster.node("n1", "4").await;
+    cluster.pod("low", "3", json!({"terminationGracePeriodSeconds": 30})).await;
+    cluster.api.wait_for::<Pod>("the low pod bound", |pods| bound(pods) == 1).await;
+    cluster.pod("high", "3", json!({"priority": 10})).await;
+    let nominated_and_leaving = |pods: &[Pod]| {
+        let leaving = find(pods, "low").is_some_and(|low| low.metadata.deletion_timestamp.is_some());
+        let waits = find(pods, "high").and_then(|high| nominated(high)).is_some_and(|node| node == "n1");
+        leaving && waits
+    };
+    let pods = cluster.api.wait_for::<Pod>("victim leaving, node promised", nominated_and_leaving).await;
+    let conditions = find(&pods, "low").unwrap().status.as_ref().unwrap().conditions.clone().unwrap();
+    let disrupted = conditions.iter().find(|condition| condition.type_ == "DisruptionTarget").unwrap();
+    assert_eq!(disrupted.reason.as_deref(), Some("PreemptionByScheduler"));
+    let message = "default-scheduler: preempting to accommodate a higher priority pod";
+    assert_eq!(disrupted.message.as_deref(), Some(message));
+    // The room is promised: a pod of the same size and less importance does not slip in.
+    cluster.pod("late", "3", json!({"priority": 5})).await;
+    let api: Api<Pod> = Api::namespaced(cluster.client.clone(), "ns");
+    api.delete("low", &DeleteParams::default().grace_period(0)).await.unwrap();
+    let pods =
+        cluster.api.wait_for::<Pod>("the high pod bound", |pods| node_named(pods, "high").is_some()).await;
+    assert_eq!(node_named(&pods, "late"), None);
+    let preempted = |events: &[Event]| {
+        let mut events = events.iter().filter(|event| event.reason.as_deref() == Some("Preempted"));
+        events.any(|event| event.message.as_deref().is_some_and(|text| text.ends_with("on node n1")))
+    };
+    cluster.api.wait_for::<Event>("the victim's event", preempted).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_gets_a_volume_on_the_node_before_its_pod_is_bound() {
+    use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+    use k8s_openapi::api::storage::v1::StorageClass;
+    let cluster = Cluster::with(crate::Config::default());
+    cluster.node("n1", "4").await;
+    cluster.node("n2", "4").await;
+    cluster
+        .create::<StorageClass>(json!({
+            "metadata": {"name": "local"}, "provisioner": "kubernetes.io/no-provisioner",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        }))
+        .await;
+    cluster
+        .create::<PersistentVolume>(json!({
+            "metadata": {"name": "disk"},
+            "spec": {
+                "capacity": {"storage": "5Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "local",
+                "nodeAffinity": {"required": {"nodeSelectorTerms": [
+                    {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n2"]}]},
+                ]}},
+            },
+            "status": {"phase": "Available"},
+        }))
+        .await;
+    let claim = json!({
+        "metadata": {"name": "data", "namespace": "ns"},
+        "spec": {
+            "accessModes": ["ReadWriteOnce"], "storageClassName": "local", "resources": {"requests": {"storage": "1Gi"}},
+        },
+        "status": {"phase": "Pending"},
+    });
+    cluster.create::<PersistentVolumeClaim>(claim).await;
+    let volume = json!({"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]});
+    cluster.pod("p", "1", volume).await;
+    let given = |volumes: &[PersistentVolume]| {
+        let claim = volumes.first().and_then(|volume| volume.spec.as_ref()?.claim_ref.as_ref());
+        claim.is_some_and(|claim| claim.name.as_deref() == Some("data"))
+    };
+    cluster.api.wait_for::<PersistentVolume>("the volume given to the claim", given).await;
+    assert_eq!(bound(&cluster.api.objects::<Pod>()), 0);
+    // What the persistent volume controller does then.
+    let api: Api<PersistentVolumeClaim> = Api::namespaced(cluster.client.clone(), "ns");
+    let complete = json!({
+        "metadata": {"annotations": {"pv.kubernetes.io/bind-completed": "yes"}}, "spec": {"volumeName": "disk"},
+    });
+    api.patch("data", &PatchParams::default(), &Patch::Merge(complete)).await.unwrap();
+    let pods = cluster.api.wait_for::<Pod>("the pod bound", |pods| bound(pods) == 1).await;
+    assert_eq!(node_named(&pods, "p").as_deref(), Some("n2"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_profile_schedules_its_own_pods() {
+    let config = "
+apiVersion: kubescheduler.config.k8s.io/v1
+kind: KubeSchedulerConfiguration
+profiles:
+- schedulerName: default-scheduler
+- schedulerName: packing
+  pluginConfig:
+  - name: NodeResourcesFit
+    args: {scoringStrategy: {type: MostAllocated}}
+  plugins:
+    score:
+      disabled: [{name: '*'}]
+      enabled: [{name: NodeResourcesFit}]
+";
+    let cluster = Cluster::with(crate::Config::parse(config).unwrap());
+    cluster.node("large", "8").await;
+    cluster.node("small", "4").await;
+    cluster.pod("packed", "1", json!({"schedulerName": "packing"})).await;
+    cluster.api.wait_for::<Pod>("one pod bound", |pods| bound(pods) == 1).await;
+    cluster.pod("spread", "1", json!({})).await;
+    cluster.pod("foreign", "1", json!({"schedulerName": "other"})).await;
+    let pods = cluster.api.wait_for::<Pod>("two pods bound", |pods| bound(pods) == 2).await;
+    assert_eq!(node_named(&pods, "spread").as_deref(), Some("large"));
+    assert_eq!(node_named(&pods, "packed").as_deref(), Some("small"));
+}
+
+/// An extender on loopback: answers each POST with what `answer` makes of path and body.
+async fn extender(answer: fn(&str, &Value) -> Value) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut bytes = Vec::new();
+                loop {
+                    let text = String::from_utf8_lossy(&bytes).into_owned();
+                    if let Some((head, body)) = text.split_once("\r\n\r\n") {
+                        let length = head.to_lowercase();
+                        let length =
+                            length.split("content-length: ").nth(1).and_then(|rest| rest.lines().next());
+                        if body.len() >= length.and_then(|n| n.trim().parse().ok()).unwrap_or(0) {
+                            let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+                            let body =
+                                answer(&path, &serde_json::from_str(body).unwrap_or_default()).to_string();
+                            let head = format!(
+                                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+                                body.len()
+                            );
+                            stream.write_all((head + &body).as_bytes()).await.unwrap();
+                            bytes.clear();
+                            continue;
+                        }
+                    }
+                    let mut more = [0; 65536];
+                    match stream.read(&mut more).await {
+                        Ok(0) | Err(_) => return,
+                        Ok(read) => bytes.extend_from_slice(&more[..read]),
+                    }
+                }
+            });
+        }
+    });
+    format!("http://{address}/ext")
+}
+
+#[tokio::test]
+async fn extenders_filter_score_and_refuse() {
+    let url = extender(|path, args| match path {
+        "/ext/filter" => {
+            let names: Vec<&str> =
+                args["NodeNames"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+            let wanted = args["Pod"]["metadata"]["name"] != "unwanted";
+            let left: Vec<&str> = names.iter().copied().filter(|name| wanted && *name != "n1").collect();
+            let failed: serde_json::Map<String, Value> = names
+                .iter()
+                .filter(|name| !left.contains(name))
+                .map(|name| (name.to_string(), json!("no licence")))
+                .collect();
+            json!({"nodenames": left, "failedNodes": failed})
+        }
+        "/ext/prioritize" => json!([{"Host": "n3", "Score": 10}, {"Host": "n2", "Score": 0}]),
+        _ => json!({"Error": format!("unknown path {path}")}),
+    })
+    .await;
+    let config = format!(
+        "
+apiVersion: kubescheduler.config.k8s.io/v1
+kind: KubeSchedulerConfiguration
+extenders:
+- {{urlPrefix: '{url}', filterVerb: filter, prioritizeVerb: prioritize, weight: 100, nodeCacheCapable: true}}
+- {{urlPrefix: 'http://127.0.0.1:1', filterVerb: filter, ignorable: true}}
+"
+    );
+    let cluster = Cluster::with(crate::Config::parse(&config).unwrap());
+    for name in ["n1", "n2", "n3"] {
+        cluster.node(name, "4").await;
+    }
+    cluster.pod("wanted", "1", json!({})).await;
+    let pods = cluster.api.wait_for::<Pod>("the pod bound", |pods| bound(pods) == 1).await;
+    assert_eq!(node_named(&pods, "wanted").as_deref(), Some("n3"));
+    cluster.pod("unwanted", "1", json!({})).await;
+    let told = |pods: &[Pod]| {
+        let conditions = find(pods, "unwanted")
+            .and_then(|pod| pod.status.as_ref()?.conditions.clone())
+            .unwrap_or_default();
+        conditions.iter().any(|condition| {
+            let message = condition.message.as_deref().unwrap_or_default();
+            message.starts_with("0/3 nodes are available: 3 no licence. preemption: ")
+        })
+    };
+    cluster.api.wait_for::<Pod>("the refusal", told).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_done_is_counted_under_upstream_s_names() {
+    let cluster = Cluster::with(crate::Config::default());
+    cluster.node("n1", "4").await;
+    cluster.pod("p", "3", json!({})).await;
+    cluster.api.wait_for::<Pod>("the pod bound", |pods| bound(pods) == 1).await;
+    let text = crate::metrics::print();
+    for name in [
+        "scheduler_schedule_attempts_total{profile=\"default-scheduler\",result=\"scheduled\"}",
+        "scheduler_pending_pods{queue=\"active\"}",
+    ] {
+        assert!(text.contains(name), "{name} is missing in\n{text}");
+    }
 }

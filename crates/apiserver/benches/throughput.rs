@@ -1,0 +1,120 @@
+//! What a request costs the server itself: no sockets, no TLS, a store on the disk, one reader of all pods as the
+//! control loops have. Prints rates and CPU time per request; `knarr bench` measures the same over the network.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::BodyExt;
+use k8s_openapi::api::core::v1::Pod;
+use knarr_apiserver::api::{Api, Peer};
+use knarr_apiserver::identity::User;
+use knarr_apiserver::respond::full;
+use knarr_apiserver::server::InProcess;
+use knarr_client::{Informers, connect};
+use knarr_store::engine::Disk;
+use knarr_store::{Embedded, Options};
+use serde_json::json;
+
+const CLIENTS: usize = 256;
+/// The first argument that is a number.
+static PODS: LazyLock<usize> =
+    LazyLock::new(|| std::env::args().find_map(|a| a.parse().ok()).unwrap_or(10_000));
+
+#[tokio::main(worker_threads = 2)]
+async fn main() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = Embedded::open(Disk::open(dir.path()).expect("a log"), Options::default()).expect("opens");
+    let api = Arc::new(common::server_on(Arc::new(store), "10.96.0.0/16").await);
+    let informers = Informers::new(connect::in_process(InProcess::new(
+        api.clone(),
+        User::new("loops", &["system:masters"]),
+    )));
+    let pods = informers.get::<Pod>();
+    pods.wait_synced().await;
+    let pod = json!({
+        "metadata": { "name": "b@", "annotations": { "payload": "x".repeat(4096) } },
+        "spec": { "containers": [{ "name": "c", "image": "none" }] },
+    });
+    let (pod, before) = (pod.to_string(), resident());
+    run("creates, one by one", &api, 1, 500, |n| post(&pod.replace('@', &format!("s{n}")))).await;
+    run("creates", &api, CLIENTS, *PODS, |n| post(&pod.replace('@', &n.to_string()))).await;
+    while pods.len() < *PODS + 500 {
+        tokio::task::yield_now().await;
+    }
+    let each = (resident() - before) as f64 / (*PODS + 500) as f64;
+    println!("{:<28} {each:>8.1} KB each", "resident, with one reader");
+    let label = |n: usize| {
+        let body = json!({ "metadata": { "labels": { "n": n.to_string() } } }).to_string();
+        let request = Request::patch(format!("/api/v1/namespaces/default/pods/b{}", n % *PODS));
+        let request = request.header("content-type", "application/merge-patch+json");
+        request.body(full(body)).expect("a request")
+    };
+    run("patches", &api, CLIENTS, *PODS, label).await;
+    run("gets", &api, CLIENTS, *PODS * 4, |n| get(&format!("/b{}", n % *PODS))).await;
+    run("lists", &api, 1, 20, |_| get("")).await;
+    run("first list by a label", &api, 1, 1, |_| get("?labelSelector=none%3Dsuch")).await;
+    run("lists that match nothing", &api, 1, 20, |_| get("?labelSelector=none%3Dsuch")).await;
+}
+
+fn post(body: &str) -> Request<knarr_apiserver::respond::Body> {
+    Request::post("/api/v1/namespaces/default/pods")
+        .body(full(Bytes::from(body.to_owned())))
+        .expect("a request")
+}
+
+fn get(rest: &str) -> Request<knarr_apiserver::respond::Body> {
+    Request::get(format!("/api/v1/namespaces/default/pods{rest}")).body(full("")).expect("a request")
+}
+
+async fn run(
+    what: &str,
+    api: &Arc<Api>,
+    clients: usize,
+    count: usize,
+    request: impl Fn(usize) -> Request<knarr_apiserver::respond::Body>,
+) {
+    let peer = Peer::Remote(Some(User::new("admin", &["system:masters"])));
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let (start, cpu) = (Instant::now(), cpu_seconds());
+    let workers = (0..clients).map(|_| async {
+        loop {
+            let n = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if n >= count {
+                return;
+            }
+            let answer = api.handle(request(n), &peer).await;
+            assert!(answer.status().is_success(), "{}", answer.status());
+            let mut body = answer.into_body();
+            while let Some(frame) = body.frame().await {
+                frame.expect("a body");
+            }
+        }
+    });
+    futures::future::join_all(workers).await;
+    let (rate, each) =
+        (count as f64 / start.elapsed().as_secs_f64(), (cpu_seconds() - cpu) / count as f64 * 1e6);
+    println!("{what:<28} {rate:>8.0} /s {each:>10.0} us CPU each");
+}
+
+fn status(name: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").expect("a status");
+    let line = text.lines().find(|l| l.starts_with(name)).expect("the line");
+    line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+}
+
+/// KB.
+fn resident() -> u64 {
+    status("VmRSS:")
+}
+
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("a stat");
+    let fields: Vec<f64> =
+        stat.split_whitespace().skip(13).take(2).map(|f| f.parse().expect("ticks")).collect();
+    (fields[0] + fields[1]) / 100.0
+}
