@@ -49,6 +49,46 @@ pub fn yaml(bytes: &[u8]) -> Result<Value, DecodeError> {
     yaml_to_json(tree)
 }
 
+/// Reads one YAML document as an object of the type. Kubernetes reads YAML 1.1, in which `0400` is octal and `yes` is
+/// true; where the type wants a number or a truth, such words are one.
+pub fn yaml_as(schema: &Schema, type_id: TypeId, bytes: &[u8]) -> Result<Value, DecodeError> {
+    let mut tree = yaml(bytes)?;
+    old_scalars(schema, &Shape::Object(type_id), &mut tree);
+    Ok(tree)
+}
+
+fn old_scalars(schema: &Schema, shape: &Shape, value: &mut Value) {
+    match (shape, &mut *value) {
+        (Shape::Object(id), Value::Object(map)) => {
+            let structure = schema.type_of(*id);
+            for (name, value) in map {
+                if let Some(field) = structure.field(name) {
+                    old_scalars(schema, &field.shape, value);
+                }
+            }
+        }
+        (Shape::List(inner), Value::Array(items)) => {
+            items.iter_mut().for_each(|item| old_scalars(schema, inner, item));
+        }
+        (Shape::Map(inner), Value::Object(map)) => {
+            map.values_mut().for_each(|item| old_scalars(schema, inner, item));
+        }
+        (Shape::Int32 | Shape::Int64, Value::String(text)) => {
+            let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'));
+            let number = digits.filter(|d| !d.is_empty()).and_then(|d| i64::from_str_radix(d, 8).ok());
+            if let Some(number) = number {
+                *value = number.into();
+            }
+        }
+        (Shape::Bool, Value::String(text)) => match text.to_ascii_lowercase().as_str() {
+            "yes" | "on" | "y" => *value = true.into(),
+            "no" | "off" | "n" => *value = false.into(),
+            _ => {}
+        },
+        _ => {}
+    }
+}
+
 /// YAML trees have more key types than JSON: scalars become strings, as `sigs.k8s.io/yaml` does.
 pub fn yaml_to_json(tree: serde_yaml_ng::Value) -> Result<Value, DecodeError> {
     use serde_yaml_ng::Value as Yaml;

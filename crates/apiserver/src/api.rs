@@ -611,7 +611,7 @@ impl Api {
                     let text = "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
                     return Err(Status::new(422, "Invalid", text));
                 }
-                let tree = decode::yaml(body)
+                let tree = decode::yaml_as(self.registry.schema, call.served.type_id, body)
                     .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
                 let refuse = |object: &Value, why: &str| {
                     let text = format!(
@@ -716,7 +716,8 @@ impl Api {
     fn decode_body(&self, call: &Call, body: &Bytes) -> Result<Value> {
         match media_type(&call.headers) {
             "application/yaml" => {
-                let tree = decode::yaml(body).map_err(|e| Status::bad_request(e.0))?;
+                let tree = decode::yaml_as(self.registry.schema, call.served.type_id, body)
+                    .map_err(|e| Status::bad_request(e.0))?;
                 self.registry.decode(call.kind, tree, &call.context)
             }
             wire::MEDIA_TYPE => {
