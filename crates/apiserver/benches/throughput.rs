@@ -29,7 +29,7 @@ static PODS: LazyLock<usize> =
 async fn main() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = Embedded::open(Disk::open(dir.path()).expect("a log"), Options::default()).expect("opens");
-    let api = Arc::new(common::server_on(Arc::new(store)).await);
+    let api = Arc::new(common::server_on(Arc::new(store), "10.96.0.0/16").await);
     let informers = Informers::new(connect::in_process(InProcess::new(
         api.clone(),
         User::new("loops", &["system:masters"]),

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// When to look at a key again although nothing changed.
@@ -47,17 +48,42 @@ pub struct Controller {
     queue: WorkQueue<ObjectKey>,
     synced: Vec<BoxFuture<'static, ()>>,
     concurrency: usize,
+    pace: Pace,
 }
+
+/// How long a key rests after its turn: so many times what the turn took, at most so long.
+#[derive(Clone, Copy, Default)]
+struct Pace {
+    turns: u32,
+    most: Duration,
+}
+
+/// Shorter turns need no rest.
+const REST_MIN: Duration = Duration::from_millis(1);
 
 impl Controller {
     /// `name` appears in logs.
     pub fn new(name: &'static str) -> Self {
-        Controller { name, queue: WorkQueue::new(), synced: Vec::new(), concurrency: CONCURRENCY_DEFAULT }
+        Controller {
+            name,
+            queue: WorkQueue::new(),
+            synced: Vec::new(),
+            concurrency: CONCURRENCY_DEFAULT,
+            pace: Pace::default(),
+        }
     }
 
     /// How many keys to work on at a time.
     pub fn concurrency(mut self, keys: usize) -> Self {
         self.concurrency = keys.max(1);
+        self
+    }
+
+    /// Lets a key rest after a turn for `turns` times what that took, at most for `most`. For loops whose turn costs more
+    /// the larger the object is: of many changes in a row, as when a thousand pods become ready, most become one turn,
+    /// while a single change is still answered at once.
+    pub fn paced(mut self, turns: u32, most: Duration) -> Self {
+        self.pace = Pace { turns, most };
         self
     }
 
@@ -119,7 +145,7 @@ impl Controller {
 
     /// Runs until `shutdown`; starts working when every watched informer has its first list.
     pub async fn run<R: Reconcile>(self, reconciler: Arc<R>, shutdown: CancellationToken) {
-        let Controller { name, queue, synced, concurrency } = self;
+        let Controller { name, queue, synced, concurrency, pace } = self;
         tokio::select! {
             () = shutdown.cancelled() => return queue.shut_down(),
             _ = futures::future::join_all(synced) => {}
@@ -131,7 +157,7 @@ impl Controller {
                 () = shutdown.cancelled() => break,
                 Some(_) = in_work.join_next() => {}
                 Some(key) = queue.next(), if in_work.len() < concurrency => {
-                    in_work.spawn(work(name, queue.clone(), reconciler.clone(), key));
+                    in_work.spawn(work(name, queue.clone(), reconciler.clone(), key, pace));
                 }
             }
         }
@@ -146,17 +172,28 @@ async fn work<R: Reconcile>(
     queue: WorkQueue<ObjectKey>,
     reconciler: Arc<R>,
     key: ObjectKey,
+    pace: Pace,
 ) {
-    let guard = Guard { queue: &queue, key: &key, finished: false };
+    let begun = Instant::now();
+    let mut guard = Guard { queue: &queue, key: &key, finished: false, rest: Duration::ZERO };
     let result = reconciler.reconcile(key.clone()).await;
     settle(name, &queue, &key, result);
+    guard.rest = pace.rest(begun.elapsed());
     guard.finish();
+}
+
+impl Pace {
+    fn rest(&self, turn: Duration) -> Duration {
+        let rest = turn.saturating_mul(self.turns).min(self.most);
+        if rest < REST_MIN { Duration::ZERO } else { rest }
+    }
 }
 
 struct Guard<'a> {
     queue: &'a WorkQueue<ObjectKey>,
     key: &'a ObjectKey,
     finished: bool,
+    rest: Duration,
 }
 
 impl Guard<'_> {
@@ -170,7 +207,7 @@ impl Drop for Guard<'_> {
         if !self.finished {
             self.queue.add_rate_limited(self.key.clone());
         }
-        self.queue.done(self.key);
+        self.queue.done_resting(self.key, self.rest);
     }
 }
 

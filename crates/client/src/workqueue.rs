@@ -17,6 +17,9 @@ pub const BACKOFF_BASE: Duration = Duration::from_millis(5);
 /// The longest delay after failures.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(1000);
 
+/// How many keys may be remembered as resting before those that have rested are forgotten.
+const RESTING_MAX: usize = 1024;
+
 /// A queue of keys; clones share it.
 pub struct WorkQueue<T> {
     shared: Arc<Shared<T>>,
@@ -40,6 +43,8 @@ struct State<T> {
     delayed: BTreeSet<(Instant, T)>,
     delayed_until: HashMap<T, Instant>,
     failures: HashMap<T, u32>,
+    /// Keys that were worked on a moment ago and rest until then.
+    resting: HashMap<T, Instant>,
     shutting_down: bool,
 }
 
@@ -70,6 +75,7 @@ impl<T: Ord + Hash + Clone> WorkQueue<T> {
             delayed: BTreeSet::new(),
             delayed_until: HashMap::new(),
             failures: HashMap::new(),
+            resting: HashMap::new(),
             shutting_down: false,
         };
         let shared =
@@ -168,10 +174,17 @@ impl<T: Ord + Hash + Clone> WorkQueue<T> {
 
     /// Work on `key` is over; if it was added meanwhile it waits again.
     pub fn done(&self, key: &T) {
+        self.done_resting(key, Duration::ZERO);
+    }
+
+    /// The same, and it is not worked on again before `rest` has passed: additions until then become one.
+    pub fn done_resting(&self, key: &T, rest: Duration) {
         let mut state = self.shared.state.lock();
         state.processing.remove(key);
-        if state.dirty.contains(key) {
-            state.ready.push_back(key.clone());
+        if !rest.is_zero() {
+            state.rest(key, rest);
+        }
+        if state.dirty.remove(key) && state.add(key.clone()) {
             drop(state);
             self.shared.changed.notify_one();
         }
@@ -203,11 +216,25 @@ impl<T: Ord + Hash + Clone> WorkQueue<T> {
 impl<T: Ord + Hash + Clone> State<T> {
     /// Whether a worker has to be woken.
     fn add(&mut self, key: T) -> bool {
+        if let Some(due) = self.resting.get(&key).copied() {
+            if due > Instant::now() && !self.processing.contains(&key) {
+                return self.delay(key, due);
+            }
+            self.resting.remove(&key);
+        }
         if self.shutting_down || !self.dirty.insert(key.clone()) || self.processing.contains(&key) {
             return false;
         }
         self.ready.push_back(key);
         true
+    }
+
+    fn rest(&mut self, key: &T, rest: Duration) {
+        let now = Instant::now();
+        if self.resting.len() >= RESTING_MAX {
+            self.resting.retain(|_, due| *due > now);
+        }
+        self.resting.insert(key.clone(), now + rest);
     }
 
     /// Whether a worker has to be woken to take a new, earlier deadline into account.
@@ -267,6 +294,28 @@ mod tests {
         assert_eq!(queue.len(), 0, "two workers must never have the same key");
         queue.done(&"a");
         assert_eq!(queue.next().await, Some("a"));
+        queue.done(&"a");
+        assert!(queue.is_idle());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_resting_key_is_worked_on_once_for_all_that_came_meanwhile() {
+        let queue = WorkQueue::new();
+        let start = Instant::now();
+        queue.add("a");
+        queue.next().await;
+        queue.add("a");
+        queue.done_resting(&"a", Duration::from_millis(50));
+        for _ in 0..4 {
+            tokio::time::advance(Duration::from_millis(10)).await;
+            queue.add("a");
+        }
+        queue.next().await;
+        assert_eq!(start.elapsed(), Duration::from_millis(50));
+        queue.done(&"a");
+        queue.add("a");
+        queue.next().await;
+        assert_eq!(start.elapsed(), Duration::from_millis(50), "whoever has rested need not rest again");
         queue.done(&"a");
         assert!(queue.is_idle());
     }

@@ -4,6 +4,9 @@ use knarr_client::{Client, Clock, Informers, Recorder};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How long a paced loop lets one object rest at most; see [`knarr_client::Controller::paced`].
+pub const REST_MAX: Duration = Duration::from_millis(200);
+
 /// Settings of the loops; the defaults are upstream's.
 #[derive(Clone, Debug)]
 pub struct Config {

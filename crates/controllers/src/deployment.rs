@@ -8,6 +8,7 @@ mod scale;
 mod status;
 
 use crate::Context;
+use crate::context::REST_MAX;
 use crate::pods::{self, message_of};
 use crate::util::{same_template, template_hash};
 use annotations::{REVISION, revision};
@@ -45,6 +46,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     });
     let (for_sets, for_pods) = (this.clone(), this.clone());
     let controller = Controller::new("deployment")
+        .paced(2, REST_MAX)
         .watch(&deployments)
         .watch_changes(&sets, move |change| for_sets.set_changed(change))
         .watch_changes(&all_pods, move |change| for_pods.pod_changed(change));

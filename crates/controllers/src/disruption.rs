@@ -2,6 +2,7 @@
 //! `pkg/controller/disruption`. The evictions themselves, which count down what this loop counts up, are the API
 //! server's.
 
+use crate::context::REST_MAX;
 use crate::{Context, pods, util};
 use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
@@ -53,6 +54,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     }
     let observer = this.clone();
     let controller = Controller::new("disruption")
+        .paced(4, REST_MAX)
         .watch(&budgets)
         .watch_changes(&all_pods, move |change| observer.budgets_of(change.object(), change.old()));
     let controller = scaled!(controller, deployments, replica_sets, stateful_sets, replication_controllers);

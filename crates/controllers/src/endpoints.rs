@@ -1,6 +1,7 @@
 //! Endpoints: for each Service with a selector, the old-style object of the same name that lists its pods'
 //! addresses. New clients read EndpointSlices.
 
+use crate::context::REST_MAX;
 use crate::service::{self, HEADLESS_LABEL};
 use crate::{Context, pods};
 use futures::future::BoxFuture;
@@ -28,6 +29,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     let endpoints = context.informers.get::<Endpoints>();
     let known = services.clone();
     let controller = Controller::new("endpoints")
+        .paced(4, REST_MAX)
         .watch(&services)
         .watch(&endpoints)
         .watch_changes(&all_pods, move |change| service::keys_of_pod(&known, change));

@@ -4,6 +4,7 @@
 pub mod mirroring;
 mod store;
 
+use crate::context::REST_MAX;
 use crate::service::{self, Family, HEADLESS_LABEL};
 use crate::{Context, pods};
 use futures::future::BoxFuture;
@@ -35,6 +36,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     });
     let (known, observer) = (services.clone(), this.clone());
     let controller = Controller::new("endpointslice")
+        .paced(4, REST_MAX)
         .watch(&services)
         .watch_changes(&this.store.slices, move |change| observer.store.slice_changed(change))
         .watch_changes(&all_pods, move |change| service::keys_of_pod(&known, change))

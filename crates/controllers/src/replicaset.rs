@@ -2,6 +2,7 @@
 //! selector matches and nobody else controls.
 
 use crate::Context;
+use crate::context::REST_MAX;
 use crate::family::{Family, PodOwner, retry_with_more_room};
 use crate::pods::{self, PodControl};
 use crate::util::{find, remove};
@@ -44,6 +45,7 @@ fn start_kind<K: Replicated>(
     let this = Arc::new(ReplicaSets { family: Family::new(context.clone(), sets.clone(), control) });
     let observer = this.clone();
     let controller = retry_with_more_room(&context, Controller::new(name))
+        .paced(2, REST_MAX)
         .watch(&sets)
         .watch_changes(&this.family.pods, move |change| observer.family.pod_changed(change));
     Box::pin(controller.run(this, shutdown))

@@ -265,9 +265,9 @@ pub fn number(value: &Value, pointer: &str) -> i64 {
 pub fn place(request: &str) -> Option<(String, String, String)> {
     let path = request.split(' ').nth(1)?.split('?').next()?;
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-    let (group, rest) = match parts.first()? {
-        &"api" => ("", parts.get(2..)?),
-        &"apis" => (*parts.get(1)?, parts.get(3..)?),
+    let (group, rest) = match *parts.first()? {
+        "api" => ("", parts.get(2..)?),
+        "apis" => (*parts.get(1)?, parts.get(3..)?),
         _ => return None,
     };
     let (namespace, rest) = match rest {

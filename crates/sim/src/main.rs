@@ -4,10 +4,14 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use knarr_sim::world::Canary;
 use knarr_sim::{Options, rim};
+use std::collections::VecDeque;
 use std::process::{Command, ExitCode, Stdio};
 
 /// Seeds that found something once. Each line: the seed, and what it found.
 const REGRESSIONS: &str = include_str!("../regressions.txt");
+
+/// Simulations at the same time, each on one thread.
+const JOBS: usize = 2;
 
 #[derive(Parser)]
 #[command(name = "knarr-sim", about = "Simulates a whole control plane under faults from a seed.")]
@@ -36,7 +40,7 @@ enum What {
         #[arg(long, default_value_t = 120)]
         seconds: u64,
         /// Simulations at the same time.
-        #[arg(long, default_value_t = 2)]
+        #[arg(long, default_value_t = JOBS)]
         jobs: usize,
         /// Begin here instead of at a random seed.
         #[arg(long)]
@@ -137,34 +141,35 @@ fn finish(seed: u64, child: std::process::Child) -> Result<bool> {
 /// Starts seeds until the time is over; the last ones may run on for a little.
 fn fresh(seconds: u64, jobs: usize, from: Option<u64>) -> Result<()> {
     let end = rim::real_seconds() + seconds;
-    let mut seed = from.unwrap_or_else(|| rand::random::<u32>().into());
-    println!("fresh seeds from {seed} for {seconds} s");
-    let mut failed = Vec::new();
-    let mut running = std::collections::VecDeque::new();
-    loop {
-        while running.len() < jobs && rim::real_seconds() < end {
-            running.push_back((seed, child(seed)?));
-            seed += 1;
-        }
-        let Some((number, child)) = running.pop_front() else { break };
-        if !finish(number, child)? {
-            failed.push(number);
-        }
-    }
-    verdict(&failed)
+    let first = from.unwrap_or_else(|| rand::random::<u32>().into());
+    println!("fresh seeds from {first} for {seconds} s");
+    run_all((first..).take_while(|_| rim::real_seconds() < end), jobs)
 }
 
 fn regressions() -> Result<()> {
     let lines = REGRESSIONS.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let mut failed = Vec::new();
-    for line in lines {
-        let seed = line.split_whitespace().next().unwrap_or_default();
-        let seed = seed.parse().with_context(|| format!("regressions.txt: {line:?} begins with no seed"))?;
-        if !finish(seed, child(seed)?)? {
+    let seed = |line: &str| {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        first.parse().with_context(|| format!("regressions.txt: {line:?} begins with no seed"))
+    };
+    let seeds: Vec<u64> = lines.map(seed).collect::<Result<_>>()?;
+    run_all(seeds.into_iter(), JOBS)
+}
+
+/// Runs seeds, some at the same time.
+fn run_all(mut seeds: impl Iterator<Item = u64>, jobs: usize) -> Result<()> {
+    let (mut failed, mut running) = (Vec::new(), VecDeque::new());
+    loop {
+        while running.len() < jobs
+            && let Some(seed) = seeds.next()
+        {
+            running.push_back((seed, child(seed)?));
+        }
+        let Some((seed, child)) = running.pop_front() else { return verdict(&failed) };
+        if !finish(seed, child)? {
             failed.push(seed);
         }
     }
-    verdict(&failed)
 }
 
 fn verdict(failed: &[u64]) -> Result<()> {

@@ -193,7 +193,7 @@ fn remember_pod(history: &History, memory: &mut Memory, change: &Change, now: Du
         indexes.extend(index.and_then(Value::as_str).and_then(|index| index.parse::<i64>().ok()));
     }
     let lost = change.before.is_some_and(is_available) && !change.after.is_some_and(is_available);
-    if lost && !by_controllers(change) || lost && is_node_lost(history, pod) {
+    if lost && (!by_controllers(change) || is_node_lost(history, pod)) {
         let top = deployment_of(history, owner)
             .map(|deployment| text(&deployment.value, "/metadata/uid").to_owned());
         memory.disturbed.insert(top.unwrap_or_else(|| owner.to_owned()), now);
@@ -329,8 +329,7 @@ fn millis(text: &str) -> i64 {
 fn addresses(history: &History, _: &mut Memory, change: &Change) -> Option<String> {
     let after = change.after.filter(|_| change.partition == "pods")?;
     let ip = text(after, "/status/podIP");
-    let given_now =
-        !ip.is_empty() && !change.before.is_some_and(|before| text(before, "/status/podIP") == ip);
+    let given_now = !ip.is_empty() && change.before.is_none_or(|before| text(before, "/status/podIP") != ip);
     if !given_now || is_finished(after) {
         return None;
     }

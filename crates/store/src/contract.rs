@@ -81,6 +81,7 @@ async fn lists_page_through_one_moment(store: impl Store) {
         after: after.map(str::to_owned),
         limit: 2,
         at,
+        ..Range::default()
     };
     let keys = |listing: &crate::Listing| -> Vec<String> {
         listing.entries.iter().map(|e| e.key.to_string()).collect()
