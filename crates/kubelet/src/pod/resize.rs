@@ -122,15 +122,19 @@ pub fn answer(pod: &Pod, others: &[Arc<Pod>], allocatable: &BTreeMap<&'static st
     Answer::Granted
 }
 
+/// The values a container goes from, and those it goes to.
+#[derive(Debug, PartialEq)]
+pub struct Step {
+    pub from: LinuxContainerResources,
+    pub to: LinuxContainerResources,
+}
+
 /// What has to be done so that a running container has what was granted.
 #[derive(Debug, PartialEq)]
 pub enum Change {
     None,
-    /// In place; from these values, to those.
-    Update {
-        from: LinuxContainerResources,
-        to: LinuxContainerResources,
-    },
+    /// In place.
+    Update(Box<Step>),
     /// The container wants to be started anew.
     Restart,
 }
@@ -153,7 +157,7 @@ pub fn change(granted: &Pod, container: &Container, seen: &Seen, memory_capacity
     match (cpu, memory) {
         (false, false) => Change::None,
         _ if (cpu && restarts("cpu")) || (memory && restarts("memory")) => Change::Restart,
-        _ => Change::Update { from: actual.clone(), to: wanted },
+        _ => Change::Update(Box::new(Step { from: actual.clone(), to: wanted })),
     }
 }
 
@@ -255,7 +259,7 @@ mod tests {
         let status = v1::ContainerStatus { resources: Some(told), ..Default::default() };
         let seen = Seen { status, sandbox_id: String::new() };
         let change = |pod: &Pod| change(pod, &pod.spec.as_ref().unwrap().containers[0], &seen, 1 << 30);
-        assert!(matches!(change(&pod), Change::Update { to, .. } if to.cpu_quota == 200_000));
+        assert!(matches!(change(&pod), Change::Update(step) if step.to.cpu_quota == 200_000));
         let policy = json!([{"resourceName": "cpu", "restartPolicy": "RestartContainer"}]);
         pod.spec.as_mut().unwrap().containers[0].resize_policy = serde_json::from_value(policy).unwrap();
         assert_eq!(change(&pod), Change::Restart);

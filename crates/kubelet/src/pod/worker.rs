@@ -329,7 +329,7 @@ impl Worker {
                         grace_s: None,
                     });
                 }
-                resize::Change::Update { from, to } => updates.push((container, seen, from, to)),
+                resize::Change::Update(step) => updates.push((container, seen, step)),
             }
             let statuses = granted.status.iter().flat_map(|s| {
                 s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten())
@@ -340,8 +340,8 @@ impl Worker {
         if !updates.is_empty() {
             self.limit_group(old, granted, true);
         }
-        for (container, seen, from, to) in updates {
-            match self.update_container(&seen.status.id, &from, &to).await {
+        for (container, seen, step) in updates {
+            match self.update_container(&seen.status.id, &step.from, &step.to).await {
                 Ok(()) => drop(progress.behind.remove(&container.name)),
                 Err(error) => progress.doing = Some(error),
             }
