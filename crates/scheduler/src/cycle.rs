@@ -23,7 +23,7 @@ const LEFT_OUT: u32 = u32::MAX;
 pub enum Decision {
     /// The node, and what has to be written before the pod can be bound there.
     Node(Arc<str>, VolumePlan),
-    Unschedulable(Refusal),
+    Unschedulable(Box<Refusal>),
 }
 
 /// Why a pod fits nowhere, and what is done about it.
@@ -90,7 +90,7 @@ pub fn fitting_nodes(
     let result = match find(&mut cycle, world, chooser, None) {
         Err(refusal) => Err(Decision::Unschedulable(refusal)),
         Ok(found) if found.fitting.is_empty() => {
-            Err(Decision::Unschedulable(found.refuse(&cycle, world, &mut chooser.random)))
+            Err(Decision::Unschedulable(Box::new(found.refuse(&cycle, world, &mut chooser.random))))
         }
         Ok(found) => Ok(found.fitting.iter().map(|slot| world.table.names[*slot].clone()).collect()),
     };
@@ -109,7 +109,7 @@ fn in_cycle(
         Err(refusal) => return Decision::Unschedulable(refusal),
     };
     if found.fitting.is_empty() {
-        return Decision::Unschedulable(found.refuse(cycle, world, &mut chooser.random));
+        return Decision::Unschedulable(Box::new(found.refuse(cycle, world, &mut chooser.random)));
     }
     let slot = best(cycle, world, &found.fitting, advice, &mut chooser.random);
     Decision::Node(world.table.names[slot].clone(), plan_volumes(cycle, world, slot))
@@ -120,25 +120,23 @@ fn find(
     world: &mut World,
     chooser: &mut Chooser<impl Rng>,
     advice: Option<&Advice>,
-) -> Result<Found, Refusal> {
+) -> Result<Found, Box<Refusal>> {
     let nodes = world.table.live().len();
     if nodes == 0 {
-        return Err(Refusal {
-            message: "no nodes available to schedule pods".to_owned(),
-            ..Refusal::default()
-        });
+        let message = "no nodes available to schedule pods".to_owned();
+        return Err(Box::new(Refusal { message, ..Refusal::default() }));
     }
     let active = prepare(cycle, world).map_err(|(plugin, reason)| {
         let hopeless = format!("{nodes} Preemption is not helpful for scheduling");
         let preemption = preemption::ineligible(cycle, world, &[])
             .unwrap_or_else(|| explain(nodes, None, vec![hopeless], None));
         let preempts = cycle.profile.preempts().then_some(preemption);
-        Refusal {
+        Box::new(Refusal {
             message: explain(nodes, Some(&reason), Vec::new(), preempts.as_deref()),
             rejected_by: vec![plugin],
             forget_nomination: true,
             ..Refusal::default()
-        }
+        })
     })?;
     Ok(Found { active, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
 }

@@ -415,9 +415,7 @@ impl Groups {
     pub fn get_counter(
         &mut self,
         predicate: &Arc<PredicateSpec>,
-        topology: &str,
-        filter: Option<FilterId>,
-        leveled: bool,
+        (topology, filter, leveled): (&str, Option<FilterId>, bool),
         nodes: &[Option<Arc<Node>>],
         filters: &mut Filters,
         cycle: u64,

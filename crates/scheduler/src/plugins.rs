@@ -69,6 +69,9 @@ pub const BLOCK: usize = 256;
 /// Position in [`PLUGINS`].
 pub type PluginId = usize;
 
+type FilterMany = fn(&Cycle, &World, &[Slot], &mut [Verdict]);
+type Score = fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> bool;
+
 /// One rule.
 pub struct Plugin {
     pub name: &'static str,
@@ -82,12 +85,12 @@ pub struct Plugin {
     /// each change of the node's pods, without `prepare` in between.
     pub filter: Option<fn(&Cycle, &World, Slot) -> Verdict>,
     /// The same for up to [`BLOCK`] nodes at once, where that is faster: what is refused already stays so.
-    pub filter_many: Option<fn(&Cycle, &World, &[Slot], &mut [Verdict])>,
+    pub filter_many: Option<FilterMany>,
     /// The words for a code that the filter gave.
     pub explain: fn(&Cycle, &World, u32) -> Vec<String>,
     /// How well nodes suit that passed all filters: 0 to 100, written into the last argument. False if it has no opinion
     /// (upstream's `Skip`).
-    pub score: Option<fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> bool>,
+    pub score: Option<Score>,
     /// Kinds of events (`event::kind`) that may turn this rule's refusal around for some pod.
     pub hears: u16,
     /// Whether an event may turn this rule's refusal of the pod around. A wrong "no" leaves the pod waiting for five

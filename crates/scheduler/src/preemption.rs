@@ -208,7 +208,10 @@ fn try_node(
     let result = match victims.is_empty() {
         // It would fit as it is: the next try will find that.
         true => Err(vec![NO_VICTIMS.to_owned()]),
-        false => Ok(note(&victims, violations)),
+        false => {
+            note(&victims, violations);
+            Ok(())
+        }
     };
     victims.into_iter().for_each(|placed| world.table.put(slot, placed));
     result

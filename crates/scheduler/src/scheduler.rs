@@ -73,7 +73,7 @@ pub(crate) enum Outcome {
     },
     Explain {
         pod: Arc<PodInfo>,
-        refusal: Refusal,
+        refusal: Box<Refusal>,
     },
     /// Others have to be asked first.
     Ask {
@@ -83,7 +83,7 @@ pub(crate) enum Outcome {
     },
     AskAboutVictims {
         pod: Arc<PodInfo>,
-        refusal: Refusal,
+        refusal: Box<Refusal>,
     },
 }
 

@@ -514,7 +514,7 @@ impl NodeTable {
         leveled: bool,
     ) -> CounterId {
         let NodeTable { groups, filters, nodes, cycle, .. } = self;
-        groups.get_counter(predicate, topology, filter, leveled, nodes, filters, *cycle)
+        groups.get_counter(predicate, (topology, filter, leveled), nodes, filters, *cycle)
     }
 
     /// Whether some node has a taint of these effects.

@@ -16,7 +16,7 @@ pub const PLUGIN: Plugin = Plugin {
     explain: |_, _, _| vec!["node(s) were unschedulable".to_owned()],
     hears: kind::NODE,
     wakes: |event, pod| {
-        let open = |node: &Node| !node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true));
+        let open = |node: &Node| node.spec.as_ref().is_none_or(|spec| spec.unschedulable != Some(true));
         event.taints_changed() && event.node().is_some_and(|node| open(node) || tolerates(pod))
     },
     ..Plugin::NONE

@@ -370,7 +370,7 @@ fn topologies_match(terms: &[TopologySelectorTerm], node: &Node) -> bool {
 /// Drivers that publish their capacity must have enough that the node reaches.
 fn has_capacity(claim: &PersistentVolumeClaim, class: &StorageClass, world: &World, node: &Node) -> bool {
     let driver = world.objects.csi_drivers.get("", &class.provisioner);
-    if !driver.is_some_and(|driver| driver.spec.storage_capacity == Some(true)) {
+    if driver.is_none_or(|driver| driver.spec.storage_capacity != Some(true)) {
         return true;
     }
     let wanted = requested_bytes(claim);
