@@ -124,15 +124,13 @@ fn deployments(history: &History) -> Vec<String> {
     let mut found = Vec::new();
     for (key, object) in each(history, "deployments.apps") {
         let replicas = wanted(object);
-        let paused = object["spec"]["paused"] == true;
-        let updated = if paused { status(object, "updatedReplicas") } else { replicas };
         found.extend(equal(
             "deployment",
             key,
             &[
                 observed(object),
                 ("replicas", status(object, "replicas"), replicas),
-                ("updatedReplicas", status(object, "updatedReplicas"), updated),
+                ("updatedReplicas", status(object, "updatedReplicas"), replicas),
                 ("availableReplicas", status(object, "availableReplicas"), replicas),
             ],
         ));

@@ -358,7 +358,7 @@ impl Watching {
     /// The planted bug: the server forgets an event. It lies before the check, as a bug of the server would.
     fn is_dropped_by_canary(&self) -> bool {
         let world = &self.wire.world;
-        world.canary == Some(Canary::DroppedEvent) && world.dice.lock().random_bool(0.001)
+        world.canary == Some(Canary::DroppedEvent) && world.dice.lock().random_bool(0.01)
     }
 }
 

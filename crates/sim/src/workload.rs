@@ -105,7 +105,7 @@ impl Workload {
         }
     }
 
-    /// Ends what would go on for ever or stand in the way: dead and cordoned nodes, schedules, quotas.
+    /// Ends what would go on for ever or stand in the way: dead and cordoned nodes, pauses, schedules, quotas.
     pub async fn settle(&mut self) {
         let mut calls = Vec::new();
         {
@@ -113,6 +113,11 @@ impl Workload {
             for name in history.objects("nodes").keys() {
                 let body = json!({ "metadata": { "annotations": { "simulated.knarr.dev/down": null } }, "spec": { "unschedulable": null } });
                 calls.push(Call { method: "PATCH", path: format!("/api/v1/nodes/{name}"), body });
+            }
+            // A pause in the middle of an update keeps more or fewer pods than are wished for.
+            for key in history.objects("deployments.apps").keys() {
+                let body = json!({ "spec": { "paused": false } });
+                calls.push(Call { method: "PATCH", path: path_of("deployments.apps", key), body });
             }
             for key in history.objects("cronjobs.batch").keys() {
                 let body = json!({ "spec": { "suspend": true } });

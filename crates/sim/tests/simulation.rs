@@ -2,8 +2,9 @@
 
 use std::process::{Child, Command, Output, Stdio};
 
-/// A seed under which every canary is found.
-const CANARY_SEED: &str = "1";
+/// Seeds of which at least one finds each canary. Any change of the system gives a seed another life, so one alone would
+/// fail now and then without anything being wrong.
+const CANARY_SEEDS: [&str; 3] = ["1", "3", "5"];
 
 fn start(args: &[&str]) -> Child {
     let program = env!("CARGO_BIN_EXE_knarr-sim");
@@ -44,17 +45,18 @@ fn every_planted_bug_is_found() {
         ("dropped-event", "has a gap"),
         ("forgotten-expectations", "pods of a replica set that wishes for"),
     ];
-    let running = cases.map(|(name, _)| start(&[CANARY_SEED, "--quiet", "--canary", name]));
-    for ((name, what), child) in cases.into_iter().zip(running) {
-        let (output, said) = finish(child);
-        assert_eq!(output.status.code(), Some(1), "{name}: {said}");
-        let violated = said.lines().any(|line| line.starts_with("violated:") && line.contains(what));
-        assert!(violated, "{name} is found as {what:?}: {said}");
+    for (name, what) in cases {
+        let finds = |seed: &&str| {
+            let (output, said) = finish(start(&[seed, "--quiet", "--canary", name]));
+            let violated = said.lines().any(|line| line.starts_with("violated:") && line.contains(what));
+            violated && output.status.code() == Some(1)
+        };
+        assert!(CANARY_SEEDS.iter().any(finds), "no seed finds {name} as {what:?}");
     }
 }
 
 #[test]
-fn without_a_planted_bug_that_seed_is_clean() {
-    let (output, said) = finish(start(&[CANARY_SEED, "--quiet"]));
+fn without_a_planted_bug_the_first_of_them_is_clean() {
+    let (output, said) = finish(start(&[CANARY_SEEDS[0], "--quiet"]));
     assert!(output.status.success(), "{said}");
 }
