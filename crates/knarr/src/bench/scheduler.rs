@@ -160,7 +160,7 @@ impl Round<'_> {
         let class = json!({"metadata": {"name": PRIORITY_CLASS}, "value": 1000});
         let class: PriorityClass = serde_json::from_value(class)?;
         Api::<PriorityClass>::all(self.client()).create(&PostParams::default(), &class).await?;
-        self.each(self.args.nodes, |client, number| make_node(client, number)).await?;
+        self.each(self.args.nodes, make_node).await?;
         let before: Vec<Pod> = match self.workload {
             Workload::Preemption => {
                 let requests = json!({"cpu": "900m", "memory": "100Mi"});
