@@ -71,7 +71,7 @@ async fn each_address_in_use_is_an_object_that_comes_and_goes_with_its_service()
 #[tokio::test]
 async fn what_a_crash_left_behind_is_repaired_at_the_next_start() {
     let store = Arc::new(Embedded::open_inline(Memory::default(), Options::default()).expect("opens"));
-    let api = server_on(store.clone(), "10.96.0.0/16").await;
+    let api = server_on(store.clone()).await;
     let admin = Client::admin(&api);
     let labels = json!({ "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io" });
     let parent = json!({ "resource": "services", "namespace": "default", "name": "never-made" });

@@ -49,7 +49,7 @@ pub async fn server() -> Api {
 /// With these ranges of service addresses.
 pub async fn server_with(ranges: &str) -> Api {
     let store = Embedded::open_inline(Memory::default(), Options::default()).expect("opens");
-    server_on(Arc::new(store), ranges).await
+    server_on_with(Arc::new(store), ranges).await
 }
 
 /// A server on what an earlier one left.
@@ -59,11 +59,15 @@ pub async fn server_after(memory: &Memory) -> Api {
 
 /// Commits in groups, in a thread of its own, as on a disk.
 pub async fn racing_server() -> Api {
-    server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens")), "10.96.0.0/16")
-        .await
+    server_on(Arc::new(Embedded::open(Memory::default(), Options::default()).expect("opens"))).await
 }
 
-pub async fn server_on(store: Arc<dyn Store>, ranges: &str) -> Api {
+pub async fn server_on(store: Arc<dyn Store>) -> Api {
+    server_on_with(store, "10.96.0.0/16").await
+}
+
+/// On this store, with these ranges of service addresses.
+pub async fn server_on_with(store: Arc<dyn Store>, ranges: &str) -> Api {
     let registry = Arc::new(Registry {
         store: store.clone(),
         schema: Schema::builtin(),
