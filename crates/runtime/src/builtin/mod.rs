@@ -316,7 +316,8 @@ impl Inner {
         let unannounced = entry.record.phase == Phase::Created && exit.reason != START_ERROR;
         entry.record.phase = Phase::Exited;
         entry.record.pid = 0;
-        if unannounced {
+        // The keeper saw the end of a short run before this process noted its beginning.
+        if unannounced || entry.record.started_at > exit.finished_at {
             entry.record.started_at = exit.finished_at;
         }
         entry.record.exit = Some(exit.clone());
