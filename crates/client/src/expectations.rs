@@ -1,5 +1,5 @@
-//! Creates and deletes of ours that the cache has not shown yet. A loop that counts children must not count again
-//! before its cache shows what it just did, or it would create too many. Unlike upstream, which counts, we
+//! Writes of ours that the cache has not shown yet. A loop that counts children must not count again before its cache
+//! shows what it just did, or it would create too many. Unlike upstream, which counts, we
 //! remember the uids: exact, and immune to duplicated or lost events.
 
 use crate::ObjectKey;
@@ -19,14 +19,19 @@ pub struct Expectations {
 }
 
 struct Waiting {
-    created: HashSet<String>,
+    /// Uid → the least resource version the cache has to show; 0 when any will do.
+    written: HashMap<String, u64>,
     deleted: HashSet<String>,
     since: Instant,
 }
 
 impl Waiting {
+    fn is_empty(&self) -> bool {
+        self.written.is_empty() && self.deleted.is_empty()
+    }
+
     fn is_over(&self) -> bool {
-        (self.created.is_empty() && self.deleted.is_empty()) || self.since.elapsed() >= EXPECTATIONS_TIMEOUT
+        self.is_empty() || self.since.elapsed() >= EXPECTATIONS_TIMEOUT
     }
 }
 
@@ -41,12 +46,18 @@ impl Expectations {
         Expectations { forgetful: true, ..Self::default() }
     }
 
-    /// We created `uid` for `owner`. `is_cached` tells whether the cache has it already; it is asked under the lock
-    /// that [`Expectations::creation_seen`] takes after the cache changed, so the two cannot miss each other.
+    /// We created `uid` for `owner`. `is_cached` as for [`Expectations::changed`].
     pub fn created(&self, owner: &ObjectKey, uid: &str, is_cached: impl FnOnce() -> bool) {
+        self.changed(owner, uid, 0, is_cached);
+    }
+
+    /// We changed `uid` of `owner`, and the answer bore the resource version `revision`. `is_cached` tells whether the
+    /// cache shows that already; it is asked under the lock that [`Expectations::change_seen`] takes after the cache
+    /// changed, so the two cannot miss each other.
+    pub fn changed(&self, owner: &ObjectKey, uid: &str, revision: u64, is_cached: impl FnOnce() -> bool) {
         let mut waiting = self.waiting.lock();
         if !is_cached() && !self.forgetful {
-            entry(&mut waiting, owner).created.insert(uid.to_owned());
+            entry(&mut waiting, owner).written.insert(uid.to_owned(), revision);
         }
     }
 
@@ -57,23 +68,32 @@ impl Expectations {
 
     /// The cache shows `uid`. Call it from the informer's change handler.
     pub fn creation_seen(&self, owner: &ObjectKey, uid: &str) {
-        self.see(owner, |waiting| waiting.created.remove(uid));
+        self.change_seen(owner, uid, u64::MAX);
+    }
+
+    /// The cache shows `uid` as of `revision`; a deletion counts as [`u64::MAX`].
+    pub fn change_seen(&self, owner: &ObjectKey, uid: &str, revision: u64) {
+        self.see(owner, |waiting| {
+            if waiting.written.get(uid).is_some_and(|wanted| *wanted <= revision) {
+                waiting.written.remove(uid);
+            }
+        });
     }
 
     /// The cache no longer shows `uid` or shows it terminating, or the delete failed.
     pub fn deletion_seen(&self, owner: &ObjectKey, uid: &str) {
         self.see(owner, |waiting| {
             // Gone before it was ever shown counts for both.
-            waiting.created.remove(uid);
-            waiting.deleted.remove(uid)
+            waiting.written.remove(uid);
+            waiting.deleted.remove(uid);
         });
     }
 
-    fn see(&self, owner: &ObjectKey, remove: impl FnOnce(&mut Waiting) -> bool) {
+    fn see(&self, owner: &ObjectKey, remove: impl FnOnce(&mut Waiting)) {
         let mut all = self.waiting.lock();
         if let Some(waiting) = all.get_mut(owner) {
             remove(waiting);
-            if waiting.created.is_empty() && waiting.deleted.is_empty() {
+            if waiting.is_empty() {
                 all.remove(owner);
             }
         }
@@ -99,7 +119,7 @@ impl Expectations {
 
 fn entry<'a>(waiting: &'a mut HashMap<ObjectKey, Waiting>, owner: &ObjectKey) -> &'a mut Waiting {
     let entry = waiting.entry(owner.clone()).or_insert_with(|| Waiting {
-        created: HashSet::new(),
+        written: HashMap::new(),
         deleted: HashSet::new(),
         since: Instant::now(),
     });
@@ -118,6 +138,16 @@ mod tests {
         expectations.created(&owner, "b", || true);
         assert!(expectations.pending(&owner).is_some());
         expectations.creation_seen(&owner, "a");
+        assert!(expectations.pending(&owner).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_is_expected_until_the_cache_is_as_new() {
+        let (expectations, owner) = (Expectations::new(), ObjectKey::new("ns", "deployment"));
+        expectations.changed(&owner, "a", 7, || false);
+        expectations.change_seen(&owner, "a", 6);
+        assert!(expectations.pending(&owner).is_some());
+        expectations.change_seen(&owner, "a", 8);
         assert!(expectations.pending(&owner).is_none());
     }
 

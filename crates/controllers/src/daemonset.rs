@@ -167,10 +167,9 @@ impl DaemonSets {
         let (mut create, mut delete) = (Vec::new(), Vec::new());
         let mut requeue = Requeue::Done;
         for node in self.nodes.list() {
-            let name = node.metadata.name.clone().unwrap_or_default();
-            let present = by_node.get(&name).map(Vec::as_slice).unwrap_or_default();
-            let verdict = placement::verdict(set, &node);
-            requeue = requeue.sooner(self.one_node(set, &name, present, verdict, &mut create, &mut delete));
+            let name = node.metadata.name.as_deref().unwrap_or_default();
+            let present = by_node.get(name).map(Vec::as_slice).unwrap_or_default();
+            requeue = requeue.sooner(self.one_node(set, &node, present, history, &mut create, &mut delete));
         }
         for (name, stranded) in by_node {
             if self.nodes.get("", name).is_none() {
@@ -187,12 +186,14 @@ impl DaemonSets {
     fn one_node(
         &self,
         set: &DaemonSet,
-        node: &str,
+        node: &Node,
         present: &[Arc<Pod>],
-        verdict: placement::Verdict,
+        history: &History,
         create: &mut Vec<String>,
         delete: &mut Vec<Arc<Pod>>,
     ) -> Requeue {
+        let verdict = placement::verdict(set, node);
+        let node = node.metadata.name.as_deref().unwrap_or_default();
         if verdict.should_run && present.is_empty() {
             create.push(node.to_owned());
             return Requeue::Done;
@@ -201,19 +202,13 @@ impl DaemonSets {
             delete.extend(present.iter().filter(|pod| !pods::is_terminating(pod)).cloned());
             return Requeue::Done;
         }
-        let (ended, mut running): (Vec<_>, Vec<_>) = present
+        let (ended, running): (Vec<_>, Vec<_>) = present
             .iter()
             .filter(|pod| !pods::is_terminating(pod))
             .cloned()
             .partition(|pod| pods::is_finished(pod));
         let requeue = self.replace_ended(set, node, &ended, delete);
-        // Of several the oldest stays; while an update surges, one old and one new pod are wanted.
-        running.sort_by_key(|pod| {
-            (pods::node_of(pod).is_none(), pod.metadata.creation_timestamp.as_ref().map(|t| t.0))
-        });
-        if update::max_surge(set, 1) == 0 {
-            delete.extend(running.into_iter().skip(1));
-        }
+        delete.extend(superfluous(set, running, history));
         requeue
     }
 
@@ -317,6 +312,20 @@ impl DaemonSets {
         let api: Api<DaemonSet> = Api::namespaced(self.context.client.clone(), namespace);
         knarr_client::ignore_gone(patch::write_status(&api, set, &set.status, &status, Guard::Uid).await)
     }
+}
+
+/// The pods too many among those that run on one node. The oldest stays; while an update surges, one of an old and
+/// one of the present template, and among the old ready ones first.
+fn superfluous(set: &DaemonSet, mut running: Vec<Arc<Pod>>, history: &History) -> Vec<Arc<Pod>> {
+    let age =
+        |pod: &Pod| (pods::node_of(pod).is_none(), pod.metadata.creation_timestamp.as_ref().map(|t| t.0));
+    running.sort_by_key(|pod| age(pod));
+    if update::max_surge(set, 1) == 0 {
+        return running.split_off(running.len().min(1));
+    }
+    let (new, mut old): (Vec<_>, Vec<_>) = running.into_iter().partition(|pod| is_current(history, pod));
+    old.sort_by_key(|pod| !pods::is_ready(pod));
+    new.into_iter().skip(1).chain(old.into_iter().skip(1)).collect()
 }
 
 fn min_ready_seconds(set: &DaemonSet) -> i32 {

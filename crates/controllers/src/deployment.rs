@@ -59,8 +59,8 @@ struct Deployments {
     deployments: Informer<Deployment>,
     sets: Informer<ReplicaSet>,
     pods: Informer<Pod>,
-    /// Sets we made that the cache does not show yet: a turn without them would wish for too many pods when the
-    /// template has changed again. Upstream takes that risk.
+    /// Sets we made or sized that the cache does not show so yet: a turn on old sizes would wish for too many pods when
+    /// the template or the size has changed again. Upstream took that risk for long.
     expectations: Expectations,
 }
 
@@ -124,7 +124,8 @@ impl Deployments {
             .flatten()
             .filter_map(|set| owner::controller_key::<Deployment>(&set.metadata))
             .collect();
-        keys.iter().for_each(|key| self.expectations.creation_seen(key, pods::uid(&set.metadata)));
+        let seen = if change.is_deleted() { u64::MAX } else { revision_of(set) };
+        keys.iter().for_each(|key| self.expectations.change_seen(key, pods::uid(&set.metadata), seen));
         if keys.is_empty() && !change.is_deleted() && owner::controller_of(&set.metadata).is_none() {
             let deployments = self.deployments.list_in(set.metadata.namespace.as_deref().unwrap_or_default());
             let matches = |deployment: &&Arc<Deployment>| {
@@ -252,7 +253,11 @@ impl Deployments {
         difference["metadata"]["uid"] = json!(old.metadata.uid);
         difference["metadata"]["resourceVersion"] = json!(old.metadata.resource_version);
         let api: Api<ReplicaSet> = Api::namespaced(self.context.client.clone(), &key.namespace);
-        patch::merge(&api, &key.name, difference).await
+        let written = patch::merge(&api, &key.name, difference).await?;
+        if let Some(deployment) = owner::controller_key::<Deployment>(&written.metadata) {
+            self.expect(&deployment, &written);
+        }
+        Ok(written)
     }
 
     async fn write_revision(&self, rollout: &mut Rollout, revision: &str) -> Result<()> {
@@ -309,7 +314,7 @@ impl Deployments {
         let created = self.api::<ReplicaSet>(&deployment).create(&PostParams::default(), &set).await;
         let created = match created.during(|| format!("create replica set {set_name}")) {
             Ok(created) => {
-                self.expect(&deployment, &created);
+                self.expect(&ObjectKey::of(&deployment), &created);
                 let replicas = crate::replicaset::replicas(&created);
                 if replicas > 0 {
                     let message = format!("Scaled up replica set {set_name} from 0 to {replicas}");
@@ -322,7 +327,7 @@ impl Deployments {
                     return Err(error);
                 };
                 // What there was to tell was told when the set was made.
-                self.expect(&deployment, &existing);
+                self.expect(&ObjectKey::of(&deployment), &existing);
                 rollout.new = Some(existing);
                 return self.write_revision(rollout, &revision.to_string()).await;
             }
@@ -339,10 +344,12 @@ impl Deployments {
         Ok(())
     }
 
-    /// The cache has to show this set before the next turn.
-    fn expect(&self, deployment: &Deployment, set: &ReplicaSet) {
-        let is_cached = || self.sets.get_key(&ObjectKey::of(set)).is_some();
-        self.expectations.created(&ObjectKey::of(deployment), pods::uid(&set.metadata), is_cached);
+    /// The cache has to show the set as it is now before the next turn.
+    fn expect(&self, deployment: &ObjectKey, set: &ReplicaSet) {
+        let revision = revision_of(set);
+        let is_cached =
+            || self.sets.get_key(&ObjectKey::of(set)).is_some_and(|cached| revision_of(&cached) >= revision);
+        self.expectations.changed(deployment, pods::uid(&set.metadata), revision, is_cached);
     }
 
     /// A set of that name exists. If it is ours after all the cache was behind; otherwise count the collision, which
@@ -428,6 +435,11 @@ fn has_template_of(set: &ReplicaSet, deployment: &Deployment) -> bool {
 
 fn created(set: &ReplicaSet) -> Option<jiff::Timestamp> {
     set.metadata.creation_timestamp.as_ref().map(|time| time.0)
+}
+
+/// Resource versions of one cluster are numbers that grow.
+fn revision_of(set: &ReplicaSet) -> u64 {
+    set.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
 }
 
 fn name(meta: &ObjectMeta) -> &str {

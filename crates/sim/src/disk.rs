@@ -29,7 +29,7 @@ struct State {
 impl Disk {
     /// The engine of one life of the server.
     pub fn engine(&self, world: &Arc<World>) -> impl Engine + use<> {
-        Opened { disk: self.clone(), world: Arc::downgrade(world) }
+        Opened { disk: self.clone(), world: Arc::downgrade(world), dead: false }
     }
 
     pub fn set_full(&self, full: bool) {
@@ -57,6 +57,8 @@ impl Disk {
 struct Opened {
     disk: Disk,
     world: Weak<World>,
+    /// The server died at an append: whatever of it still runs until the simulation ends its tasks writes no more.
+    dead: bool,
 }
 
 /// What becomes of an append.
@@ -110,6 +112,9 @@ impl Engine for Opened {
         let Some(world) = self.world.upgrade() else {
             return Err(EngineError::Injected("the simulation ended"));
         };
+        if self.dead {
+            return Err(EngineError::Injected("the server is dead"));
+        }
         match self.fate(&world) {
             Fate::Stored => {
                 self.store(&world, records);
@@ -127,6 +132,7 @@ impl Engine for Opened {
                 if stored {
                     self.store(&world, records);
                 }
+                self.dead = true;
                 world.server_died();
                 Err(EngineError::Injected("the server died"))
             }
@@ -134,6 +140,9 @@ impl Engine for Opened {
     }
 
     fn remove(&mut self, revisions: &[Revision], marks: Marks) -> Result<(), EngineError> {
+        if self.dead {
+            return Err(EngineError::Injected("the server is dead"));
+        }
         let mut state = self.disk.state.lock();
         let before = state.marks;
         state.unsynced_marks.get_or_insert(before);

@@ -112,6 +112,29 @@ async fn a_surging_update_never_leaves_a_node_without_a_ready_pod() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_template_that_changes_during_a_surge_makes_no_third_pod() {
+    let harness = Harness::quiet();
+    harness.start(start);
+    node(&harness, "n1", "linux", None).await;
+    let strategy = json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}});
+    harness.create::<DaemonSet>(daemon("a", strategy)).await;
+    let images = |pods: &[Pod]| {
+        let mut images: Vec<_> = pods.iter().filter(|pod| pods::is_active(pod)).map(image).collect();
+        images.sort();
+        assert!(images.len() <= 2, "{images:?} on one node");
+        images.concat()
+    };
+    let first = harness.api.wait_for::<Pod>("the first", |pods| images(pods) == "a").await;
+    harness.make_ready(first[0].metadata.name.as_deref().unwrap()).await;
+    for (next, both) in [("b", "ab"), ("c", "ac")] {
+        let template =
+            json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": next}]}}}});
+        harness.patch::<DaemonSet>("agent", template).await;
+        harness.api.wait_for::<Pod>(both, |pods| images(pods) == both).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn on_delete_waits_for_the_user() {
     let harness = Harness::quiet();
     harness.start(start);
