@@ -430,7 +430,7 @@ impl Api {
     }
 
     fn outcome(&self, call: &Call, code: u16, outcome: &Outcome) -> Answer {
-        respond::object(code, call.kind, &outcome.bytes(), &call.form, self.clock())
+        respond::object(code, call.kind, &outcome.bytes(call.kind), &call.form, self.clock())
     }
 
     fn get(&self, call: &Call) -> Result<Answer> {
@@ -468,7 +468,7 @@ impl Api {
         if call.info.verb == "get" {
             let one = all.into_iter().find(|c| c.name() == call.target.name);
             let one = one.ok_or_else(|| call.place().not_found())?;
-            let bytes = Bytes::from(one.to_string());
+            let bytes = crate::encode::unstored(call.kind, &one);
             return Ok(respond::object(200, call.kind, &bytes, &call.form, self.clock()));
         }
         let selection = self.selection(call)?;
@@ -476,7 +476,8 @@ impl Api {
             selection.labels.matches(c.map_at("metadata.labels"))
                 && selection.fields.exact("metadata.name").is_none_or(|name| name == c.name())
         };
-        let items: Vec<Bytes> = all.iter().filter(matches).map(|c| Bytes::from(c.to_string())).collect();
+        let items: Vec<Bytes> =
+            all.iter().filter(matches).map(|c| crate::encode::unstored(call.kind, c)).collect();
         Ok(respond::list(call.kind, json!({}), &items, &call.form, self.clock()))
     }
 
@@ -698,7 +699,7 @@ impl Api {
             let (namespace, name) = crate::encode::split_key(&entry.key);
             let place = Place { kind: call.kind, namespace, name };
             match self.registry.delete(place, &options, &call.context).await {
-                Ok((outcome, _)) => deleted.push(outcome.bytes()),
+                Ok((outcome, _)) => deleted.push(outcome.bytes(call.kind)),
                 // Somebody else was faster: gone is what was asked for.
                 Err(status) if status.reason == "NotFound" => {}
                 Err(status) => return Err(status),

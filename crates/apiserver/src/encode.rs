@@ -12,7 +12,7 @@ use knarr_api::object::Object;
 use knarr_api::pick;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
-use knarr_store::{Digest, Entry};
+use knarr_store::{Digest, Entry, Revision};
 use serde_json::{Map, Value};
 
 /// Encodes an object for the store: bytes, and where the revision goes. `owners` are the `managedFields` as JSON,
@@ -53,9 +53,7 @@ const MANAGED: &str = r#","managedFields":"#;
 /// The stored bytes in two parts, without `managedFields`.
 pub fn without_owners<'b>(kind: &Kind, bytes: &'b [u8]) -> (&'b [u8], &'b [u8]) {
     let whole = (bytes, &[][..]);
-    let head = prefix(kind).len() + METADATA.len();
-    let digits = bytes.iter().skip(head).take_while(|b| b.is_ascii_digit()).count();
-    let start = head + digits + 1;
+    let start = revision_digits(kind, bytes).1 + 1;
     let Some(list) = bytes.get(start..).and_then(|rest| rest.strip_prefix(MANAGED.as_bytes())) else {
         return whole;
     };
@@ -63,6 +61,35 @@ pub fn without_owners<'b>(kind: &Kind, bytes: &'b [u8]) -> (&'b [u8], &'b [u8]) 
         Some(end) => (&bytes[..start], &list[end..]),
         None => whole,
     }
+}
+
+/// An object that is in no store (made up, or a dry run's) in the order that lists rely on.
+pub fn unstored(kind: &Kind, object: &Value) -> Bytes {
+    let mut out = prefix(kind).into_bytes();
+    out.pop();
+    for (name, value) in object.as_object().into_iter().flatten() {
+        if !matches!(name.as_str(), "kind" | "apiVersion") {
+            member(&mut out, name, value);
+        }
+    }
+    out.push(b'}');
+    out.into()
+}
+
+/// The stored bytes with another `resourceVersion`: of a deletion, whose last state is that of an older write.
+pub fn at_revision(kind: &Kind, bytes: &Bytes, revision: Revision) -> Bytes {
+    let (start, end) = revision_digits(kind, bytes);
+    let wanted = revision.to_string();
+    if &bytes[start..end] == wanted.as_bytes() {
+        return bytes.clone();
+    }
+    [&bytes[..start], wanted.as_bytes(), &bytes[end..]].concat().into()
+}
+
+/// Where the digits of the `resourceVersion` are.
+fn revision_digits(kind: &Kind, bytes: &[u8]) -> (usize, usize) {
+    let start = (prefix(kind).len() + METADATA.len()).min(bytes.len());
+    (start, start + bytes[start..].iter().take_while(|b| b.is_ascii_digit()).count())
 }
 
 /// The object of an entry without its `managedFields`, and those as JSON (empty for none).
@@ -216,6 +243,11 @@ mod tests {
         let (bytes, _) = encode(kind, &object, Some(owners));
         let (head, tail) = without_owners(kind, &bytes);
         assert_eq!([head, tail].concat(), encode(kind, &object, None).0, "exactly the owners are cut out");
+        let older = at_revision(kind, &Bytes::from(spliced.clone()), 7);
+        assert_eq!(
+            serde_json::from_slice::<Value>(&older).expect("json")["metadata"]["resourceVersion"],
+            "7"
+        );
         let item = format!("{{{}", String::from_utf8_lossy(&list_item(kind, &Bytes::from(spliced))));
         let item: Value = serde_json::from_str(&item).expect("json");
         assert_eq!(item, json!({"metadata":{"name":"a","resourceVersion":"42"},"data":{"k":"v"}}));

@@ -190,10 +190,10 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub fn bytes(&self) -> Bytes {
+    pub fn bytes(&self, kind: &Kind) -> Bytes {
         match self {
             Outcome::Stored(entry) => entry.bytes.clone(),
-            Outcome::Shown(value) => Bytes::from(value.to_string()),
+            Outcome::Shown(value) => encode::unstored(kind, value),
         }
     }
 

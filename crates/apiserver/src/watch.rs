@@ -29,6 +29,9 @@ use crate::{encode, wire};
 
 /// How often an idle watcher is told where it stands.
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
+/// The objects there are when a watch begins are sent in chunks of about this many bytes: a reader that is slow
+/// costs one chunk, not a copy of everything.
+const CHUNK: usize = 256 * 1024;
 /// Watches end by themselves after half an hour to an hour, so that clients spread over servers.
 const TIMEOUT_SECONDS_MIN: u64 = 1800;
 
@@ -89,7 +92,10 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
         watcher,
         deadline: Instant::now() + Duration::from_secs(timeout),
         next_bookmark: bookmarks.then(|| Instant::now() + BOOKMARK_INTERVAL),
-        state: State::Initial { entries: first, mark: (wants_initial && bookmarks).then_some(position) },
+        state: State::Initial {
+            entries: first.into_iter(),
+            mark: (wants_initial && bookmarks).then_some(position),
+        },
         headings: true,
     };
     let frames = stream::unfold(stream, |mut stream| async move {
@@ -165,18 +171,6 @@ fn too_new(requested: Revision, newest: Revision) -> Box<Status> {
     status
 }
 
-/// The last state of a deleted object, which names the revision of its deletion. History that was read back from
-/// the log has the state before it, which names an older one.
-fn last_state(last: &Entry) -> Bytes {
-    let named = format!("\"resourceVersion\":\"{}\"", last.revision);
-    if last.bytes.windows(named.len()).any(|part| part == named.as_bytes()) {
-        return last.bytes.clone();
-    }
-    let mut object: Value = serde_json::from_slice(&last.bytes).expect("stored bytes are json");
-    object["metadata"]["resourceVersion"] = json!(last.revision.to_string());
-    object.to_string().into()
-}
-
 struct Stream {
     registry: Arc<Registry>,
     kind: &'static Kind,
@@ -195,7 +189,7 @@ struct Stream {
 enum State {
     /// The objects there were come first; then the mark that they are complete.
     Initial {
-        entries: Vec<Arc<Entry>>,
+        entries: std::vec::IntoIter<Arc<Entry>>,
         mark: Option<Revision>,
     },
     Live,
@@ -217,10 +211,16 @@ impl Stream {
                     self.state = State::Ended;
                     return None;
                 }
-                State::Initial { entries, mark } => {
+                State::Initial { mut entries, mark } => {
                     let mut out = Vec::new();
-                    entries.iter().for_each(|entry| self.write(&mut out, "ADDED", &entry.bytes));
-                    if let Some(revision) = mark {
+                    while out.len() < CHUNK
+                        && let Some(entry) = entries.next()
+                    {
+                        self.write(&mut out, "ADDED", &entry.bytes);
+                    }
+                    if entries.len() > 0 {
+                        self.state = State::Initial { entries, mark };
+                    } else if let Some(revision) = mark {
                         self.bookmark(&mut out, revision, true);
                     }
                     if !out.is_empty() {
@@ -282,14 +282,17 @@ impl Stream {
                 (true, false) => {
                     // It left the selection: its last selected state, at the revision of leaving.
                     if let Some(before) = &event.before {
-                        let mut object = encode::decode(before);
-                        object["metadata"]["resourceVersion"] = json!(event.revision.to_string());
-                        self.write(out, "DELETED", &Bytes::from(object.to_string()));
+                        let left = encode::at_revision(self.kind, &before.bytes, event.revision);
+                        self.write(out, "DELETED", &left);
                     }
                 }
                 (false, false) => {}
             },
-            Err(last) if was => self.write(out, "DELETED", &last_state(last)),
+            Err(last) if was => {
+                // History that was read back from the log has the state before, which names an older revision.
+                let last = encode::at_revision(self.kind, &last.bytes, last.revision);
+                self.write(out, "DELETED", &last);
+            }
             Err(_) => {}
         }
     }

@@ -15,6 +15,25 @@ fn map(name: &str, label: &str) -> Value {
 }
 
 #[tokio::test]
+async fn objects_that_are_not_stored_are_listed_in_every_form() {
+    let api = server().await;
+    let _running = api.registry.health.running("scheduler");
+    let admin = Client::admin(&api);
+    for accept in ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"] {
+        let reply = admin.ask("GET", "/api/v1/componentstatuses", &[("accept", accept)], "").await;
+        assert_eq!((reply.status, reply.header("content-type")), (200, accept));
+        assert!(String::from_utf8_lossy(&reply.body).contains("scheduler"), "{accept}");
+    }
+    let (_, list) = admin.get("/api/v1/componentstatuses").await;
+    let scheduler = &list["items"][1];
+    assert_eq!(
+        (&scheduler["metadata"]["name"], scheduler.get("kind")),
+        (&json!("scheduler"), None),
+        "{list}"
+    );
+}
+
+#[tokio::test]
 async fn options_that_do_not_go_together_are_refused() {
     let api = server().await;
     let admin = Client::admin(&api);
@@ -223,7 +242,12 @@ async fn a_collection_is_deleted_page_by_page() {
     assert_eq!(page["metadata"]["continue"], Value::Null);
     let (_, left) = admin.get(maps).await;
     assert_eq!(left["items"].as_array().map(Vec::len), Some(1));
-    let (status, _) = admin.delete(&format!("{maps}?dryRun=All")).await;
+    let (status, shown) = admin.delete(&format!("{maps}?dryRun=All")).await;
+    let named = |item: &Value| item["metadata"]["name"].is_string() && item.get("kind").is_none();
+    assert!(
+        shown["items"].as_array().is_some_and(|items| !items.is_empty() && items.iter().all(named)),
+        "{shown}"
+    );
     assert_eq!((status, admin.get(&format!("{maps}/m0")).await.0), (200, 200), "a dry run deletes nothing");
 }
 

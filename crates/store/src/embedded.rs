@@ -32,7 +32,7 @@ pub struct Options {
     /// How many superseded values stay in the log at most.
     pub retention_records_max: usize,
     /// The time of day, for expiry and retention.
-    pub clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    pub clock: Clock,
 }
 
 impl Default for Options {
@@ -49,7 +49,10 @@ impl Default for Options {
 pub struct Embedded {
     shared: Arc<Shared>,
     commit: Commit,
+    clock: Clock,
 }
+
+type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 
 /// How writes reach the committer.
 enum Commit {
@@ -76,19 +79,21 @@ enum Request {
 impl Embedded {
     /// Opens the store on an engine that blocks on a disk; commits run in a thread of their own.
     pub fn open(engine: impl Engine + 'static, options: Options) -> Result<Self, EngineError> {
+        let clock = options.clock.clone();
         let (shared, mut committer) = load(Box::new(engine), options)?;
         let (queue, mut requests) = mpsc::channel(QUEUE_MAX);
         std::thread::Builder::new()
             .name("store".into())
             .spawn(move || committer.run(&mut requests))
             .map_err(|_| EngineError::Injected("cannot start the committer thread"))?;
-        Ok(Embedded { shared, commit: Commit::Thread(queue) })
+        Ok(Embedded { shared, commit: Commit::Thread(queue), clock })
     }
 
     /// Opens the store on an engine that answers at once; every step is taken in the caller's thread.
     pub fn open_inline(engine: impl Engine + 'static, options: Options) -> Result<Self, EngineError> {
+        let clock = options.clock.clone();
         let (shared, committer) = load(Box::new(engine), options)?;
-        Ok(Embedded { shared, commit: Commit::Inline(Mutex::new(committer)) })
+        Ok(Embedded { shared, commit: Commit::Inline(Mutex::new(committer)), clock })
     }
 
     /// Deletes entries as they expire, for as long as it is polled.
@@ -99,7 +104,7 @@ impl Embedded {
             let sleep = async {
                 match due {
                     Some(at) => {
-                        let wait = at.duration_since(SystemTime::now()).unwrap_or_default();
+                        let wait = at.duration_since((self.clock)()).unwrap_or_default();
                         tokio::time::sleep(wait + Duration::from_millis(1)).await;
                     }
                     None => std::future::pending().await,
@@ -317,14 +322,7 @@ impl Committer {
         let Write { partition, key, change, .. } = write;
         let make = |bytes, expires| {
             let key = before.as_ref().map_or_else(|| key.clone(), |b| b.key.clone());
-            Arc::new(Entry {
-                key,
-                revision,
-                bytes,
-                expires,
-                view: Default::default(),
-                digest: Default::default(),
-            })
+            Arc::new(Entry::new(key, revision, bytes, expires))
         };
         let (value, after) = match change {
             Change::Put { bytes, splice: at, time_to_live } => {
@@ -427,17 +425,7 @@ impl Committer {
     fn replay(&mut self, record: Record, floor: Revision) {
         let partition = self.shared.partition(&record.partition);
         let before = partition.get(&record.key);
-        let make = |bytes| {
-            let (key, expires) = (record.key.clone(), record.expires);
-            Arc::new(Entry {
-                key,
-                revision: record.revision,
-                bytes,
-                expires,
-                view: Default::default(),
-                digest: Default::default(),
-            })
-        };
+        let make = |bytes| Arc::new(Entry::new(record.key.clone(), record.revision, bytes, record.expires));
         let after = match (&record.value, &before) {
             (Some(value), _) => Ok(make(value.clone())),
             (None, Some(before)) => Err(make(before.bytes.clone())),

@@ -47,6 +47,12 @@ pub struct Entry {
     pub digest: std::sync::OnceLock<Digest>,
 }
 
+impl Entry {
+    pub fn new(key: Arc<str>, revision: Revision, bytes: Bytes, expires: Option<SystemTime>) -> Self {
+        Entry { key, revision, bytes, expires, view: Default::default(), digest: Default::default() }
+    }
+}
+
 /// A set of words in 128 bits (a Bloom filter): it may say "perhaps" of a word that is not in it, never "no" of one
 /// that is.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use knarr_api::field;
 use knarr_api::object::Object;
@@ -13,7 +14,7 @@ use knarr_store::{Change, Expect, Range, Store, Write, WriteError};
 use serde_json::{Value, json};
 
 use super::range::{Cidr, Ranges};
-use crate::encode;
+use crate::encode::{self, View};
 use crate::registry::{Registry, new_uid};
 
 const GROUP: &str = "networking.k8s.io";
@@ -35,8 +36,8 @@ pub struct Promised {
 /// The ranges that give addresses out: the configured ones first, then those of other ready ServiceCIDRs.
 pub fn ranges(store: &dyn Store, configured: &Ranges) -> Vec<Cidr> {
     let listing = store.list(RANGES, &Range::default());
-    let stored: Vec<Value> =
-        listing.map(|l| l.entries).unwrap_or_default().iter().map(|e| encode::decode(e)).collect();
+    let stored: Vec<Arc<Value>> =
+        listing.map(|l| l.entries).unwrap_or_default().iter().map(|e| View::tree(e)).collect();
     if stored.is_empty() {
         return configured.iter().collect();
     }
@@ -195,20 +196,18 @@ fn is_of(address: &Value, service: &Value) -> bool {
 /// Brings addresses and services together: addresses of services that are gone are freed, those that services have
 /// without a lock get one. Run at start, and when somebody deletes a lock.
 pub async fn repair(registry: &Registry) {
-    let services = decoded(registry, "services");
     for address in decoded(registry, PARTITION) {
         let ours = address.at("metadata.labels").is_some_and(|l| l.get(MANAGED_BY) == Some(&json!(MANAGER)));
         let Ok(ip) = address.name().parse::<IpAddr>() else { continue };
-        let used = services.iter().any(|service| is_of(&address, service) && of(service).contains(&ip));
-        if ours && !used {
+        if ours && holder(registry, &address).is_none() {
             let parent = &address["spec"]["parentRef"];
             let gone = json!({ "metadata": { "name": parent["name"], "namespace": parent["namespace"] } });
             tracing::info!(address = address.name(), "freed an address that no service has");
             give_up(registry, &[ip], &gone).await;
         }
     }
-    for service in &services {
-        restore(registry, service).await;
+    for service in decoded(registry, "services") {
+        restore(registry, &service).await;
     }
 }
 

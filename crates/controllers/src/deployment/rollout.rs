@@ -97,8 +97,7 @@ impl Deployments {
     }
 
     async fn shrink_healthy(&self, rollout: &mut Rollout, min_available: i32) -> Result<i32> {
-        // As upstream: availability as the statuses tell it, not what the step before just gave up (that was
-        // unavailable anyway).
+        // What the step before just gave up was unavailable anyway.
         let room = rollout.all().map(available).sum::<i32>() - min_available;
         let mut total = 0;
         for index in 0..rollout.old.len() {
@@ -144,8 +143,11 @@ impl Deployments {
     }
 }
 
+/// The pods of a set that will stay available. A set that was just made smaller still tells of the pods it is
+/// about to delete: counting on those (as upstream does) would let go more than `maxUnavailable`.
 fn available(set: &ReplicaSet) -> i32 {
-    set.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0)
+    let told = set.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0);
+    told.min(size(set))
 }
 
 fn is_empty_and_observed(set: &ReplicaSet) -> bool {
