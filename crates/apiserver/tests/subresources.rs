@@ -97,18 +97,27 @@ async fn what_a_resize_may_not_do_is_refused_in_upstreams_words() {
             "spec: Forbidden: only cpu and memory resources are mutable",
         ),
         (
-            refused("initContainers", "init", both("2")),
-            "spec: Forbidden: resources for non-sidecar init containers are immutable",
+            refused("initContainers", "init", json!({ "limits": { "ephemeral-storage": "1Gi" } })),
+            "spec.initContainers[0]: Forbidden: only cpu and memory resources for init or sidecar containers are mutable",
         ),
-        (refused("containers", "b", both("2")), "spec: Forbidden: only cpu and memory resources are mutable"),
+        (
+            refused("containers", "b", both("2")),
+            "spec.containers: Forbidden: containers may not be added or removed on resize",
+        ),
+        (
+            json!({ "spec": { "containers": [{ "name": "b" }, { "$patch": "delete", "name": "a" }] } }),
+            "spec.containers[0].name: Forbidden: containers may not be renamed or reordered on resize",
+        ),
     ] {
         let (status, answer) = patch(&admin, &path, STRATEGIC, &body).await;
         let message = answer["message"].as_str().unwrap_or_default();
         assert!(status == 422 && message.contains(why), "{body}: {status} {message}");
     }
-    let (status, answer) =
-        patch(&admin, &path, STRATEGIC, &refused("initContainers", "side", both("2"))).await;
-    assert_eq!(status, 200, "sidecars resize: {answer}");
+    for name in ["init", "side"] {
+        let (status, answer) =
+            patch(&admin, &path, STRATEGIC, &refused("initContainers", name, both("2"))).await;
+        assert_eq!(status, 200, "{name}: {answer}");
+    }
     // A node that does not say what containers have cannot change it.
     let running = json!({ "status": { "containerStatuses": [{ "name": "a", "image": "i", "imageID": "", "ready": true,
         "restartCount": 0, "state": { "running": {} } }] } });

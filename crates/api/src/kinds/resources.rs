@@ -354,8 +354,9 @@ fn keep_all_but_resources(new: &mut Value, old: &Value) {
     }
 }
 
+const ONLY: &str = "only cpu and memory resources are mutable";
+
 fn validate_resize(new: &Value, old: &Value, errors: &mut Errors) {
-    const ONLY: &str = "only cpu and memory resources are mutable";
     pod_spec("spec", new.at("spec").unwrap_or(&Value::Null), errors);
     let mirror =
         old.at("metadata.annotations").is_some_and(|a| a.get("kubernetes.io/config.mirror").is_some());
@@ -384,25 +385,17 @@ fn validate_resize(new: &Value, old: &Value, errors: &mut Errors) {
     let mut same = new.at("spec").cloned().unwrap_or_default();
     let before = old.at("spec").unwrap_or(&Value::Null);
     pod_level_resize(&mut same, before, errors);
+    if !old.list_at("status.nodeAllocatableResourceClaimStatuses").is_empty() {
+        let detail = "pods with node allocatable resource claims cannot be resized";
+        errors.push(field::Error::forbidden("spec", detail));
+    }
+    if !same_containers(&same, before, errors) {
+        return;
+    }
     for list in LISTS {
-        let olds = before.list_at(list);
         let containers = same.get_mut(list).and_then(Value::as_array_mut);
-        for (i, (container, old)) in containers.into_iter().flatten().zip(olds).enumerate() {
-            let at = child(&index(&format!("spec.{list}"), i), "resources");
-            let (init, sidecar) = (list == "initContainers", is_sidecar(old));
-            if !init || sidecar {
-                nothing_removed(&at, "resource", container, old, errors);
-                keep_cpu_and_memory(container, old);
-                keep(container, old, "resizePolicy");
-            }
-            if container != old {
-                let why = match (init, sidecar) {
-                    (false, _) => ONLY,
-                    (true, true) => "only cpu and memory resources for sidecar containers are mutable",
-                    (true, false) => "resources for non-sidecar init containers are immutable",
-                };
-                errors.push(field::Error::forbidden("spec", why));
-            }
+        for (i, (container, old)) in containers.into_iter().flatten().zip(before.list_at(list)).enumerate() {
+            resize_container(&index(&format!("spec.{list}"), i), list, container, old, errors);
         }
     }
     if errors.is_empty() && same != *before {
@@ -410,12 +403,72 @@ fn validate_resize(new: &Value, old: &Value, errors: &mut Errors) {
     }
 }
 
+/// Containers are neither added nor taken away, and stay in their order.
+fn same_containers(new: &Value, old: &Value, errors: &mut Errors) -> bool {
+    let before = errors.len();
+    for list in LISTS {
+        let (news, olds) = (new.list_at(list), old.list_at(list));
+        if news.len() != olds.len() {
+            let detail = format!("{list} may not be added or removed on resize");
+            errors.push(field::Error::forbidden(format!("spec.{list}"), detail));
+            continue;
+        }
+        for (i, _) in
+            news.iter().zip(olds).enumerate().filter(|(_, (n, o))| n.str_at("name") != o.str_at("name"))
+        {
+            let detail = format!("{list} may not be renamed or reordered on resize");
+            errors.push(field::Error::forbidden(child(&index(&format!("spec.{list}"), i), "name"), detail));
+        }
+    }
+    errors.len() == before
+}
+
+/// Leaves of the container what may not differ from the old one.
+fn resize_container(at: &str, list: &str, container: &mut Value, old: &Value, errors: &mut Errors) {
+    let resized = container != old;
+    nothing_removed(&child(at, "resources"), "resource", container, old, errors);
+    keep_cpu_and_memory(container, old);
+    forget_default_policies(container, old);
+    if list == "containers" {
+        if container != old {
+            errors.push(field::Error::forbidden("spec", ONLY));
+        }
+        return;
+    }
+    if container != old {
+        let detail = "only cpu and memory resources for init or sidecar containers are mutable";
+        errors.push(field::Error::forbidden(at, detail));
+    }
+    let restarts = |policy: &Value| policy.str_at("restartPolicy") == "RestartContainer";
+    if resized && !is_sidecar(old) && container.list_at("resizePolicy").iter().any(restarts) {
+        let detail = "non-sidecar init containers with a resize policy of RestartContainer cannot be resized";
+        errors.push(field::Error::forbidden(at, detail));
+    }
+}
+
+/// A resource asked for anew gets a default policy; others stay as they are.
+fn forget_default_policies(container: &mut Value, old: &Value) {
+    let known: Vec<&str> = old.list_at("resizePolicy").iter().map(|p| p.str_at("resourceName")).collect();
+    let Some(policies) = container.get_mut("resizePolicy").and_then(Value::as_array_mut) else { return };
+    policies.retain(|policy| {
+        known.contains(&policy.str_at("resourceName")) || policy.str_at("restartPolicy") != "NotRequired"
+    });
+    if policies.is_empty() && old.at("resizePolicy").is_none() {
+        container.remove_at("resizePolicy");
+    }
+}
+
 fn pod_level_resize(new: &mut Value, old: &Value, errors: &mut Errors) {
     if old.at("resources").is_some() && new.at("resources").is_none() {
         errors.push(field::Error::forbidden("spec.resources", "pod-level resources cannot be removed"));
+        return;
     }
     nothing_removed("spec.resources", "pod-level resource", new, old, errors);
     keep_cpu_and_memory(new, old);
+    if new.at("resources") != old.at("resources") {
+        let detail = "only cpu and memory resources are mutable at pod-level";
+        errors.push(field::Error::forbidden("spec", detail));
+    }
 }
 
 fn nothing_removed(at: &str, what: &str, new: &Value, old: &Value, errors: &mut Errors) {
