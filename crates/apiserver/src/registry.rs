@@ -4,6 +4,9 @@
 //! admission. A write is: decode → rules → defaults → admission → validation → ownership → commit. Nothing
 //! is stored before everything has passed, and every change names the revision it was made from.
 
+mod deletion;
+mod listing;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -13,13 +16,16 @@ use knarr_api::apply::{self, Manager, Reach};
 use knarr_api::object::Object;
 use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
-use knarr_api::selector::{Operator, Requirement};
 use knarr_api::status::{Result, Status};
 use knarr_api::{decode, defaults, patch, time, versions};
-use knarr_store::{Change, Digest, Entry, Expect, Range, ReadError, Store, Write, WriteError};
+use knarr_store::{Change, Entry, Expect, Range, Store, Write, WriteError};
 use parking_lot::Mutex;
 use rand::Rng;
 use serde_json::{Value, json};
+
+pub use deletion::DeleteOptions;
+use deletion::is_finished;
+pub use listing::{Page, Selection, prefix};
 
 use crate::admission::{self, Operation};
 use crate::encode::{self, View};
@@ -27,7 +33,7 @@ use crate::health::Health;
 use crate::identity::User;
 use crate::quota::{self, Quotas};
 use crate::rbac::Rbac;
-use crate::request::{FieldValidation, Query};
+use crate::request::FieldValidation;
 use crate::services::{Allocator, Reservation};
 
 /// How often a write without a resourceVersion is retried when others change the object meanwhile.
@@ -202,68 +208,6 @@ impl Outcome {
             Outcome::Stored(entry) => encode::decode(entry),
             Outcome::Shown(value) => value.clone(),
         }
-    }
-}
-
-/// `metav1.DeleteOptions`.
-#[derive(Debug, Clone, Default)]
-pub struct DeleteOptions {
-    pub grace_period_seconds: Option<i64>,
-    pub uid: Option<String>,
-    pub resource_version: Option<String>,
-    pub propagation: Option<String>,
-    /// Nothing is deleted; said here or in the query.
-    pub dry_run: bool,
-}
-
-impl DeleteOptions {
-    /// Reads the body, or the query where there is no body.
-    pub fn read(body: &Value, query: &Query) -> Result<DeleteOptions> {
-        let text = |path: &str| Some(body.str_at(path).to_owned()).filter(|s| !s.is_empty());
-        let orphan = body.at("orphanDependents").and_then(Value::as_bool);
-        let orphan = orphan.or_else(|| query.get("orphanDependents").map(|v| v == "true"));
-        let named = text("propagationPolicy").or_else(|| query.get("propagationPolicy").map(str::to_owned));
-        if orphan.is_some() && named.is_some() {
-            return Err(Status::new(
-                422,
-                "Invalid",
-                "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set",
-            ));
-        }
-        let propagation = match (named, orphan) {
-            (Some(policy), _) if !matches!(policy.as_str(), "Orphan" | "Background" | "Foreground") => {
-                return Err(Status::new(
-                    422,
-                    "Invalid",
-                    format!(
-                        "DeleteOptions.meta.k8s.io \"\" is invalid: propagationPolicy: Unsupported value: {policy:?}: supported values: \"Foreground\", \"Background\", \"Orphan\""
-                    ),
-                ));
-            }
-            (Some(policy), _) => Some(policy),
-            (None, Some(true)) => Some("Orphan".to_owned()),
-            (None, Some(false)) => Some("Background".to_owned()),
-            (None, None) => None,
-        };
-        let dry_run: Vec<&str> =
-            body.list_at("dryRun").iter().map(|v| v.as_str().unwrap_or_default()).collect();
-        if dry_run.iter().any(|value| *value != "All") {
-            let shown = format!("{:?}", body.list_at("dryRun")).replace("String(", "").replace(')', "");
-            let text = format!(
-                "DeleteOptions.meta.k8s.io \"\" is invalid: dryRun: Unsupported value: {shown}: supported values: \"All\""
-            );
-            return Err(Status::new(422, "Invalid", text));
-        }
-        Ok(DeleteOptions {
-            dry_run: !dry_run.is_empty(),
-            grace_period_seconds: match body.int_at("gracePeriodSeconds") {
-                Some(seconds) => Some(seconds),
-                None => query.number("gracePeriodSeconds")?,
-            },
-            uid: text("preconditions.uid"),
-            resource_version: text("preconditions.resourceVersion"),
-            propagation,
-        })
     }
 }
 
@@ -812,112 +756,6 @@ impl Registry {
         }
     }
 
-    // ---- delete ----
-
-    /// Deletes an object, at once or gracefully; true if it is gone.
-    pub async fn delete(
-        &self,
-        place: Place<'_>,
-        options: &DeleteOptions,
-        context: &Context,
-    ) -> Result<(Outcome, bool)> {
-        for _ in 0..CONFLICT_RETRIES_MAX {
-            let entry = self.get(place)?;
-            let old = encode::decode(&entry);
-            check_preconditions(place, &old, options)?;
-            admission::validate(self, (Operation::Delete, Endpoint::Main), place, &old, Some(&old), context)?;
-            let Some(new) = self.mark_deleted(place.kind, &old, options) else {
-                return Ok((Outcome::Stored(entry), false));
-            };
-            let gone = is_finished(&new);
-            if context.dry_run || options.dry_run {
-                return Ok((Outcome::Shown(new), gone));
-            }
-            let written = if gone {
-                self.remove(place.kind, &entry, &new, None).await
-            } else {
-                let (bytes, splice) = encode::encode(place.kind, &new, None);
-                let write = Write {
-                    partition: partition(place.kind).into(),
-                    key: entry.key.clone(),
-                    expect: Expect::Revision(entry.revision),
-                    change: put(Rules::of(place.kind), bytes, splice),
-                };
-                self.store.commit(write).await
-            };
-            match written {
-                Ok(committed) => {
-                    if gone {
-                        quota::released(self, place.namespace).await;
-                    }
-                    return Ok((Outcome::Stored(committed.entry), gone));
-                }
-                Err(WriteError::Changed(_)) => {}
-                Err(WriteError::NotFound) => return Err(place.not_found()),
-                Err(other) => return Err(self.write_failed(&other)),
-            }
-        }
-        Err(Status::modified(place.kind, place.name))
-    }
-
-    /// The object as a deletion leaves it; `None` if that is what it already is.
-    fn mark_deleted(&self, kind: &Kind, old: &Value, options: &DeleteOptions) -> Option<Value> {
-        let mut new = old.clone();
-        set_policy_finalizer(kind, &mut new, options);
-        let grace = grace_seconds(kind, &new, options);
-        let pending = old.at("metadata.deletionTimestamp").is_some();
-        if pending {
-            let current = old.int_at("metadata.deletionGracePeriodSeconds").unwrap_or(0);
-            let shorter = options.grace_period_seconds.is_some() && grace < current;
-            // Once without grace, finalizers alone hold it: asked again, nothing changes.
-            let forced = kind.plural == "pods" && options.grace_period_seconds == Some(0) && current > 0;
-            if !shorter && !forced && new == *old {
-                return if is_finished(&new) { Some(new) } else { None };
-            }
-            if shorter || forced {
-                self.stamp(&mut new, grace);
-            }
-            return Some(new);
-        }
-        self.stamp(&mut new, grace);
-        if kind.resource() == "namespaces" {
-            new.set_at("status.phase", "Terminating");
-        }
-        if Rules::of(kind).generation && !is_finished(&new) {
-            new.set_at("metadata.generation", old.int_at("metadata.generation").unwrap_or(0) + 1);
-        }
-        Some(new)
-    }
-
-    fn stamp(&self, object: &mut Value, grace: i64) {
-        let at = (self.clock)() + jiff::SignedDuration::from_secs(grace);
-        object.set_at("metadata.deletionTimestamp", time::print(at, 0));
-        object.set_at("metadata.deletionGracePeriodSeconds", grace);
-    }
-
-    async fn remove(
-        &self,
-        kind: &Kind,
-        entry: &Arc<Entry>,
-        last: &Value,
-        owners: Option<&str>,
-    ) -> std::result::Result<knarr_store::Committed, WriteError> {
-        let write = Write {
-            partition: partition(kind).into(),
-            key: entry.key.clone(),
-            expect: Expect::Revision(entry.revision),
-            change: Change::Delete {
-                last: Some({
-                    let (bytes, splice) = encode::encode(kind, last, owners);
-                    (bytes, Some(splice))
-                }),
-            },
-        };
-        let committed = self.store.commit(write).await?;
-        self.services.release(self, kind, last).await;
-        Ok(committed)
-    }
-
     /// What a failed commit means for the client. The disk's complaint is worth telling.
     pub fn write_failed(&self, error: &WriteError) -> Box<Status> {
         match error {
@@ -930,128 +768,12 @@ impl Registry {
             }
         }
     }
-
-    // ---- lists ----
-
-    /// Entries that match the selectors, of one moment. A page may be shorter than `limit` is long only at the end.
-    pub fn list(
-        &self,
-        kind: &Kind,
-        namespace: &str,
-        selection: &Selection,
-        range: Range,
-    ) -> std::result::Result<Page, ReadError> {
-        let rules = Rules::of(kind);
-        let mut range = Range { prefix: prefix(namespace), ..range };
-        if let Some(name) = selection.fields.exact("metadata.name") {
-            let namespace = if namespace.is_empty() {
-                selection.fields.exact("metadata.namespace").unwrap_or("")
-            } else {
-                namespace
-            };
-            if !kind.namespaced || !namespace.is_empty() {
-                range.prefix = encode::key(namespace, name);
-            }
-        }
-        let limit = std::mem::take(&mut range.limit);
-        if selection.is_everything() {
-            range.limit = limit;
-            let listing = self.store.list(&partition(kind), &range)?;
-            return Ok(Page {
-                entries: listing.entries,
-                revision: listing.revision,
-                remaining: listing.remaining,
-                counted: true,
-            });
-        }
-        range.about = selection.words();
-        let listing = self.store.list(&partition(kind), &range)?;
-        let mut matching = listing.entries.into_iter().filter(|entry| selection.matches(rules, entry));
-        if limit == 0 {
-            return Ok(Page {
-                entries: matching.collect(),
-                revision: listing.revision,
-                remaining: 0,
-                counted: true,
-            });
-        }
-        let entries: Vec<Arc<Entry>> = matching.by_ref().take(limit).collect();
-        let more = matching.next().is_some();
-        Ok(Page { entries, revision: listing.revision, remaining: usize::from(more), counted: false })
-    }
 }
 
 enum Attempt {
     Done(Outcome),
     /// Somebody else was faster; read again.
     Raced,
-}
-
-/// Which objects a list or watch is about.
-#[derive(Debug, Clone, Default)]
-pub struct Selection {
-    pub labels: knarr_api::selector::LabelSelector,
-    pub fields: knarr_api::selector::FieldSelector,
-}
-
-impl Selection {
-    pub fn is_everything(&self) -> bool {
-        self.labels.is_everything() && self.fields.is_everything()
-    }
-
-    /// What every selected object's digest holds.
-    fn words(&self) -> Digest {
-        let mut words = Digest::default();
-        for requirement in self.labels.requirements() {
-            let Requirement { key, operator, values } = requirement;
-            match (operator, &values[..]) {
-                (Operator::In, [value]) => words.add(&["label", key, value]),
-                (Operator::NotIn | Operator::DoesNotExist, _) => {}
-                _ => words.add(&["label", key]),
-            }
-        }
-        let is_name = |field: &str| matches!(field, "metadata.name" | "metadata.namespace");
-        for term in self.fields.terms.iter().filter(|t| t.equal && !is_name(&t.field)) {
-            words.add(&["field", &term.field, &term.value]);
-        }
-        words
-    }
-
-    pub fn matches(&self, rules: &'static Rules, entry: &Entry) -> bool {
-        if self.is_everything() {
-            return true;
-        }
-        let (namespace, name) = encode::split_key(&entry.key);
-        let names = |field: &str| match field {
-            "metadata.name" => Some(name),
-            "metadata.namespace" => Some(namespace),
-            _ => None,
-        };
-        // Names come from the key: no need to look inside.
-        if !self.fields.terms.iter().all(|t| names(&t.field).is_none_or(|v| (v == t.value) == t.equal)) {
-            return false;
-        }
-        if self.labels.is_everything() && self.fields.terms.iter().all(|t| names(&t.field).is_some()) {
-            return true;
-        }
-        let view = View::selectable(rules, entry);
-        self.labels.matches(Some(&view.labels))
-            && self
-                .fields
-                .terms
-                .iter()
-                .all(|t| names(&t.field).is_some() || (view.field(&t.field) == t.value) == t.equal)
-    }
-}
-
-/// One page of a list.
-pub struct Page {
-    pub entries: Vec<Arc<Entry>>,
-    pub revision: u64,
-    /// How many more there are.
-    pub remaining: usize,
-    /// `remaining` is exact; with selectors it only says whether there are more.
-    pub counted: bool,
 }
 
 /// Where a kind's objects are kept; the kind is the stored version.
@@ -1083,11 +805,6 @@ fn shown_in<'o>(served: &Kind, object: &'o Value) -> Cow<'o, Value> {
     let mut shown = object.clone();
     versions::from_hub(served, &mut shown);
     Cow::Owned(shown)
-}
-
-/// The key prefix of a namespace; everything without one.
-pub fn prefix(namespace: &str) -> String {
-    if namespace.is_empty() { String::new() } else { format!("{namespace}/") }
 }
 
 fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
@@ -1260,79 +977,4 @@ fn with_owners(mut object: Value, owners: &str) -> Value {
         Err(_) => drop(object.remove_at("metadata.managedFields")),
     }
     object
-}
-
-/// Marked for deletion, with no grace left and nobody to wait for.
-fn is_finished(object: &Value) -> bool {
-    object.at("metadata.deletionTimestamp").is_some()
-        && object.list_at("metadata.finalizers").is_empty()
-        && object.int_at("metadata.deletionGracePeriodSeconds").unwrap_or(0) == 0
-        && (object.str_at("kind") != "Namespace" || object.list_at("spec.finalizers").is_empty())
-}
-
-fn check_preconditions(place: Place, object: &Value, options: &DeleteOptions) -> Result<()> {
-    for (name, wanted, path, fate) in [
-        ("UID", &options.uid, "metadata.uid", "deleted and then recreated"),
-        ("ResourceVersion", &options.resource_version, "metadata.resourceVersion", "modified"),
-    ] {
-        let have = object.str_at(path);
-        if let Some(wanted) = wanted.as_deref().filter(|w| *w != have) {
-            let why = format!(
-                "the {name} in the precondition ({wanted}) does not match the {name} in record ({have}). The object might have been {fate}"
-            );
-            // Upstream names the kind here, not the resource.
-            let kind = place.kind;
-            let named = if kind.group.is_empty() {
-                kind.kind.clone()
-            } else {
-                format!("{}.{}", kind.kind, kind.group)
-            };
-            let mut status = Status::conflict(kind, place.name, "");
-            status.message = format!("Operation cannot be fulfilled on {named} {:?}: {why}", place.name);
-            status.details.get_or_insert_default()["kind"] = json!(kind.kind);
-            return Err(status);
-        }
-    }
-    Ok(())
-}
-
-/// Orphaning and foreground deletion are finalizers that the garbage collector removes.
-fn set_policy_finalizer(kind: &Kind, object: &mut Value, options: &DeleteOptions) {
-    let had: Vec<Value> = object.list_at("metadata.finalizers").to_vec();
-    let has = |name: &str| had.iter().any(|f| f == name);
-    let policy = match options.propagation.as_deref() {
-        Some(policy) => policy,
-        None if has("orphan") => "Orphan",
-        None if has("foregroundDeletion") => "Foreground",
-        None if Rules::of(kind).orphans_by_default => "Orphan",
-        None => "Background",
-    };
-    let mut finalizers: Vec<Value> =
-        had.into_iter().filter(|f| f != "orphan" && f != "foregroundDeletion").collect();
-    match policy {
-        "Orphan" => finalizers.push(json!("orphan")),
-        "Foreground" => finalizers.push(json!("foregroundDeletion")),
-        _ => {}
-    }
-    if finalizers.is_empty() {
-        object.remove_at("metadata.finalizers");
-    } else {
-        object.set_at("metadata.finalizers", finalizers);
-    }
-}
-
-/// Only pods have a grace period: what runs somewhere needs time to stop.
-fn grace_seconds(kind: &Kind, object: &Value, options: &DeleteOptions) -> i64 {
-    if kind.resource() != "pods" {
-        return 0;
-    }
-    let finished = matches!(object.str_at("status.phase"), "Failed" | "Succeeded");
-    if object.str_at("spec.nodeName").is_empty() || finished {
-        return 0;
-    }
-    let wanted = options.grace_period_seconds.or_else(|| object.int_at("spec.terminationGracePeriodSeconds"));
-    match wanted.unwrap_or(30) {
-        negative if negative < 0 => 1,
-        seconds => seconds,
-    }
 }
