@@ -59,6 +59,104 @@ async fn main() {
     run("lists", &api, 1, 20, |_| get("")).await;
     run("first list by a label", &api, 1, 1, |_| get("?labelSelector=none%3Dsuch")).await;
     run("lists that match nothing", &api, 1, 20, |_| get("?labelSelector=none%3Dsuch")).await;
+    parallel_lists(&api).await;
+    watchers(&api).await;
+    drop((informers, pods, api));
+    restart(dir.path()).await;
+}
+
+/// What 16 readers of everything at once add to the memory.
+async fn parallel_lists(api: &Arc<Api>) {
+    let peer = Peer::Remote(Some(User::new("admin", &["system:masters"])));
+    let before = resident();
+    let answers = (0..16).map(|_| api.handle(get(""), &peer));
+    let mut bodies: Vec<_> =
+        futures::future::join_all(answers).await.into_iter().map(|a| a.into_body()).collect();
+    let mut size = 0;
+    for body in &mut bodies {
+        while let Some(frame) = body.frame().await {
+            size += frame.expect("a body").data_ref().map_or(0, Bytes::len);
+        }
+    }
+    let more = resident().saturating_sub(before);
+    println!("{:<28} {:>8.1} MB each, {more} KB more resident", "16 parallel lists", size as f64 / 16e6);
+}
+
+/// How long after the request for a change those who watch hear of it, while nobody waits for a stalled one.
+async fn watchers(api: &Arc<Api>) {
+    const WATCHERS: usize = 1000;
+    /// Those whose delays count: looking into every event would cost more than delivering it.
+    const MEASURED: usize = 20;
+    const EVENTS: usize = 3000;
+    let peer = Peer::Remote(Some(User::new("admin", &["system:masters"])));
+    let path = "/api/v1/namespaces/default/configmaps";
+    let (begin, delays) = (Instant::now(), Arc::new(std::sync::Mutex::new(Vec::new())));
+    let mut stalled = None;
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..=WATCHERS {
+        let watch = format!("{path}?watch=1&resourceVersion={}", api.registry.store.revision());
+        let answer = api.handle(Request::get(watch).body(full("")).expect("a request"), &peer).await;
+        if n == WATCHERS {
+            stalled = Some(answer);
+            continue;
+        }
+        let (mut body, delays) = (answer.into_body(), delays.clone());
+        tasks.spawn(async move {
+            let mut seen = 0;
+            while seen < EVENTS {
+                let frame = body.frame().await.expect("no end").expect("a chunk").into_data().expect("data");
+                let now = begin.elapsed().as_nanos() as u64;
+                seen += memchr::memchr_iter(b'\n', &frame).count();
+                if n < MEASURED {
+                    let text = String::from_utf8_lossy(&frame);
+                    let sent = text
+                        .split("\"sent\":\"")
+                        .skip(1)
+                        .filter_map(|t| t.split('"').next()?.parse::<u64>().ok());
+                    delays.lock().expect("unpoisoned").extend(sent.map(|sent| now - sent));
+                }
+            }
+        });
+    }
+    let cpu = cpu_seconds();
+    let mut tick = tokio::time::interval(std::time::Duration::from_millis(1));
+    let start = Instant::now();
+    for n in 0..EVENTS {
+        tick.tick().await;
+        let body = json!({ "metadata": { "name": format!("w{n}") },
+            "data": { "sent": begin.elapsed().as_nanos().to_string(), "payload": "x".repeat(512) } });
+        let request = Request::post(path).body(full(body.to_string())).expect("a request");
+        let (api, peer) = (api.clone(), peer.clone());
+        tasks.spawn(async move { assert!(api.handle(request, &peer).await.status().is_success()) });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.expect("a watcher");
+    }
+    drop(stalled);
+    let rate = EVENTS as f64 / start.elapsed().as_secs_f64();
+    let mut delays = std::mem::take(&mut *delays.lock().expect("unpoisoned"));
+    delays.sort_unstable();
+    let at = |share: f64| delays[((delays.len() - 1) as f64 * share) as usize] as f64 / 1e6;
+    println!(
+        "{:<28} {rate:>8.0} /s {:>10.1} us CPU each delivery, p50 {:.1} ms, p99 {:.1} ms after the request",
+        format!("changes to {WATCHERS} watchers"),
+        (cpu_seconds() - cpu) / (EVENTS * WATCHERS) as f64 * 1e6,
+        at(0.5),
+        at(0.99)
+    );
+}
+
+/// A server that starts on all of this, until its first list is answered.
+async fn restart(dir: &std::path::Path) {
+    let (start, cpu) = (Instant::now(), cpu_seconds());
+    let disk = Disk::open(dir).expect("a log");
+    let opened = start.elapsed();
+    let store = Embedded::open(disk, Options::default()).expect("opens");
+    let loaded = start.elapsed();
+    let api = Arc::new(common::server_on(Arc::new(store)).await);
+    run("the first list after a start", &api, 1, 1, |_| get("")).await;
+    let (all, cpu) = (start.elapsed(), cpu_seconds() - cpu);
+    println!("{:<28} {all:>8.2?}: log open at {opened:.2?}, store loaded at {loaded:.2?}, {cpu:.2} s CPU", "restart");
 }
 
 fn post(body: &str) -> Request<knarr_apiserver::respond::Body> {

@@ -3,6 +3,7 @@
 //! Every watcher holds only a position. Selectors turn changes of membership into `ADDED` and `DELETED`;
 //! bookmarks tell idle clients how far they are; a client that falls behind the history is told `410`.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use knarr_api::status::{Result, Status};
 use knarr_store::{Entry, Event, Range, ReadError, Revision, Watcher};
 use rand::Rng;
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::metrics::metrics;
 use crate::registry::{Registry, Selection, partition, prefix};
@@ -90,8 +91,8 @@ pub fn open(registry: &Arc<Registry>, kind: &'static Kind, request: Request) -> 
         selection: request.selection,
         form: request.form.clone(),
         watcher,
-        deadline: Instant::now() + Duration::from_secs(timeout),
-        next_bookmark: bookmarks.then(|| Instant::now() + BOOKMARK_INTERVAL),
+        deadline: Box::pin(sleep(Duration::from_secs(timeout))),
+        next_bookmark: bookmarks.then(|| Box::pin(sleep(BOOKMARK_INTERVAL))),
         state: State::Initial {
             entries: first.into_iter(),
             mark: (wants_initial && bookmarks).then_some(position),
@@ -171,6 +172,12 @@ fn too_new(requested: Revision, newest: Revision) -> Box<Status> {
     status
 }
 
+/// About the bytes an event takes in JSON.
+fn room(event: &Event) -> usize {
+    let (Ok(entry) | Err(entry)) = &event.after;
+    entry.bytes.len() + 64
+}
+
 struct Stream {
     registry: Arc<Registry>,
     kind: &'static Kind,
@@ -179,8 +186,9 @@ struct Stream {
     selection: Selection,
     form: Form,
     watcher: Watcher,
-    deadline: Instant,
-    next_bookmark: Option<Instant>,
+    /// Timers live as long as the watch: one set at each change would cost more than the change.
+    deadline: Pin<Box<Sleep>>,
+    next_bookmark: Option<Pin<Box<Sleep>>>,
     state: State,
     /// Only the first table of a watch has column definitions.
     headings: bool,
@@ -230,7 +238,9 @@ impl Stream {
                 State::Live => match self.wake().await {
                     Wake::Timeout => self.state = State::Ended,
                     Wake::Bookmark => {
-                        self.next_bookmark = Some(Instant::now() + BOOKMARK_INTERVAL);
+                        if let Some(timer) = &mut self.next_bookmark {
+                            timer.as_mut().reset(Instant::now() + BOOKMARK_INTERVAL);
+                        }
                         self.watcher.advance(self.registry.store.revision());
                         let mut out = Vec::new();
                         self.bookmark(&mut out, self.watcher.position(), false);
@@ -243,7 +253,7 @@ impl Stream {
                         return Some(out.into());
                     }
                     Wake::Events(Ok(events)) => {
-                        let mut out = Vec::new();
+                        let mut out = Vec::with_capacity(events.iter().map(room).sum());
                         events.iter().for_each(|event| self.event(&mut out, event));
                         metrics().watch_events.fetch_add(events.len() as u64, Relaxed);
                         if !out.is_empty() {
@@ -257,15 +267,16 @@ impl Stream {
 
     async fn wake(&mut self) -> Wake {
         let bookmark = async {
-            match self.next_bookmark {
-                Some(at) => tokio::time::sleep_until(at).await,
+            match &mut self.next_bookmark {
+                Some(timer) => timer.as_mut().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
-            events = self.watcher.next() => Wake::Events(events),
+            biased;
+            () = &mut self.deadline => Wake::Timeout,
             () = bookmark => Wake::Bookmark,
-            () = tokio::time::sleep_until(self.deadline) => Wake::Timeout,
+            events = self.watcher.next() => Wake::Events(events),
         }
     }
 
