@@ -1,5 +1,5 @@
 //! What a request costs the server itself: no sockets, no TLS, a store on the disk, one reader of all pods as the
-//! control loops have. Prints rates and CPU time per request; `knarr bench` measures the same over the network.
+//! control loops have (`bare`: without). Prints rates and CPU time per request; `knarr bench` measures the same over the network.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -34,8 +34,11 @@ async fn main() {
         api.clone(),
         User::new("loops", &["system:masters"]),
     )));
-    let pods = informers.get::<Pod>();
-    pods.wait_synced().await;
+    let bare = std::env::args().any(|argument| argument == "bare");
+    let pods = (!bare).then(|| informers.get::<Pod>());
+    if let Some(pods) = &pods {
+        pods.wait_synced().await;
+    }
     let pod = json!({
         "metadata": { "name": "b@", "annotations": { "payload": "x".repeat(4096) } },
         "spec": { "containers": [{ "name": "c", "image": "none" }] },
@@ -43,11 +46,11 @@ async fn main() {
     let (pod, before) = (pod.to_string(), resident());
     run("creates, one by one", &api, 1, 500, |n| post(&pod.replace('@', &format!("s{n}")))).await;
     run("creates", &api, CLIENTS, *PODS, |n| post(&pod.replace('@', &n.to_string()))).await;
-    while pods.len() < *PODS + 500 {
+    while pods.as_ref().is_some_and(|pods| pods.len() < *PODS + 500) {
         tokio::task::yield_now().await;
     }
     let each = (resident() - before) as f64 / (*PODS + 500) as f64;
-    println!("{:<28} {each:>8.1} KB each", "resident, with one reader");
+    println!("{:<28} {each:>8.1} KB each", if bare { "resident" } else { "resident, with one reader" });
     let label = |n: usize| {
         let body = json!({ "metadata": { "labels": { "n": n.to_string() } } }).to_string();
         let request = Request::patch(format!("/api/v1/namespaces/default/pods/b{}", n % *PODS));
@@ -156,7 +159,10 @@ async fn restart(dir: &std::path::Path) {
     let api = Arc::new(common::server_on(Arc::new(store)).await);
     run("the first list after a start", &api, 1, 1, |_| get("")).await;
     let (all, cpu) = (start.elapsed(), cpu_seconds() - cpu);
-    println!("{:<28} {all:>8.2?}: log open at {opened:.2?}, store loaded at {loaded:.2?}, {cpu:.2} s CPU", "restart");
+    println!(
+        "{:<28} {all:>8.2?}: log open at {opened:.2?}, store loaded at {loaded:.2?}, {cpu:.2} s CPU",
+        "restart"
+    );
 }
 
 fn post(body: &str) -> Request<knarr_apiserver::respond::Body> {

@@ -5,14 +5,16 @@
 //! owners, can be spared them: all without parsing.
 
 use std::borrow::Cow;
+use std::hash::Hasher;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use knarr_api::object::Object;
 use knarr_api::pick;
 use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
-use knarr_store::{Digest, Entry, Revision};
+use knarr_store::{Change, Digest, Entry, Revision};
 use serde_json::{Map, Value};
 
 /// Encodes an object for the store: bytes, and where the revision goes. `owners` are the `managedFields` as JSON,
@@ -45,6 +47,40 @@ pub fn encode(kind: &Kind, object: &Value, owners: Option<&str>) -> (Vec<u8>, us
     }
     out.push(b'}');
     (out, splice)
+}
+
+/// Stores an object, for as long as its kind's objects live.
+pub fn put(kind: &Kind, object: &Value, owners: Option<&str>) -> Change {
+    let rules = Rules::of(kind);
+    let (bytes, splice) = encode(kind, object, owners);
+    let time_to_live = rules.time_to_live_seconds.map(Duration::from_secs);
+    Change::Put { bytes, splice: Some(splice), time_to_live, digest: digest(rules, object) }
+}
+
+/// Deletes an object, whose last state this is.
+pub fn delete(kind: &Kind, last: &Value, owners: Option<&str>) -> Change {
+    let (bytes, splice) = encode(kind, last, owners);
+    Change::Delete { last: Some((bytes, Some(splice))) }
+}
+
+/// What selectors can ask of the object: the words of [`crate::registry::Selection`].
+fn digest(rules: &Rules, object: &Value) -> Digest {
+    let mut digest = empty_digest(rules);
+    for (key, value) in object.map_at("metadata.labels").into_iter().flatten() {
+        digest.add(&["label", key]);
+        digest.add(&["label", key, value.as_str().unwrap_or_default()]);
+    }
+    for field in rules.selectable {
+        digest.add(&["field", field, &rules.field_value(object, field)]);
+    }
+    digest
+}
+
+/// Its version stands for the fields that go in: when a kind gets another, digests on the disk say nothing of it.
+pub fn empty_digest(rules: &Rules) -> Digest {
+    let mut hasher = fnv::FnvHasher::default();
+    rules.selectable.iter().for_each(|field| hasher.write(field.as_bytes()));
+    Digest::new(hasher.finish() as u32 | 1)
 }
 
 const METADATA: &str = r#""metadata":{"resourceVersion":""#;
@@ -177,9 +213,7 @@ impl View {
             let object = pick::fields(&entry.bytes, paths.copied()).expect("stored bytes were encoded here");
             let labels = object.map_at("metadata.labels").cloned().unwrap_or_default();
             let fields = rules.selectable.iter().map(|f| (*f, rules.field_value(&object, f))).collect();
-            let found = Selectable { labels, fields };
-            entry.digest.get_or_init(|| found.digest());
-            found
+            Selectable { labels, fields }
         })
     }
 
@@ -191,19 +225,6 @@ impl View {
 }
 
 impl Selectable {
-    /// The words that [`crate::registry::Selection`] asks for.
-    fn digest(&self) -> Digest {
-        let mut digest = Digest::default();
-        for (key, value) in &self.labels {
-            digest.add(&["label", key]);
-            digest.add(&["label", key, value.as_str().unwrap_or_default()]);
-        }
-        for (field, value) in &self.fields {
-            digest.add(&["field", field, value]);
-        }
-        digest
-    }
-
     /// The value of a selectable field; names come from the key.
     pub fn field(&self, name: &str) -> &str {
         self.fields.iter().find(|(n, _)| *n == name).map_or("", |(_, v)| v.as_str())

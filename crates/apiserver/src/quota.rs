@@ -14,7 +14,7 @@ use knarr_api::object::Object;
 use knarr_api::quantity::Quantity;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
-use knarr_store::{Change, Entry, Expect, Range, Write};
+use knarr_store::{Entry, Expect, Range, Write};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
@@ -163,12 +163,11 @@ async fn publish(registry: &Registry, namespace: &str) {
             if new == old {
                 break;
             }
-            let (bytes, splice) = encode::encode(kind, &new, None);
             let write = Write {
                 partition: partition(kind).into(),
                 key: entry.key.clone(),
                 expect: Expect::Revision(entry.revision),
-                change: Change::Put { bytes, splice: Some(splice), time_to_live: None },
+                change: encode::put(kind, &new, None),
             };
             if registry.store.commit(write).await.is_ok() {
                 break;

@@ -18,7 +18,7 @@ use knarr_api::rules::{self, Rules};
 use knarr_api::schema::{Kind, Schema};
 use knarr_api::status::{Result, Status};
 use knarr_api::{decode, defaults, patch, time, versions};
-use knarr_store::{Change, Entry, Expect, Range, Store, Write, WriteError};
+use knarr_store::{Entry, Expect, Range, Store, Write, WriteError};
 use parking_lot::Mutex;
 use rand::Rng;
 use serde_json::{Value, json};
@@ -345,12 +345,11 @@ impl Registry {
         if context.dry_run {
             return Ok(Outcome::Shown(with_owners(object, owners)));
         }
-        let (bytes, splice) = encode::encode(kind, &object, Some(owners));
         let write = Write {
             partition: partition(kind).into(),
             key: encode::key(object.namespace(), object.name()).into(),
             expect: Expect::Absent,
-            change: put(Rules::of(kind), bytes, splice),
+            change: encode::put(kind, &object, Some(owners)),
         };
         reservation.hold(self, &object).await?;
         let committed = match self.store.commit(write).await {
@@ -606,12 +605,11 @@ impl Registry {
         let written = if is_finished(&new) {
             self.remove(kind, entry, &new, Some(&owners)).await
         } else {
-            let (bytes, splice) = encode::encode(kind, &new, Some(&owners));
             let write = Write {
                 partition: partition(kind).into(),
                 key: entry.key.clone(),
                 expect: Expect::Revision(entry.revision),
-                change: put(rules, bytes, splice),
+                change: encode::put(kind, &new, Some(&owners)),
             };
             self.store.commit(write).await
         };
@@ -805,11 +803,6 @@ fn shown_in<'o>(served: &Kind, object: &'o Value) -> Cow<'o, Value> {
     let mut shown = object.clone();
     versions::from_hub(served, &mut shown);
     Cow::Owned(shown)
-}
-
-fn put(rules: &Rules, bytes: Vec<u8>, splice: usize) -> Change {
-    let time_to_live = rules.time_to_live_seconds.map(std::time::Duration::from_secs);
-    Change::Put { bytes, splice: Some(splice), time_to_live }
 }
 
 fn manager(kind: &Kind, context: &Context, endpoint: Endpoint, applies: bool) -> Manager {

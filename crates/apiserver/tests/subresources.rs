@@ -33,14 +33,15 @@ async fn a_pods_cpu_and_memory_change_through_resize_and_nothing_else() {
     assert_eq!(admin.get(&path).await.0, 200);
     let twice = json!({ "cpu": "2", "memory": "1Gi" });
     let more = json!({ "spec": { "containers": [{ "name": "a", "image": "other",
-        "resizePolicy": [{ "resourceName": "memory", "restartPolicy": "RestartContainer" }],
         "resources": { "requests": twice, "limits": twice } }], "priority": 9 },
         "metadata": { "labels": { "a": "b" } }, "status": { "phase": "Running" } });
     let (status, resized) = patch(&admin, &path, STRATEGIC, &more).await;
     assert_eq!(status, 200, "{resized}");
     let shown = &resized["spec"]["containers"][0];
     assert_eq!((&shown["image"], &shown["resources"]["limits"]), (&json!("i"), &twice));
-    assert_eq!(shown["resizePolicy"][0]["restartPolicy"], "RestartContainer");
+    let restarts = json!({ "spec": { "containers": [{ "name": "a",
+        "resizePolicy": [{ "resourceName": "memory", "restartPolicy": "RestartContainer" }] }] } });
+    assert_eq!(patch(&admin, &path, STRATEGIC, &restarts).await.0, 422, "policies stay");
     assert_eq!(resized["metadata"]["generation"], 2);
     assert_eq!(
         (&resized["status"]["phase"], &resized["metadata"]["labels"]),

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::{Engine, EngineError, Marks, Record};
 use crate::partition::{Event, Listing, Partition, Watcher};
-use crate::{Change, Committed, Entry, Expect, Range, ReadError, Revision, Store, Write, WriteError};
+use crate::{Change, Committed, Digest, Entry, Expect, Range, ReadError, Revision, Store, Write, WriteError};
 
 /// How many writers may wait for the committer; more wait for a place in the queue.
 pub const QUEUE_MAX: usize = 4096;
@@ -320,12 +320,16 @@ impl Committer {
 
     fn prepare(&self, write: Write, before: Option<Arc<Entry>>, revision: Revision) -> Pending {
         let Write { partition, key, change, .. } = write;
+        let digest = match change {
+            Change::Put { digest, .. } => digest,
+            Change::Delete { .. } => Digest::default(),
+        };
         let make = |bytes, expires| {
             let key = before.as_ref().map_or_else(|| key.clone(), |b| b.key.clone());
-            Arc::new(Entry::new(key, revision, bytes, expires))
+            Arc::new(Entry { key, revision, bytes, expires, digest, view: Default::default() })
         };
         let (value, after) = match change {
-            Change::Put { bytes, splice: at, time_to_live } => {
+            Change::Put { bytes, splice: at, time_to_live, .. } => {
                 let expires = time_to_live.map(|ttl| (self.options.clock)() + ttl);
                 let bytes = splice(bytes, at, revision);
                 (Some(bytes.clone()), Ok(make(bytes, expires)))
@@ -340,7 +344,7 @@ impl Committer {
             }
         };
         let expires = after.as_ref().ok().and_then(|e: &Arc<Entry>| e.expires);
-        let record = Record { revision, partition, key, value, expires };
+        let record = Record { revision, partition, key, value, expires, digest };
         Pending { record, event: Event { revision, before, after } }
     }
 
@@ -425,7 +429,11 @@ impl Committer {
     fn replay(&mut self, record: Record, floor: Revision) {
         let partition = self.shared.partition(&record.partition);
         let before = partition.get(&record.key);
-        let make = |bytes| Arc::new(Entry::new(record.key.clone(), record.revision, bytes, record.expires));
+        let Record { key, revision, expires, digest, .. } = &record;
+        let make = |bytes| {
+            let (key, revision, expires, digest) = (key.clone(), *revision, *expires, *digest);
+            Arc::new(Entry { key, revision, bytes, expires, digest, view: Default::default() })
+        };
         let after = match (&record.value, &before) {
             (Some(value), _) => Ok(make(value.clone())),
             (None, Some(before)) => Err(make(before.bytes.clone())),

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use fjall::config::{BlockSizePolicy, FilterPolicy};
 use parking_lot::Mutex;
 
-use crate::Revision;
+use crate::{Digest, Revision};
 
 /// One change as the log keeps it.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,7 @@ pub struct Record {
     /// `None` is a deletion.
     pub value: Option<Bytes>,
     pub expires: Option<SystemTime>,
+    pub digest: Digest,
 }
 
 /// How far the log had come when it was last trimmed.
@@ -172,14 +173,28 @@ impl Engine for Disk {
     }
 }
 
-/// flags, expiry in milliseconds, partition, key, value; lengths are little-endian.
+const HAS_VALUE: u8 = 1;
+const EXPIRES: u8 = 2;
+const HAS_DIGEST: u8 = 4;
+
+/// flags, expiry in milliseconds, digest, partition, key, value; numbers are little-endian.
 fn encode(record: &Record) -> Vec<u8> {
     let value = record.value.as_deref().unwrap_or_default();
-    let mut out = Vec::with_capacity(16 + record.partition.len() + record.key.len() + value.len());
-    out.push(u8::from(record.value.is_some()) | u8::from(record.expires.is_some()) << 1);
+    let mut out = Vec::with_capacity(40 + record.partition.len() + record.key.len() + value.len());
+    let Digest { version, bits } = record.digest;
+    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+    out.push(
+        flag(record.value.is_some(), HAS_VALUE)
+            | flag(record.expires.is_some(), EXPIRES)
+            | flag(version != 0, HAS_DIGEST),
+    );
     if let Some(expires) = record.expires {
         let millis = expires.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         out.extend(millis.to_le_bytes());
+    }
+    if version != 0 {
+        out.extend(version.to_le_bytes());
+        bits.iter().for_each(|part| out.extend(part.to_le_bytes()));
     }
     for text in [&record.partition, &record.key] {
         out.extend((text.len() as u32).to_le_bytes());
@@ -196,19 +211,24 @@ fn decode(revision: Revision, bytes: &[u8]) -> Option<Record> {
         rest = tail;
         Some(head)
     };
-    let expires = if flags & 2 != 0 {
-        let millis = u64::from_le_bytes(take(8)?.try_into().ok()?);
-        Some(UNIX_EPOCH + Duration::from_millis(millis))
-    } else {
-        None
+    let expires = match flags & EXPIRES {
+        0 => None,
+        _ => Some(UNIX_EPOCH + Duration::from_millis(u64::from_le_bytes(take(8)?.try_into().ok()?))),
     };
+    let mut digest = Digest::default();
+    if flags & HAS_DIGEST != 0 {
+        digest.version = u32::from_le_bytes(take(4)?.try_into().ok()?);
+        for part in &mut digest.bits {
+            *part = u64::from_le_bytes(take(8)?.try_into().ok()?);
+        }
+    }
     let mut text = || -> Option<Arc<str>> {
         let len = u32::from_le_bytes(take(4)?.try_into().ok()?) as usize;
         Some(Arc::from(std::str::from_utf8(take(len)?).ok()?))
     };
     let (partition, key) = (text()?, text()?);
-    let value = (flags & 1 != 0).then(|| Bytes::copy_from_slice(rest));
-    Some(Record { revision, partition, key, value, expires })
+    let value = (flags & HAS_VALUE != 0).then(|| Bytes::copy_from_slice(rest));
+    Some(Record { revision, partition, key, value, expires, digest })
 }
 
 /// A log in memory that can be made to fail: for tests and the simulation. Clones share the "disk".
@@ -277,6 +297,7 @@ mod tests {
             key: "default/a".into(),
             value: Some(Bytes::from_static(b"{}")),
             expires: Some(UNIX_EPOCH + Duration::from_millis(1234)),
+            digest: Digest { version: 3, bits: [1, 2] },
         };
         let bytes = encode(&record);
         assert_eq!(decode(7, &bytes), Some(record));

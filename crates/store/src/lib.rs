@@ -20,6 +20,7 @@ pub mod engine;
 /// One resource in memory: current entries and recent history.
 pub mod partition;
 
+use std::hash::Hasher;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -43,34 +44,43 @@ pub struct Entry {
     pub expires: Option<SystemTime>,
     /// A reader's decoded view of the bytes, made at first use and shared by all watchers.
     pub view: std::sync::OnceLock<Arc<dyn std::any::Any + Send + Sync>>,
-    /// What a reader says the value is about; lists by [`Range::about`] skip entries without reading them.
-    pub digest: std::sync::OnceLock<Digest>,
-}
-
-impl Entry {
-    pub fn new(key: Arc<str>, revision: Revision, bytes: Bytes, expires: Option<SystemTime>) -> Self {
-        Entry { key, revision, bytes, expires, view: Default::default(), digest: Default::default() }
-    }
+    /// What the value is about, in the writer's words.
+    pub digest: Digest,
 }
 
 /// A set of words in 128 bits (a Bloom filter): it may say "perhaps" of a word that is not in it, never "no" of one
-/// that is.
+/// that is. It is kept in the log, so that lists after a start skip entries too.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Digest(u128);
+pub struct Digest {
+    /// Which words go in. Digests of different versions know nothing of each other; 0 is no digest.
+    version: u32,
+    bits: [u64; 2],
+}
 
 impl Digest {
+    /// An empty set. `version` changes with what the writer puts into its digests.
+    pub fn new(version: u32) -> Self {
+        Digest { version, bits: [0; 2] }
+    }
+
     /// Adds the word that the parts make together.
     pub fn add(&mut self, parts: &[&str]) {
-        use std::hash::{DefaultHasher, Hash, Hasher};
-        let mut hasher = DefaultHasher::new();
-        parts.hash(&mut hasher);
+        // Kept on disk, so not the standard library's hash, which may change.
+        let mut hasher = fnv::FnvHasher::default();
+        for part in parts {
+            hasher.write(part.as_bytes());
+            hasher.write_u8(0xff);
+        }
         let hash = hasher.finish();
-        self.0 |= 1 << (hash & 127) | 1 << (hash >> 7 & 127);
+        for bit in [hash & 127, hash >> 32 & 127] {
+            self.bits[(bit >> 6) as usize] |= 1 << (bit & 63);
+        }
     }
 
     /// False if a word of `others` is surely missing.
     pub fn may_hold(&self, others: Digest) -> bool {
-        self.0 & others.0 == others.0
+        let holds = |i: usize| self.bits[i] & others.bits[i] == others.bits[i];
+        self.version != others.version || (holds(0) && holds(1))
     }
 }
 
@@ -104,6 +114,8 @@ pub enum Change {
         /// Offset in `bytes` where the decimal revision is inserted; `None` stores the bytes as they are.
         splice: Option<usize>,
         time_to_live: Option<Duration>,
+        /// What the value is about; lists by [`Range::about`] skip it without reading it.
+        digest: Digest,
     },
     /// The last state stays in the history, with `bytes` (if given) as its final form.
     Delete { last: Option<(Vec<u8>, Option<usize>)> },
@@ -154,7 +166,7 @@ pub struct Range {
     pub limit: usize,
     /// As of this revision; `None` means now.
     pub at: Option<Revision>,
-    /// Without entries whose digest lacks one of these words. Entries without a digest are listed.
+    /// Without entries whose digest lacks one of these words. Entries with a digest of another version are listed.
     pub about: Digest,
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
-use crate::{Entry, Range, ReadError, Revision};
+use crate::{Digest, Entry, Range, ReadError, Revision};
 
 /// How many changes a partition remembers.
 pub const HISTORY_EVENTS_MAX: usize = 16_384;
@@ -65,7 +65,8 @@ struct Inner {
 }
 
 struct State {
-    entries: BTreeMap<Arc<str>, Arc<Entry>>,
+    /// With the digest of each, so that a list that skips most reads nothing else.
+    entries: BTreeMap<Arc<str>, (Digest, Arc<Entry>)>,
     history: VecDeque<Event>,
     history_bytes: usize,
     /// History is complete after this revision.
@@ -88,7 +89,7 @@ impl Partition {
     }
 
     pub fn get(&self, key: &str) -> Option<Arc<Entry>> {
-        self.inner.state.read().entries.get(key).cloned()
+        self.inner.state.read().entries.get(key).map(|(_, entry)| entry.clone())
     }
 
     pub fn len(&self) -> usize {
@@ -122,7 +123,7 @@ impl Partition {
 
     /// Loads an entry without history, at start.
     pub fn load(&self, entry: Arc<Entry>) {
-        self.inner.state.write().entries.insert(entry.key.clone(), entry);
+        self.inner.state.write().insert(entry);
     }
 
     /// Forgets history up to `revision`.
@@ -149,22 +150,22 @@ impl Partition {
             Some(after) => Bound::Excluded(after.as_str()),
             None => Bound::Included(range.prefix.as_str()),
         };
-        let in_prefix = |key: &str| key.starts_with(&range.prefix);
+        let end = after_prefix(&range.prefix);
+        let end = end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
         let current = state
             .entries
-            .range::<str, _>((start, Bound::Unbounded))
-            .take_while(|(key, _)| in_prefix(key))
-            .filter(|(key, _)| !undo.contains_key(key.as_ref()))
-            .map(|(key, entry)| (key.as_ref(), entry));
+            .range::<str, _>((start, end))
+            .filter(|(_, (digest, _))| digest.may_hold(range.about))
+            .filter(|(key, _)| undo.is_empty() || !undo.contains_key(key.as_ref()))
+            .map(|(key, (_, entry))| (key.as_ref(), entry));
         let past = undo
-            .range::<str, _>((start, Bound::Unbounded))
-            .take_while(|(key, _)| in_prefix(key))
-            .filter_map(|(key, entry)| entry.map(|e| (*key, e)));
+            .range::<str, _>((start, end))
+            .filter_map(|(key, entry)| entry.map(|e| (*key, e)))
+            .filter(|(_, entry)| entry.digest.may_hold(range.about));
         let limit = if range.limit == 0 { usize::MAX } else { range.limit };
         let mut entries = Vec::new();
         let mut remaining = 0;
-        let about = |entry: &Entry| entry.digest.get().is_none_or(|d| d.may_hold(range.about));
-        for (_, entry) in merge_by_key(current, past).filter(|(_, entry)| about(entry)) {
+        for (_, entry) in merge_by_key(current, past) {
             if entries.len() < limit {
                 entries.push(entry.clone());
             } else {
@@ -186,12 +187,16 @@ impl Partition {
 }
 
 impl State {
+    fn insert(&mut self, entry: Arc<Entry>) {
+        self.entries.insert(entry.key.clone(), (entry.digest, entry));
+    }
+
     fn apply(&mut self, event: Event) {
         debug_assert!(event.revision > self.seen || self.history.is_empty(), "revisions only grow");
         match &event.after {
-            Ok(entry) => self.entries.insert(entry.key.clone(), entry.clone()),
-            Err(last) => self.entries.remove(&last.key),
-        };
+            Ok(entry) => self.insert(entry.clone()),
+            Err(last) => drop(self.entries.remove(&last.key)),
+        }
         self.seen = event.revision;
         self.history_bytes += event.retained_bytes();
         self.history.push_back(event);
@@ -218,6 +223,14 @@ impl State {
         }
         undo
     }
+}
+
+/// The first key after all that start with the prefix; none if there is no such key. Comparing each key with the prefix
+/// instead would read all of them from memory.
+fn after_prefix(prefix: &str) -> Option<String> {
+    let last = prefix.chars().next_back()?;
+    let next = (last..=char::MAX).nth(1)?;
+    Some(format!("{}{next}", &prefix[..prefix.len() - last.len_utf8()]))
 }
 
 /// Joins two sorted, disjoint sequences into one sorted sequence.

@@ -7,10 +7,10 @@ use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
 use knarr_api::time;
-use knarr_store::{Change, Entry, Expect, Write, WriteError};
+use knarr_store::{Entry, Expect, Write, WriteError};
 use serde_json::{Value, json};
 
-use super::{CONFLICT_RETRIES_MAX, Context, Endpoint, Outcome, Place, Registry, partition, put};
+use super::{CONFLICT_RETRIES_MAX, Context, Endpoint, Outcome, Place, Registry, partition};
 use crate::admission::{self, Operation};
 use crate::request::Query;
 use crate::{encode, quota};
@@ -100,12 +100,11 @@ impl Registry {
             let written = if gone {
                 self.remove(place.kind, &entry, &new, None).await
             } else {
-                let (bytes, splice) = encode::encode(place.kind, &new, None);
                 let write = Write {
                     partition: partition(place.kind).into(),
                     key: entry.key.clone(),
                     expect: Expect::Revision(entry.revision),
-                    change: put(Rules::of(place.kind), bytes, splice),
+                    change: encode::put(place.kind, &new, None),
                 };
                 self.store.commit(write).await
             };
@@ -170,12 +169,7 @@ impl Registry {
             partition: partition(kind).into(),
             key: entry.key.clone(),
             expect: Expect::Revision(entry.revision),
-            change: Change::Delete {
-                last: Some({
-                    let (bytes, splice) = encode::encode(kind, last, owners);
-                    (bytes, Some(splice))
-                }),
-            },
+            change: encode::delete(kind, last, owners),
         };
         let committed = self.store.commit(write).await?;
         self.services.release(self, kind, last).await;

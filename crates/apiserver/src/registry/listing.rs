@@ -42,7 +42,7 @@ impl Registry {
                 counted: true,
             });
         }
-        range.about = selection.words();
+        range.about = selection.words(rules);
         let listing = self.store.list(&partition(kind), &range)?;
         let mut matching = listing.entries.into_iter().filter(|entry| selection.matches(rules, entry));
         if limit == 0 {
@@ -72,8 +72,8 @@ impl Selection {
     }
 
     /// What every selected object's digest holds.
-    fn words(&self) -> Digest {
-        let mut words = Digest::default();
+    fn words(&self, rules: &Rules) -> Digest {
+        let mut words = encode::empty_digest(rules);
         for requirement in self.labels.requirements() {
             let Requirement { key, operator, values } = requirement;
             match (operator, &values[..]) {

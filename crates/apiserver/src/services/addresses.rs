@@ -10,7 +10,7 @@ use std::sync::Arc;
 use knarr_api::field;
 use knarr_api::object::Object;
 use knarr_api::status::Result;
-use knarr_store::{Change, Expect, Range, Store, Write, WriteError};
+use knarr_store::{Expect, Range, Store, Write, WriteError};
 use serde_json::{Value, json};
 
 use super::range::{Cidr, Ranges};
@@ -156,10 +156,12 @@ async fn write(registry: &Registry, address: IpAddr, service: &Value) -> std::re
             "resource": "services", "namespace": service.namespace(), "name": service.name(),
         } },
     });
-    let (bytes, splice) = encode::encode(kind, &object, None);
-    let change = Change::Put { bytes, splice: Some(splice), time_to_live: None };
-    let write =
-        Write { partition: PARTITION.into(), key: key(address).into(), expect: Expect::Absent, change };
+    let write = Write {
+        partition: PARTITION.into(),
+        key: key(address).into(),
+        expect: Expect::Absent,
+        change: encode::put(kind, &object, None),
+    };
     registry.store.commit(write).await.map(drop)
 }
 
@@ -172,12 +174,11 @@ pub async fn give_up(registry: &Registry, addresses: &[IpAddr], service: &Value)
         if !is_of(&object, service) {
             continue;
         }
-        let (bytes, splice) = encode::encode(kind, &object, None);
         let write = Write {
             partition: PARTITION.into(),
             key: entry.key.clone(),
             expect: Expect::Revision(entry.revision),
-            change: Change::Delete { last: Some((bytes, Some(splice))) },
+            change: encode::delete(kind, &object, None),
         };
         if let Err(error) = registry.store.commit(write).await {
             tracing::warn!(%address, %error, "a service's address stays taken until the next start");
