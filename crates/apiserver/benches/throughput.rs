@@ -15,7 +15,7 @@ use knarr_apiserver::api::{Api, Peer};
 use knarr_apiserver::identity::User;
 use knarr_apiserver::respond::full;
 use knarr_apiserver::server::InProcess;
-use knarr_client::{Informers, connect};
+use knarr_client::{Informers, connect, lean};
 use knarr_store::engine::Disk;
 use knarr_store::{Embedded, Options};
 use serde_json::json;
@@ -34,6 +34,7 @@ async fn main() {
         api.clone(),
         User::new("loops", &["system:masters"]),
     )));
+    informers.trim(lean::pod);
     let bare = std::env::args().any(|argument| argument == "bare");
     let pods = (!bare).then(|| informers.get::<Pod>());
     if let Some(pods) = &pods {

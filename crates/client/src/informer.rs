@@ -14,7 +14,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource};
 use parking_lot::{Mutex, RwLock};
 use serde::de::DeserializeOwned;
-use std::any::Any;
+use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -116,7 +116,12 @@ pub struct Informers {
 struct Shared {
     client: Client,
     entries: Mutex<HashMap<EntryKey, Entry>>,
+    /// A `Trim<K>` by the type of `K`.
+    trims: Mutex<HashMap<TypeId, Box<dyn Any + Send + Sync>>>,
 }
+
+/// Drops from an object what nobody here reads.
+type Trim<K> = fn(&mut K);
 
 #[derive(PartialEq, Eq, Hash)]
 struct EntryKey {
@@ -158,7 +163,7 @@ impl Drop for Shared {
 
 impl Informers {
     pub fn new(client: Client) -> Self {
-        let shared = Shared { client: client.clone(), entries: Mutex::new(HashMap::new()) };
+        let shared = Shared { client: client.clone(), entries: Mutex::default(), trims: Mutex::default() };
         Informers { shared: Arc::new(shared), client }
     }
 
@@ -170,6 +175,11 @@ impl Informers {
     /// The client of the holder; the watches keep using the first one's.
     pub fn client(&self) -> Client {
         self.client.clone()
+    }
+
+    /// What to drop from objects of kind `K` before they are kept. Call it before anybody asks for an informer of `K`.
+    pub fn trim<K: Cached>(&self, trim: fn(&mut K)) {
+        self.shared.trims.lock().insert(TypeId::of::<K>(), Box::new(trim));
     }
 
     /// The informer of all objects of kind `K`; the first call starts its watch. Must run inside tokio.
@@ -190,7 +200,9 @@ impl Informers {
         if let Some(informer) = entries.get(&key).and_then(|entry| entry.informer.downcast_ref()) {
             return Informer::clone(informer);
         }
-        let informer = Informer::new();
+        let trim =
+            self.shared.trims.lock().get(&TypeId::of::<K>()).and_then(|trim| trim.downcast_ref()).copied();
+        let informer = Informer::new(trim.unwrap_or(|_| {}));
         let (api, config) = (Api::<K>::all(self.shared.client.clone()), selection.config());
         let events = move || watcher(api.clone(), config.clone());
         let task = tokio::spawn(drive(informer.clone(), events)).abort_handle();
@@ -214,12 +226,10 @@ impl Informers {
             return entry.meta.clone();
         }
         let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(self.shared.client.clone(), resource);
-        let informer = Informer::<PartialObjectMeta<DynamicObject>>::new();
-        let events = move || {
-            watcher(api.clone(), watcher::Config::default()).map(|event| {
-                event.map(|event| event.modify(|object| keep_graph_fields(&mut object.metadata)))
-            })
-        };
+        let informer = Informer::new(|object: &mut PartialObjectMeta<DynamicObject>| {
+            keep_graph_fields(&mut object.metadata)
+        });
+        let events = move || watcher(api.clone(), watcher::Config::default());
         let task = tokio::spawn(drive(informer.clone(), events)).abort_handle();
         let meta = MetaInformer(Arc::new(informer.clone()));
         entries.insert(key, Entry { informer: Box::new(informer), meta: meta.clone(), task });
@@ -239,7 +249,6 @@ impl Informers {
 fn keep_graph_fields(meta: &mut ObjectMeta) {
     meta.annotations = None;
     meta.labels = None;
-    meta.managed_fields = None;
     meta.self_link = None;
     meta.generate_name = None;
 }
@@ -266,7 +275,8 @@ async fn follow<K: Cached>(
     while let Some(event) = events.next().await {
         match event {
             Ok(watcher::Event::Init) => relist = Some(BTreeMap::new()),
-            Ok(watcher::Event::InitApply(object)) => {
+            Ok(watcher::Event::InitApply(mut object)) => {
+                informer.inner.trim(&mut object);
                 relist.get_or_insert_default().insert(ObjectKey::of(&object), object);
             }
             Ok(watcher::Event::InitDone) => informer.inner.replace(relist.take().unwrap_or_default()),
@@ -300,6 +310,7 @@ type Handler<K> = Box<dyn Fn(&Change<K>) + Send + Sync>;
 type IndexFn<K> = Box<dyn Fn(&K) -> Vec<String> + Send + Sync>;
 
 struct Inner<K> {
+    trim: Trim<K>,
     handlers: Mutex<Vec<Handler<K>>>,
     state: RwLock<State<K>>,
     synced: watch::Sender<bool>,
@@ -356,6 +367,11 @@ impl<K> State<K> {
 }
 
 impl<K: Cached> Inner<K> {
+    fn trim(&self, object: &mut K) {
+        object.meta_mut().managed_fields = None;
+        (self.trim)(object);
+    }
+
     fn apply(&self, object: K) {
         let handlers = self.handlers.lock();
         if let Some(change) = self.store(object) {
@@ -365,7 +381,7 @@ impl<K: Cached> Inner<K> {
 
     /// `None` when nothing changed.
     fn store(&self, mut object: K) -> Option<Change<K>> {
-        object.meta_mut().managed_fields = None;
+        self.trim(&mut object);
         let key = ObjectKey::of(&object);
         let new = Arc::new(object);
         let mut state = self.state.write();
@@ -387,7 +403,7 @@ impl<K: Cached> Inner<K> {
         let Some(removed) = removed else { return };
         let last = match last {
             Some(mut object) => {
-                object.meta_mut().managed_fields = None;
+                self.trim(&mut object);
                 Arc::new(object)
             }
             None => removed,
@@ -426,9 +442,10 @@ fn notify<K>(handlers: &[Handler<K>], change: &Change<K>) {
 }
 
 impl<K: Cached> Informer<K> {
-    fn new() -> Self {
+    fn new(trim: Trim<K>) -> Self {
         let state = State { objects: BTreeMap::new(), indexes: BTreeMap::new() };
         let inner = Inner {
+            trim,
             handlers: Mutex::new(Vec::new()),
             state: RwLock::new(state),
             synced: watch::Sender::new(false),

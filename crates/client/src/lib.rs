@@ -21,6 +21,8 @@ pub mod expectations;
 pub mod informer;
 /// Leader election by Lease.
 pub mod leader;
+/// Pods without what only a node looks at.
+pub mod lean;
 /// Owner references, adoption and release.
 pub mod owner;
 /// Patches, retry on conflict, finalizers.

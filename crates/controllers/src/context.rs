@@ -1,6 +1,6 @@
 //! What every loop is given.
 
-use knarr_client::{Client, Clock, Informers, Recorder};
+use knarr_client::{Client, Clock, Informers, Recorder, lean};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,8 +50,10 @@ pub struct Context {
 
 impl Context {
     pub fn new(client: Client, config: Config, clock: Clock) -> Self {
+        let informers = Informers::new(client.clone());
+        informers.trim(lean::pod);
         Context {
-            informers: Informers::new(client.clone()),
+            informers,
             recorder: Recorder::new(client.clone(), clock.clone(), "controller-manager", ""),
             client,
             clock,

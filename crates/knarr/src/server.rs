@@ -108,7 +108,13 @@ impl Server {
             knarr_controllers::ControllerManager::run_with(context, stop).await;
         });
         let config = scheduler_config(settings)?;
-        let caches = informers.acting_as(self.client("system:kube-scheduler", &[]));
+        let client = self.client("system:kube-scheduler", &[]);
+        // Extenders are told whole pods, which the loops do not keep.
+        let caches = if config.extenders.is_empty() {
+            informers.acting_as(client)
+        } else {
+            knarr_client::Informers::new(client)
+        };
         let (alive, stop) = (health.running("scheduler"), shutdown.clone());
         tasks.spawn(async move {
             let _alive = alive;
