@@ -17,6 +17,7 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod autoscaler;
 mod cluster_role_aggregation;
 mod cronjob;
 mod daemonset;

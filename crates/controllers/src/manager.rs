@@ -18,6 +18,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("job-orphans", crate::job::start_orphans),
     ("job-ttl", crate::job::start_ttl),
     ("cronjob", crate::cronjob::start),
+    ("horizontal-pod-autoscaling", crate::autoscaler::start),
     ("disruption", crate::disruption::start),
     ("endpoints", crate::endpoints::start),
     ("endpointslice", crate::endpointslice::start),

@@ -1,6 +1,7 @@
 //! Condition lists, hashes and counts that several loops need.
 
 use k8s_openapi::api::apps::v1::{DaemonSetCondition, DeploymentCondition, ReplicaSetCondition};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscalerCondition;
 use k8s_openapi::api::batch::v1::JobCondition;
 use k8s_openapi::api::core::v1::{NamespaceCondition, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -33,6 +34,7 @@ conditions!(
     ReplicaSetCondition,
     DaemonSetCondition,
     JobCondition,
+    HorizontalPodAutoscalerCondition,
     NamespaceCondition,
     k8s_openapi::api::core::v1::PodCondition,
     k8s_openapi::api::core::v1::NodeCondition
