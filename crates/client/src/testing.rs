@@ -49,8 +49,10 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("apps", "v1", "replicasets", "ReplicaSet", true),
     ("apps", "v1", "statefulsets", "StatefulSet", true),
     ("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", true),
+    ("authorization.k8s.io", "v1", "subjectaccessreviews", "SubjectAccessReview", false),
     ("batch", "v1", "cronjobs", "CronJob", true),
     ("batch", "v1", "jobs", "Job", true),
+    ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
     ("networking.k8s.io", "v1", "ipaddresses", "IPAddress", false),
     ("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", false),
@@ -59,6 +61,7 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),
     ("resource.k8s.io", "v1", "deviceclasses", "DeviceClass", false),
     ("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", true),
+    ("resource.k8s.io", "v1", "resourceclaimtemplates", "ResourceClaimTemplate", true),
     ("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", false),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", false),
     ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
@@ -107,6 +110,8 @@ struct State {
     writes: Vec<String>,
     /// What other servers behind this API answer, by path.
     foreign: HashMap<String, Value>,
+    /// The subresources that access reviews allow.
+    allowed: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -143,6 +148,7 @@ impl FakeApi {
             faults,
             writes: Vec::new(),
             foreign: HashMap::new(),
+            allowed: Vec::new(),
         };
         FakeApi { shared: Arc::new(Shared { state: Mutex::new(state), revision: watch::Sender::new(1) }) }
     }
@@ -183,6 +189,11 @@ impl FakeApi {
     /// What another server behind this API answers to `GET path` from now on.
     pub fn answer(&self, path: &str, document: Value) {
         self.shared.state.lock().foreign.insert(path.trim_matches('/').to_owned(), document);
+    }
+
+    /// From now on reviews of access to this subresource, of whatever, are answered with yes; all others with no.
+    pub fn allow(&self, subresource: &str) {
+        self.shared.state.lock().allowed.push(subresource.to_owned());
     }
 
     /// Every write since the last call, as `METHOD path`.
@@ -396,6 +407,11 @@ impl State {
     }
 
     fn create(&mut self, target: &Target, mut object: Value) -> Answer {
+        if target.plural == "subjectaccessreviews" {
+            let asked = text(&object["spec"]["resourceAttributes"]["subresource"]);
+            object["status"] = json!({"allowed": self.allowed.contains(&asked)});
+            return Ok(object);
+        }
         object["kind"] = json!(target.kind);
         object["apiVersion"] = json!(target.api_version());
         if !object["metadata"].is_object() {
@@ -469,7 +485,7 @@ impl State {
             }
         }
         match subresource {
-            "status" => {
+            "status" | "approval" => {
                 let status = new["status"].take();
                 new = old.clone();
                 new["status"] = status;

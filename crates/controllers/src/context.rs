@@ -12,6 +12,8 @@ pub const REST_MAX: Duration = Duration::from_millis(200);
 pub struct Config {
     /// PEM bundle that pods trust the API server by; published in every namespace. Empty: nothing is published.
     pub root_ca: String,
+    /// Who signs certificates for the cluster. None: requests wait for another signer.
+    pub authority: Option<crate::Authority>,
     /// Terminated pods beyond this number are deleted, oldest first. Zero or less: none.
     pub terminated_pod_threshold: i32,
     /// A node without a heartbeat for this long is `Unknown`.
@@ -29,6 +31,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             root_ca: String::new(),
+            authority: None,
             terminated_pod_threshold: 12_500,
             node_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),

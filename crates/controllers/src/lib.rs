@@ -18,6 +18,7 @@ mod pods;
 mod util;
 
 mod autoscaler;
+mod certificates;
 mod cluster_role_aggregation;
 mod cronjob;
 mod daemonset;
@@ -41,5 +42,6 @@ mod volume_protection;
 #[cfg(test)]
 mod harness;
 
+pub use certificates::Authority;
 pub use context::{Config, Context};
 pub use manager::ControllerManager;

@@ -32,6 +32,9 @@ const LOOPS: &[(&str, Start)] = &[
     ("pvc-protection", crate::volume_protection::start),
     ("pv-protection", crate::volume_protection::start_volumes),
     ("service-cidr", crate::service_cidr::start),
+    ("csrapproving", crate::certificates::start_approving),
+    ("csrsigning", crate::certificates::start_signing),
+    ("csrcleaner", crate::certificates::start_cleaning),
     ("clusterrole-aggregation", crate::cluster_role_aggregation::start),
     // Last, so that it shares the typed watches of those above.
     ("garbage-collector", crate::garbage_collector::start),

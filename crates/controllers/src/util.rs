@@ -3,6 +3,7 @@
 use k8s_openapi::api::apps::v1::{DaemonSetCondition, DeploymentCondition, ReplicaSetCondition};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscalerCondition;
 use k8s_openapi::api::batch::v1::JobCondition;
+use k8s_openapi::api::certificates::v1::CertificateSigningRequestCondition;
 use k8s_openapi::api::core::v1::{NamespaceCondition, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde::Serialize;
@@ -35,6 +36,7 @@ conditions!(
     DaemonSetCondition,
     JobCondition,
     HorizontalPodAutoscalerCondition,
+    CertificateSigningRequestCondition,
     NamespaceCondition,
     k8s_openapi::api::core::v1::PodCondition,
     k8s_openapi::api::core::v1::NodeCondition

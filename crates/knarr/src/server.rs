@@ -96,6 +96,10 @@ impl Server {
     ) -> Result<()> {
         let config = knarr_controllers::Config {
             root_ca: self.authority.certificate().to_owned(),
+            authority: Some(knarr_controllers::Authority {
+                certificate: self.authority.certificate().to_owned(),
+                key: self.authority.key(),
+            }),
             ..knarr_controllers::Config::default()
         };
         let client = self.client("system:kube-controller-manager", &[]);
