@@ -18,6 +18,7 @@ mod pods;
 mod util;
 
 mod autoscaler;
+mod bootstrap;
 mod certificates;
 mod cluster_role_aggregation;
 mod cronjob;
@@ -37,6 +38,7 @@ mod service;
 mod service_account;
 mod service_cidr;
 mod statefulset;
+mod ttl;
 mod volume_protection;
 
 #[cfg(test)]

@@ -35,6 +35,9 @@ const LOOPS: &[(&str, Start)] = &[
     ("csrapproving", crate::certificates::start_approving),
     ("csrsigning", crate::certificates::start_signing),
     ("csrcleaner", crate::certificates::start_cleaning),
+    ("bootstrapsigner", crate::bootstrap::start_signing),
+    ("tokencleaner", crate::bootstrap::start_cleaning),
+    ("ttl", crate::ttl::start),
     ("clusterrole-aggregation", crate::cluster_role_aggregation::start),
     // Last, so that it shares the typed watches of those above.
     ("garbage-collector", crate::garbage_collector::start),
