@@ -14,6 +14,8 @@ pub struct Config {
     pub root_ca: String,
     /// Who signs certificates for the cluster. None: requests wait for another signer.
     pub authority: Option<crate::Authority>,
+    /// Which ranges of pod addresses nodes get.
+    pub node_ranges: crate::NodeRanges,
     /// Terminated pods beyond this number are deleted, oldest first. Zero or less: none.
     pub terminated_pod_threshold: i32,
     /// A node without a heartbeat for this long is `Unknown`.
@@ -32,6 +34,7 @@ impl Default for Config {
         Config {
             root_ca: String::new(),
             authority: None,
+            node_ranges: crate::NodeRanges::default(),
             terminated_pod_threshold: 12_500,
             node_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),

@@ -26,6 +26,7 @@ const LOOPS: &[(&str, Start)] = &[
     ("namespace", crate::namespace::start),
     ("serviceaccount", crate::service_account::start),
     ("root-ca", crate::root_ca::start),
+    ("node-ipam", crate::node_ipam::start),
     ("node-lifecycle", crate::node_lifecycle::start),
     ("taint-eviction", crate::node_lifecycle::start_eviction),
     ("pod-gc", crate::pod_gc::start),
