@@ -22,6 +22,8 @@ pub struct Config {
     pub node_grace: Duration,
     /// The same for a node that never reported.
     pub node_startup_grace: Duration,
+    /// How fast the pods of nodes that are down have to leave.
+    pub eviction_rates: crate::EvictionRates,
     /// How long a pod may sit on a vanished node before pod GC looks for that node and deletes it.
     pub orphan_quarantine: Duration,
     /// A bug on purpose, for the simulator to find: loops do not wait until their cache shows what they did.
@@ -38,6 +40,7 @@ impl Default for Config {
             terminated_pod_threshold: 12_500,
             node_grace: Duration::from_secs(50),
             node_startup_grace: Duration::from_secs(60),
+            eviction_rates: crate::EvictionRates::default(),
             orphan_quarantine: Duration::from_secs(40),
             planted_forgetfulness: false,
         }

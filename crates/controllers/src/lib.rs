@@ -49,3 +49,4 @@ pub use certificates::Authority;
 pub use context::{Config, Context};
 pub use manager::ControllerManager;
 pub use node_ipam::NodeRanges;
+pub use node_lifecycle::EvictionRates;
