@@ -1,5 +1,6 @@
 //! What every loop is given.
 
+use knarr_client::leader::Election;
 use knarr_client::{Client, Clock, Informers, Recorder};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,8 @@ pub const REST_MAX: Duration = Duration::from_millis(200);
 pub struct Config {
     /// PEM bundle that pods trust the API server by; published in every namespace. Empty: nothing is published.
     pub root_ca: String,
+    /// Where several processes may run the loops, only the holder of this lease does.
+    pub election: Option<Election>,
     /// Who signs certificates for the cluster. None: requests wait for another signer.
     pub authority: Option<crate::Authority>,
     /// Which ranges of pod addresses nodes get.
@@ -35,6 +38,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             root_ca: String::new(),
+            election: None,
             authority: None,
             node_ranges: crate::NodeRanges::default(),
             terminated_pod_threshold: 12_500,

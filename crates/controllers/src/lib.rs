@@ -34,6 +34,7 @@ mod node_ipam;
 mod node_lifecycle;
 mod pod_gc;
 mod replicaset;
+mod resource_claim;
 mod root_ca;
 mod service;
 mod service_account;
