@@ -16,13 +16,15 @@ use calculator::{Ground, Proposal, Tolerance, millis};
 use futures::future::BoxFuture;
 use k8s_openapi::api::autoscaling::v1::Scale;
 use k8s_openapi::api::autoscaling::v2::{
-    ContainerResourceMetricStatus, ExternalMetricSource, ExternalMetricStatus, HorizontalPodAutoscaler,
-    HorizontalPodAutoscalerCondition, HorizontalPodAutoscalerSpec, HorizontalPodAutoscalerStatus, MetricSpec,
-    MetricStatus, MetricTarget, MetricValueStatus, ObjectMetricSource, ObjectMetricStatus, PodsMetricSource,
-    PodsMetricStatus, ResourceMetricSource, ResourceMetricStatus,
+    ContainerResourceMetricStatus, ExternalMetricSource, ExternalMetricStatus, HPAScalingRules,
+    HorizontalPodAutoscaler, HorizontalPodAutoscalerCondition, HorizontalPodAutoscalerSpec,
+    HorizontalPodAutoscalerStatus, MetricSpec, MetricStatus, MetricTarget, MetricValueStatus,
+    ObjectMetricSource, ObjectMetricStatus, PodsMetricSource, PodsMetricStatus, ResourceMetricSource,
+    ResourceMetricStatus,
 };
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use knarr_client::patch::{self, Guard};
 use knarr_client::selector::Selector;
 use knarr_client::{
@@ -235,18 +237,7 @@ impl Turn<'_> {
     async fn ask(&mut self, scale: &Scale, current: i32) -> Result<Asked, String> {
         let (text, pods) = self.pods_of(scale)?;
         let observed = scale.status.as_ref().map_or(0, |status| status.replicas);
-        let default = [MetricSpec {
-            type_: "Resource".to_owned(),
-            resource: Some(ResourceMetricSource {
-                name: "cpu".to_owned(),
-                target: MetricTarget {
-                    type_: "Utilization".to_owned(),
-                    average_utilization: Some(CPU_TARGET),
-                    ..Default::default()
-                },
-            }),
-            ..Default::default()
-        }];
+        let default = [cpu_metric()];
         let specs = self.spec.metrics.as_deref().filter(|specs| !specs.is_empty()).unwrap_or(&default);
         let ground = Ground {
             pods: &pods,
@@ -586,9 +577,23 @@ impl Turn<'_> {
     }
 }
 
+/// What an autoscaler without metrics follows.
+fn cpu_metric() -> MetricSpec {
+    let target = MetricTarget {
+        type_: "Utilization".to_owned(),
+        average_utilization: Some(CPU_TARGET),
+        ..Default::default()
+    };
+    MetricSpec {
+        type_: "Resource".to_owned(),
+        resource: Some(ResourceMetricSource { name: "cpu".to_owned(), target }),
+        ..Default::default()
+    }
+}
+
 fn tolerance(spec: &HorizontalPodAutoscalerSpec) -> Tolerance {
     let behavior = spec.behavior.as_ref();
-    let of = |rules: Option<&k8s_openapi::api::autoscaling::v2::HPAScalingRules>| {
+    let of = |rules: Option<&HPAScalingRules>| {
         let own = rules.and_then(|rules| rules.tolerance.as_ref());
         own.and_then(|own| own.0.parse::<knarr_api::quantity::Quantity>().ok())
             .map_or(TOLERANCE, |own| own.as_f64())
@@ -611,10 +616,7 @@ fn share(proposal: &Proposal) -> MetricValueStatus {
     MetricValueStatus { average_value: Some(quantity(proposal.mean)), ..Default::default() }
 }
 
-fn shown_outside(
-    name: &str,
-    selector: Option<&k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector>,
-) -> String {
+fn shown_outside(name: &str, selector: Option<&LabelSelector>) -> String {
     format!("external metric {name}({})", metrics::shown(selector))
 }
 

@@ -245,7 +245,7 @@ fn stays_until(csr: &CertificateSigningRequest) -> Option<Timestamp> {
         return Some(after(made, PENDING_STAYS));
     }
     let issued = certificate(csr);
-    let expires = issued.and_then(|certificate| x509::ends(certificate));
+    let expires = issued.and_then(x509::ends);
     let over = |condition: &CertificateSigningRequestCondition| {
         let approved = condition.type_ == "Approved";
         if approved && issued.is_none() {

@@ -11,7 +11,7 @@ use crate::pods::{self, BY_NODE};
 use crate::{Context, util};
 use futures::future::BoxFuture;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, ObjectReference, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use knarr_client::informer::Selection;
 use knarr_client::{
@@ -84,6 +84,7 @@ struct Lifecycle {
 
 /// What was last seen of a node, and when, by our own clock: its clock may be wrong.
 struct Health {
+    uid: Option<String>,
     seen: Sign,
     since: Instant,
 }
@@ -99,8 +100,9 @@ struct Sign {
 impl Reconcile for Lifecycle {
     async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
         let Some(node) = self.nodes.get_key(&key) else {
-            if self.health.lock().remove(&key.name).is_some() {
-                tracing::info!(node = key.name, "node is gone");
+            let known = self.health.lock().remove(&key.name);
+            if let Some(known) = known {
+                self.tell_of_removal(&key.name, known.uid);
             }
             return Ok(Requeue::Done);
         };
@@ -141,11 +143,15 @@ impl Lifecycle {
         let now = Instant::now();
         let mut health = self.health.lock();
         let fresh = !health.contains_key(&name);
-        let entry = health.entry(name.clone()).or_insert_with(|| Health { seen: seen.clone(), since: now });
+        let entry = health.entry(name.clone()).or_insert_with(|| Health {
+            uid: node.metadata.uid.clone(),
+            seen: seen.clone(),
+            since: now,
+        });
         if entry.seen != seen {
             // What we wrote ourselves is remembered, so that the kubelet's next word differs, but it is no sign of life.
             let since = if is_only_our_verdict(&entry.seen, &seen) { entry.since } else { now };
-            *entry = Health { seen, since };
+            *entry = Health { uid: node.metadata.uid.clone(), seen, since };
         }
         let left = grace.saturating_sub(entry.since.elapsed());
         drop(health);
@@ -154,6 +160,19 @@ impl Lifecycle {
             self.recorder.event(node, EventType::Normal, "RegisteredNode", message);
         }
         left
+    }
+
+    fn tell_of_removal(&self, name: &str, uid: Option<String>) {
+        tracing::info!(node = name, "node is gone");
+        let about = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: Some(name.to_owned()),
+            uid,
+            ..Default::default()
+        };
+        let message = format!("Node {name} event: Removing Node {name} from Controller");
+        self.recorder.event_about(about, EventType::Normal, "RemovingNode", message);
     }
 
     async fn mark_unknown(&self, node: &Node) -> Result<()> {
@@ -319,6 +338,7 @@ fn same(a: &Taint, b: &Taint) -> bool {
 mod tests {
     use super::*;
     use crate::harness::Harness;
+    use k8s_openapi::api::core::v1::Event;
 
     fn node(name: &str) -> serde_json::Value {
         json!({"metadata": {"name": name}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
@@ -402,6 +422,20 @@ mod tests {
         harness.api.wait_for::<Node>("both unreachable, no eviction", unreachable).await;
         harness.api.settle(Duration::from_secs(200)).await;
         assert!(unreachable(&harness.api.objects::<Node>()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nodes_that_come_and_go_are_told_of() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        harness.create_global::<Node>(node("n1")).await;
+        let told = |message: &'static str| {
+            move |events: &[Event]| events.iter().any(|event| event.message.as_deref() == Some(message))
+        };
+        harness.api.wait_for("coming", told("Node n1 event: Registered Node n1 in Controller")).await;
+        let api: Api<Node> = Api::all(harness.client());
+        api.delete("n1", &Default::default()).await.unwrap();
+        harness.api.wait_for("going", told("Node n1 event: Removing Node n1 from Controller")).await;
     }
 
     fn given_up(nodes: &[Node]) -> usize {

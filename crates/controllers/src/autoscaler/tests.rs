@@ -418,3 +418,35 @@ async fn two_autoscalers_over_the_same_pods_both_stand_still() {
     };
     harness.api.wait_for::<HorizontalPodAutoscaler>("both say so", both).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_container_of_each_pod_can_be_followed() {
+    let harness = Harness::quiet();
+    harness.start(start);
+    deployment(&harness, 2, 2).await;
+    let pod = |name: &str| {
+        json!({
+            "metadata": {"name": name}, "window": "1m0s", "timestamp": harness.context.clock.now(),
+            "containers": [{"name": "c", "usage": {"cpu": "900m"}}, {"name": "sidecar", "usage": {"cpu": "9"}}],
+        })
+    };
+    let path = format!("/apis/metrics.k8s.io/v1beta1/namespaces/{NAMESPACE}/pods");
+    harness.api.answer(&path, json!({"items": [pod("p0"), pod("p1")]}));
+    let target = json!({"type": "Utilization", "averageUtilization": 60});
+    let metric = |container: &str| {
+        let source = json!({"name": "cpu", "container": container, "target": target});
+        json!({"metrics": [{"type": "ContainerResource", "containerResource": source}]})
+    };
+    autoscaler(&harness, metric("c")).await;
+    harness.api.wait_for::<Deployment>("three replicas", |all| replicas(all) == 3).await;
+    harness.patch::<HorizontalPodAutoscaler>("web", json!({"spec": metric("other")})).await;
+    let told = |events: &[Event]| {
+        let wanted = "failed to get cpu utilization: unable to get metrics for resource cpu: container other not \
+                      present in metrics for pod ns/p0";
+        events.iter().any(|event| {
+            event.reason.as_deref() == Some("FailedGetContainerResourceMetric")
+                && event.message.as_deref() == Some(wanted)
+        })
+    };
+    harness.api.wait_for::<Event>("why it cannot be", told).await;
+}

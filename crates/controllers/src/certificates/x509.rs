@@ -8,12 +8,14 @@ use jiff::tz::TimeZone;
 use rcgen::{KeyPair, SigningKey};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::net::IpAddr;
+use x509_parser::certificate::X509Certificate;
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::cri_attributes::ParsedCriAttribute;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer;
+use x509_parser::x509::AttributeTypeAndValue;
 use yasna::models::ObjectIdentifier;
-use yasna::{DERWriter, Tag, construct_der};
+use yasna::{DERWriter, DERWriterSeq, Tag, construct_der};
 
 /// The usages a request may name: bits of the key usage, by name.
 const KEY_USAGES: [(&str, u32); 10] = [
@@ -51,6 +53,8 @@ const KEY_USAGE: &[u64] = &[2, 5, 29, 15];
 const EXTENDED_KEY_USAGE: &[u64] = &[2, 5, 29, 37];
 const ALTERNATIVE_NAME: &[u64] = &[2, 5, 29, 17];
 const AUTHORITY_KEY: &[u64] = &[2, 5, 29, 35];
+/// A name without parts; then the alternative ones must not be ignored.
+const EMPTY_SUBJECT: [u8; 2] = [0x30, 0];
 /// GeneralizedTime from this year on, as RFC 5280 has it.
 const LONG_YEARS_FROM: i16 = 2050;
 
@@ -82,17 +86,11 @@ impl Request {
             .verify_signature()
             .map_err(|error| format!("the request's signature does not hold: {error}"))?;
         let info = &parsed.certification_request_info;
-        let texts = |values: Vec<Result<&str, _>>| {
-            values
-                .into_iter()
-                .filter_map(|value: Result<&str, x509_parser::error::X509Error>| value.ok())
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        };
-        let names = texts(info.subject.iter_common_name().map(|name| name.as_str()).collect());
+        let (common, organizations) = (info.subject.iter_common_name(), info.subject.iter_organization());
+        let text = |value: &AttributeTypeAndValue<'_>| value.as_str().ok().map(str::to_owned);
         let mut request = Request {
-            common_name: names.into_iter().next_back().unwrap_or_default(),
-            organizations: texts(info.subject.iter_organization().map(|one| one.as_str()).collect()),
+            common_name: common.filter_map(text).last().unwrap_or_default(),
+            organizations: organizations.filter_map(text).collect(),
             subject: info.subject.as_raw().to_vec(),
             key: info.subject_pki.raw.to_vec(),
             ..Default::default()
@@ -139,49 +137,18 @@ pub fn sign(
     from: Timestamp,
     until: Timestamp,
 ) -> Result<String, String> {
+    let unreadable = |error: &dyn std::fmt::Display| format!("read the authority's certificate: {error}");
     let (_, block) = x509_parser::pem::parse_x509_pem(authority.certificate.as_bytes())
-        .map_err(|error| format!("read the authority's certificate: {error}"))?;
-    let (_, issuer) = x509_parser::parse_x509_certificate(&block.contents)
-        .map_err(|error| format!("read the authority's certificate: {error}"))?;
+        .map_err(|error| unreadable(&error))?;
+    let (_, issuer) =
+        x509_parser::parse_x509_certificate(&block.contents).map_err(|error| unreadable(&error))?;
     let key =
         KeyPair::from_pem(&authority.key).map_err(|error| format!("read the authority's key: {error}"))?;
     let end = Timestamp::from_second(issuer.validity().not_after.timestamp()).unwrap_or(Timestamp::MAX);
-    let (key_usage, extended) = split(usages)?;
+    let extensions = extensions(request, usages, &issuer)?;
     let mut serial = [0; 16];
     SystemRandom::new().fill(&mut serial).map_err(|_| "no randomness for a serial number".to_owned())?;
     let algorithm = algorithm(&key)?;
-    let issuer_key = issuer.iter_extensions().find_map(|extension| match extension.parsed_extension() {
-        ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
-        _ => None,
-    });
-    let extensions = |writer: DERWriter<'_>| {
-        writer.write_sequence(|list| {
-            if key_usage != 0 {
-                extension(list.next(), KEY_USAGE, true, &bits(key_usage));
-            }
-            if !extended.is_empty() {
-                let ids = construct_der(|writer| {
-                    writer.write_sequence(|list| {
-                        extended.iter().for_each(|id| list.next().write_oid(&oid(id)));
-                    });
-                });
-                extension(list.next(), EXTENDED_KEY_USAGE, false, &ids);
-            }
-            // Nobody's authority.
-            extension(list.next(), BASIC_CONSTRAINTS, true, &construct_der(|w| w.write_sequence(|_| ())));
-            if let Some(id) = &issuer_key {
-                let id = construct_der(|writer| {
-                    writer.write_sequence(|list| {
-                        list.next().write_tagged_implicit(Tag::context(0), |writer| writer.write_bytes(id));
-                    });
-                });
-                extension(list.next(), AUTHORITY_KEY, false, &id);
-            }
-            if let Some(names) = alternative_names(request) {
-                extension(list.next(), ALTERNATIVE_NAME, request.subject.len() <= 2, &names);
-            }
-        });
-    };
     let unsigned = construct_der(|writer| {
         writer.write_sequence(|list| {
             list.next().write_tagged(Tag::context(0), |writer| writer.write_u8(2));
@@ -194,7 +161,7 @@ pub fn sign(
             });
             list.next().write_der(&request.subject);
             list.next().write_der(&request.key);
-            list.next().write_tagged(Tag::context(3), extensions);
+            list.next().write_tagged(Tag::context(3), |writer| writer.write_der(&extensions));
         });
     });
     let signature = key.sign(&unsigned).map_err(|error| format!("sign the certificate: {error}"))?;
@@ -206,6 +173,41 @@ pub fn sign(
         });
     });
     Ok(pem("CERTIFICATE", &signed))
+}
+
+/// What the certificate may be used for, for whom it is, and who signed it.
+fn extensions(request: &Request, usages: &[String], issuer: &X509Certificate<'_>) -> Result<Vec<u8>, String> {
+    let (key_usage, extended) = split(usages)?;
+    let issuer_key = issuer.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
+        _ => None,
+    });
+    Ok(construct_der(|writer| {
+        writer.write_sequence(|list| {
+            if key_usage != 0 {
+                extension(list.next(), KEY_USAGE, true, &bits(key_usage));
+            }
+            if !extended.is_empty() {
+                let ids = sequence(|list| extended.iter().for_each(|id| list.next().write_oid(&oid(id))));
+                extension(list.next(), EXTENDED_KEY_USAGE, false, &ids);
+            }
+            // Nobody's authority.
+            extension(list.next(), BASIC_CONSTRAINTS, true, &sequence(|_| ()));
+            if let Some(id) = &issuer_key {
+                let id = sequence(|list| {
+                    list.next().write_tagged_implicit(Tag::context(0), |writer| writer.write_bytes(id));
+                });
+                extension(list.next(), AUTHORITY_KEY, false, &id);
+            }
+            if let Some(names) = alternative_names(request) {
+                extension(list.next(), ALTERNATIVE_NAME, request.subject == EMPTY_SUBJECT, &names);
+            }
+        });
+    }))
+}
+
+fn sequence(write: impl FnOnce(&mut DERWriterSeq<'_>)) -> Vec<u8> {
+    construct_der(|writer| writer.write_sequence(write))
 }
 
 fn pem(label: &str, der: &[u8]) -> String {
@@ -269,14 +271,12 @@ fn alternative_names(request: &Request) -> Option<Vec<u8>> {
     names.extend(texts(1, &request.emails));
     names.extend(addresses);
     names.extend(texts(6, &request.uris));
-    let write = |writer: DERWriter<'_>| {
-        writer.write_sequence(|list| {
-            for (tag, name) in &names {
-                list.next().write_tagged_implicit(Tag::context(*tag), |writer| writer.write_bytes(name));
-            }
-        });
+    let write = |list: &mut DERWriterSeq<'_>| {
+        for (tag, name) in &names {
+            list.next().write_tagged_implicit(Tag::context(*tag), |writer| writer.write_bytes(name));
+        }
     };
-    (!names.is_empty()).then(|| construct_der(write))
+    (!names.is_empty()).then(|| sequence(write))
 }
 
 /// The identifier of how `key` signs.

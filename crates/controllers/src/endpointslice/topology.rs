@@ -141,38 +141,18 @@ impl Capacity {
         endpoints: &mut [&mut Endpoint],
         known: impl Fn(&Endpoint) -> Option<String>,
     ) -> Result<(), String> {
-        let mut ready: Vec<_> = endpoints.iter_mut().filter(|endpoint| is_ready(endpoint)).collect();
+        let ready: Vec<_> = endpoints.iter_mut().filter(|endpoint| is_ready(endpoint)).collect();
         let allocations = self.allocations(ready.len())?;
         if ready.iter().any(|endpoint| endpoint.zone.as_ref().is_none_or(String::is_empty)) {
             return Err("One or more endpoints do not have a zone specified".into());
         }
-        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut kept: Vec<bool> = Vec::new();
-        for endpoint in &mut ready {
-            let before = known(endpoint).and_then(|zone| allocations.get_key_value(zone.as_str()));
-            let zone = before
-                .filter(|(zone, allocation)| counts.get(**zone).copied().unwrap_or(0) < allocation.maximum);
-            kept.push(zone.is_some());
-            if let Some((zone, _)) = zone {
-                *counts.entry(zone).or_default() += 1;
-                mean_for(endpoint, zone);
-            }
+        let (mut counts, mut free) = keep(&allocations, ready, known);
+        let enough = |zone: &&str| counts.get(*zone).copied().unwrap_or(0) >= allocations[*zone].minimum;
+        if free.is_empty() && !allocations.keys().all(|zone| enough(&zone)) {
+            // What was right before is no longer: all are shared out anew.
+            let ready = endpoints.iter_mut().filter(|endpoint| is_ready(endpoint)).collect();
+            (counts, free) = keep(&allocations, ready, |_| None);
         }
-        let all_kept = kept.iter().all(|kept| *kept);
-        let enough = |counts: &BTreeMap<&str, usize>| {
-            allocations.iter().all(|(zone, wanted)| counts.get(zone).copied().unwrap_or(0) >= wanted.minimum)
-        };
-        if all_kept && enough(&counts) {
-            return Ok(());
-        }
-        if all_kept {
-            kept.fill(false);
-            counts.clear();
-        }
-        let mut counts: BTreeMap<String, usize> =
-            counts.into_iter().map(|(zone, count)| (zone.to_owned(), count)).collect();
-        let mut free: Vec<_> =
-            ready.into_iter().zip(kept).filter(|(_, kept)| !kept).map(|(one, _)| one).collect();
         for endpoint in &mut free {
             let zone = endpoint.zone.clone().unwrap_or_default();
             mean_for(endpoint, &zone);
@@ -189,6 +169,27 @@ impl Capacity {
         }
         Ok(())
     }
+}
+
+/// Leaves endpoints where they were meant for, as far as their zones may have so many. How many each zone has, and which
+/// endpoints are free.
+fn keep<'a, 'e>(
+    allocations: &BTreeMap<&str, Allocation>,
+    ready: Vec<&'a mut &'e mut Endpoint>,
+    known: impl Fn(&Endpoint) -> Option<String>,
+) -> (BTreeMap<String, usize>, Vec<&'a mut &'e mut Endpoint>) {
+    let (mut counts, mut free): (BTreeMap<String, usize>, _) = (BTreeMap::new(), Vec::new());
+    for endpoint in ready {
+        let before = known(endpoint).and_then(|zone| Some((allocations.get(zone.as_str())?.maximum, zone)));
+        match before {
+            Some((most, zone)) if counts.get(&zone).copied().unwrap_or(0) < most => {
+                mean_for(endpoint, &zone);
+                *counts.entry(zone).or_default() += 1;
+            }
+            _ => free.push(endpoint),
+        }
+    }
+    (counts, free)
 }
 
 struct Allocation {

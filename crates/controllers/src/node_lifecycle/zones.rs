@@ -102,6 +102,9 @@ impl Fleet {
     pub fn count(&mut self, name: &str, node: Option<&Node>, rates: &EvictionRates) -> Vec<String> {
         let before = self.all_are_down(rates);
         let left = self.remove(name, rates);
+        if node.is_none() {
+            self.granted.remove(name);
+        }
         let joined = node.and_then(|node| self.add(name, node, rates));
         let changed: Vec<String> = match (left, joined) {
             (Some((zone, old)), Some((same, new))) if zone == same && old == new => Vec::new(),
