@@ -236,6 +236,16 @@ impl Informers {
         meta
     }
 
+    /// Ends all watches and forgets who listens: for whoever starts afresh with informers of their own. What is asked of
+    /// these later starts new watches. Not to be called from a handler.
+    pub fn close(&self) {
+        let entries = std::mem::take(&mut *self.shared.entries.lock());
+        for entry in entries.into_values() {
+            entry.task.abort();
+            entry.meta.0.forget_listeners();
+        }
+    }
+
     /// Ends the metadata watch of a kind that no longer exists. A typed watch stays.
     pub fn stop_metadata(&self, resource: &ApiResource) {
         let key = EntryKey::new(&resource.group, &resource.plural, true, &Selection::default());
@@ -605,6 +615,7 @@ trait MetaSource: Send + Sync {
     fn on_meta(&self, handler: Box<dyn Fn(MetaChange<'_>) + Send + Sync>);
     fn is_synced(&self) -> bool;
     fn synced_signal(&self) -> watch::Receiver<bool>;
+    fn forget_listeners(&self);
 }
 
 impl<K: Cached> MetaSource for Informer<K> {
@@ -621,5 +632,11 @@ impl<K: Cached> MetaSource for Informer<K> {
 
     fn synced_signal(&self) -> watch::Receiver<bool> {
         self.inner.synced.subscribe()
+    }
+
+    fn forget_listeners(&self) {
+        // Dropped after the lock: a handler may hold other informers, and these this one.
+        let handlers = std::mem::take(&mut *self.inner.handlers.lock());
+        drop(handlers);
     }
 }

@@ -2,9 +2,10 @@
 //! rules are client-go's `leaderelection`: a lease counts as expired by the *local* time since it was last seen to
 //! change, so clocks need not agree.
 
-use crate::{Clock, During, Error, Result, or_none};
+use crate::{Clock, During, Error, EventType, Recorder, Result, or_none};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::Client;
 use kube::api::{Api, PostParams};
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 pub struct Election {
     pub namespace: String,
     pub name: String,
-    /// Unique for this process: host name and something random.
+    /// Unique for this process; see [`identity`].
     pub identity: String,
     /// After this time without renewal another may take the lease.
     pub lease: Duration,
@@ -40,6 +41,12 @@ impl Election {
             retry: Duration::from_secs(2),
         }
     }
+}
+
+/// A name for this process as a candidate: the host's and something random.
+pub fn identity() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}_{:016x}", host.trim(), rand::random::<u64>())
 }
 
 /// Where a candidate stands.
@@ -115,8 +122,9 @@ pub fn step(election: &Election, state: State, seen: Seen, now: Instant) -> (Sta
     }
 }
 
-/// Waits until we lead, then runs `lead` and keeps renewing. Returns when `lead` ends or `shutdown` comes (the
-/// lease is given back) or, with an error, when leadership is lost: the caller should then end the process' work.
+/// Waits until we lead, then runs `lead` and keeps renewing beside it. Returns when `lead` ends or `shutdown` comes (the
+/// lease is given back) or, with an error, when leadership is lost: `lead` is dropped then, and the caller has to end what
+/// it started elsewhere before it stands again.
 pub async fn run<F: Future<Output = ()>>(
     client: Client,
     clock: Clock,
@@ -124,9 +132,13 @@ pub async fn run<F: Future<Output = ()>>(
     shutdown: CancellationToken,
     lead: impl FnOnce() -> F,
 ) -> Result<()> {
+    let recorder = Recorder::new(client.clone(), clock.clone(), &election.name, "");
     let mut candidate = Candidate::new(client, clock, election);
     loop {
-        candidate.turn().await;
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = candidate.turn() => {}
+        }
         if matches!(candidate.state, State::Leading { .. }) {
             break;
         }
@@ -135,19 +147,19 @@ pub async fn run<F: Future<Output = ()>>(
             () = tokio::time::sleep(candidate.election.retry) => {}
         }
     }
-    tracing::info!(lease = candidate.election.name, identity = candidate.election.identity, "became leader");
+    candidate.tell(&recorder, "became leader");
     let leading = lead();
     tokio::pin!(leading);
-    loop {
-        tokio::select! {
-            () = &mut leading => break,
-            () = shutdown.cancelled() => break,
-            () = tokio::time::sleep(candidate.election.retry) => candidate.turn().await,
-        }
-        if candidate.state == State::Lost {
-            let name = &candidate.election.name;
-            return Err(Error::terminal(format!("renew lease {name}"), "leadership was lost"));
-        }
+    // Renewing goes on while `lead` works, and `lead` works while renewing waits for an answer.
+    let lost = tokio::select! {
+        () = &mut leading => false,
+        () = shutdown.cancelled() => false,
+        () = candidate.keep() => true,
+    };
+    if lost {
+        candidate.tell(&recorder, "stopped leading");
+        let name = &candidate.election.name;
+        return Err(Error::terminal(format!("renew lease {name}"), "leadership was lost"));
     }
     candidate.give_back().await;
     Ok(())
@@ -166,29 +178,61 @@ impl Candidate {
         Candidate { api, clock, election, state: State::Starting }
     }
 
+    /// Renews until that fails for too long.
+    async fn keep(&mut self) {
+        while self.state != State::Lost {
+            tokio::time::sleep(self.election.retry).await;
+            self.turn().await;
+        }
+    }
+
+    /// One look at the lease and what follows from it. A leader takes no longer for it than it may lead without.
     async fn turn(&mut self) {
-        let wait = self.election.renew_deadline;
-        let lease = match tokio::time::timeout(wait, self.api.get_opt(&self.election.name)).await {
-            Ok(Ok(lease)) => Ok(lease),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("no answer in time".to_owned()),
+        let patience = self.election.renew_deadline;
+        let until = match self.state {
+            State::Leading { renewed } => renewed + patience,
+            _ => Instant::now() + patience,
         };
+        if tokio::time::timeout_at(until, self.look()).await.is_err()
+            && matches!(self.state, State::Leading { .. })
+        {
+            self.state = State::Lost;
+        }
+    }
+
+    async fn look(&mut self) {
+        let lease = self.api.get_opt(&self.election.name).await;
         let (seen, lease) = match lease {
             Ok(Some(lease)) => (Seen::Record(record(&lease)), Some(lease)),
             Ok(None) => (Seen::Absent, None),
             Err(error) => {
-                tracing::debug!(lease = self.election.name, error, "lease not readable");
+                tracing::debug!(lease = self.election.name, %error, "lease not readable");
                 (Seen::Unreachable, None)
             }
         };
-        let (state, action) = step(&self.election, self.state.clone(), seen, Instant::now());
+        // Others count from when they see what we write, so we count from before we write it.
+        let now = Instant::now();
+        let (state, action) = step(&self.election, self.state.clone(), seen, now);
         self.state = state;
         if let Action::Take { transitions, renewal } = action {
             match self.write(lease, transitions, renewal).await {
-                Ok(()) => self.state = State::Leading { renewed: Instant::now() },
+                Ok(()) => self.state = State::Leading { renewed: now },
                 Err(error) => tracing::debug!(lease = self.election.name, %error, "lease not taken"),
             }
         }
+    }
+
+    fn tell(&self, recorder: &Recorder, what: &str) {
+        let Election { namespace, name, identity, .. } = &self.election;
+        tracing::info!(lease = name, identity, what, "leadership changed");
+        let about = ObjectReference {
+            api_version: Some("coordination.k8s.io/v1".to_owned()),
+            kind: Some("Lease".to_owned()),
+            namespace: Some(namespace.clone()),
+            name: Some(name.clone()),
+            ..Default::default()
+        };
+        recorder.event_about(about, EventType::Normal, "LeaderElection", format!("{identity} {what}"));
     }
 
     async fn write(&self, lease: Option<Lease>, transitions: i32, renewal: bool) -> Result<()> {
@@ -300,5 +344,28 @@ mod tests {
         first_stop.cancel();
         first.await.unwrap().unwrap();
         second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_leader_does_ends_when_another_takes_the_lease() {
+        let api = FakeApi::new();
+        let client = api.client();
+        let first = tokio::spawn(async move {
+            let election = Election::new("default", "loops", "first");
+            run(client, Clock::System, election, CancellationToken::new(), std::future::pending).await
+        });
+        api.wait_for::<Lease>("the first leader", |leases| leases.len() == 1).await;
+        let leases: Api<Lease> = Api::namespaced(api.client(), "default");
+        let stolen = serde_json::json!({"spec": {"holderIdentity": "thief"}});
+        leases.patch("loops", &Default::default(), &kube::api::Patch::Merge(stolen)).await.unwrap();
+        let began = Instant::now();
+        assert!(first.await.unwrap().is_err(), "leadership is lost");
+        assert!(began.elapsed() <= Duration::from_secs(3));
+        let told = |events: &[k8s_openapi::api::core::v1::Event]| {
+            ["first became leader", "first stopped leading"]
+                .iter()
+                .all(|message| events.iter().any(|event| event.message.as_deref() == Some(message)))
+        };
+        api.wait_for("both events", told).await;
     }
 }

@@ -48,8 +48,11 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("apps", "v1", "deployments", "Deployment", true),
     ("apps", "v1", "replicasets", "ReplicaSet", true),
     ("apps", "v1", "statefulsets", "StatefulSet", true),
+    ("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", true),
+    ("authorization.k8s.io", "v1", "subjectaccessreviews", "SubjectAccessReview", false),
     ("batch", "v1", "cronjobs", "CronJob", true),
     ("batch", "v1", "jobs", "Job", true),
+    ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
     ("networking.k8s.io", "v1", "ipaddresses", "IPAddress", false),
     ("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", false),
@@ -58,6 +61,7 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", false),
     ("resource.k8s.io", "v1", "deviceclasses", "DeviceClass", false),
     ("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", true),
+    ("resource.k8s.io", "v1", "resourceclaimtemplates", "ResourceClaimTemplate", true),
     ("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", false),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", false),
     ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
@@ -104,6 +108,10 @@ struct State {
     random: StdRng,
     faults: Faults,
     writes: Vec<String>,
+    /// What other servers behind this API answer, by path.
+    foreign: HashMap<String, Value>,
+    /// The subresources that access reviews allow.
+    allowed: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -139,6 +147,8 @@ impl FakeApi {
             random: StdRng::seed_from_u64(seed),
             faults,
             writes: Vec::new(),
+            foreign: HashMap::new(),
+            allowed: Vec::new(),
         };
         FakeApi { shared: Arc::new(Shared { state: Mutex::new(state), revision: watch::Sender::new(1) }) }
     }
@@ -174,6 +184,16 @@ impl FakeApi {
             state.log.clear();
         }
         self.shared.revision.send_modify(|_| {});
+    }
+
+    /// What another server behind this API answers to `GET path` from now on.
+    pub fn answer(&self, path: &str, document: Value) {
+        self.shared.state.lock().foreign.insert(path.trim_matches('/').to_owned(), document);
+    }
+
+    /// From now on reviews of access to this subresource, of whatever, are answered with yes; all others with no.
+    pub fn allow(&self, subresource: &str) {
+        self.shared.state.lock().allowed.push(subresource.to_owned());
     }
 
     /// Every write since the last call, as `METHOD path`.
@@ -278,7 +298,8 @@ async fn serve(shared: &Arc<Shared>, request: Request<Body>) -> Response<Answere
     let Ok(body) = body.collect_bytes().await else {
         return error_response(400, "BadRequest", "unreadable body");
     };
-    if let Some(document) = discovery(&path) {
+    let foreign = shared.state.lock().foreign.get(&path).cloned();
+    if let Some(document) = foreign.or_else(|| discovery(&path)) {
         return respond(Ok(document));
     }
     let Some(target) = parse_path(&path) else {
@@ -386,6 +407,11 @@ impl State {
     }
 
     fn create(&mut self, target: &Target, mut object: Value) -> Answer {
+        if target.plural == "subjectaccessreviews" {
+            let asked = text(&object["spec"]["resourceAttributes"]["subresource"]);
+            object["status"] = json!({"allowed": self.allowed.contains(&asked)});
+            return Ok(object);
+        }
         object["kind"] = json!(target.kind);
         object["apiVersion"] = json!(target.api_version());
         if !object["metadata"].is_object() {
@@ -459,7 +485,7 @@ impl State {
             }
         }
         match subresource {
-            "status" => {
+            "status" | "approval" => {
                 let status = new["status"].take();
                 new = old.clone();
                 new["status"] = status;
@@ -638,8 +664,16 @@ fn scale_of(_target: &Target, object: &Value) -> Value {
             "resourceVersion": meta["resourceVersion"],
         },
         "spec": {"replicas": object["spec"]["replicas"].as_i64().unwrap_or(1)},
-        "status": {"replicas": object["status"]["replicas"].as_i64().unwrap_or(0)},
+        "status": {
+            "replicas": object["status"]["replicas"].as_i64().unwrap_or(0), "selector": selector_of(object),
+        },
     })
+}
+
+/// A workload's selector of equalities, in the form a scale tells it.
+fn selector_of(object: &Value) -> String {
+    let labels = object["spec"]["selector"]["matchLabels"].as_object().into_iter().flatten();
+    labels.map(|(key, value)| format!("{key}={}", text(value))).collect::<Vec<_>>().join(",")
 }
 
 fn grace_seconds(target: &Target, object: &Value, options: &Value) -> i64 {
@@ -877,12 +911,12 @@ fn discovery(path: &str) -> Option<Value> {
 }
 
 fn api_groups() -> Value {
-    let names: std::collections::BTreeSet<&str> =
-        KINDS.iter().map(|kind| kind.0).filter(|g| !g.is_empty()).collect();
-    let groups: Vec<Value> = names
+    let versions: BTreeMap<&str, &str> =
+        KINDS.iter().filter(|kind| !kind.0.is_empty()).map(|kind| (kind.0, kind.1)).collect();
+    let groups: Vec<Value> = versions
         .into_iter()
-        .map(|group| {
-            let version = json!({"groupVersion": format!("{group}/v1"), "version": "v1"});
+        .map(|(group, version)| {
+            let version = json!({"groupVersion": format!("{group}/{version}"), "version": version});
             json!({"name": group, "versions": [version.clone()], "preferredVersion": version})
         })
         .collect();

@@ -3,6 +3,7 @@
 
 pub mod mirroring;
 mod store;
+mod topology;
 
 use crate::context::REST_MAX;
 use crate::service::{self, Family, HEADLESS_LABEL};
@@ -12,11 +13,15 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use knarr_client::selector::Labels;
-use knarr_client::{Controller, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result, owner};
-use std::collections::BTreeMap;
+use knarr_client::{
+    Change, Controller, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result, owner,
+};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use store::{Plan, Ports, SliceStore, pack};
 use tokio_util::sync::CancellationToken;
+use topology::{Capacity, Wish};
 
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
@@ -33,14 +38,16 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
         pods: all_pods.clone(),
         nodes: nodes.clone(),
         store: SliceStore::new(&context, MANAGER),
+        capacity: Mutex::default(),
+        shared: Mutex::default(),
     });
-    let (known, observer) = (services.clone(), this.clone());
+    let (known, observer, counter) = (services.clone(), this.clone(), this.clone());
     let controller = Controller::new("endpointslice")
         .paced(4, REST_MAX)
         .watch(&services)
         .watch_changes(&this.store.slices, move |change| observer.store.slice_changed(change))
         .watch_changes(&all_pods, move |change| service::keys_of_pod(&known, change))
-        .needs(&nodes);
+        .watch_changes(&nodes, move |change| counter.node_changed(change));
     Box::pin(controller.run(this, shutdown))
 }
 
@@ -50,6 +57,9 @@ struct Slices {
     pods: Informer<Pod>,
     nodes: Informer<Node>,
     store: SliceStore,
+    capacity: Mutex<Capacity>,
+    /// Services whose endpoints are shared out to zones.
+    shared: Mutex<HashSet<ObjectKey>>,
 }
 
 impl Reconcile for Slices {
@@ -57,6 +67,7 @@ impl Reconcile for Slices {
         let Some(service) = self.services.get_key(&key) else {
             // The slices go with their owner.
             self.store.expectations.forget(&key);
+            self.shared.lock().remove(&key);
             return Ok(Requeue::Done);
         };
         if service::selector(&service).is_none() || service.metadata.deletion_timestamp.is_some() {
@@ -87,13 +98,76 @@ impl Slices {
         for family in &families {
             let of_family = |slice: &&Arc<EndpointSlice>| slice.address_type == family.address_type();
             let existing: Vec<_> = known.iter().filter(of_family).cloned().collect();
-            pack(&template(service), *family, self.endpoints(service, *family), existing, &mut plan);
+            let mut endpoints = self.endpoints(service, *family);
+            self.hint(service, *family, &mut endpoints, &existing);
+            pack(&template(service), *family, endpoints, existing, &mut plan);
         }
         let stale = |slice: &&Arc<EndpointSlice>| {
             families.iter().all(|family| slice.address_type != family.address_type())
         };
         plan.delete.extend(known.iter().filter(stale).cloned());
         plan
+    }
+
+    /// Which Services a node's change concerns: when the zones differ, those whose endpoints are shared out to them.
+    fn node_changed(&self, change: &Change<Node>) -> Vec<ObjectKey> {
+        let node = &**change.object();
+        let (was, is) = match change {
+            Change::Added(_) => (None, Some(node)),
+            Change::Updated { old, .. } => (Some(&**old), Some(node)),
+            Change::Deleted(_) => (Some(node), None),
+        };
+        if !self.capacity.lock().count(was, is) {
+            return Vec::new();
+        }
+        let all = self.services.list();
+        all.iter().filter(|one| topology::wish(one) == Wish::Auto).map(|one| ObjectKey::of(&**one)).collect()
+    }
+
+    /// Says of each endpoint for whom it is meant, as far as the Service wants that.
+    fn hint(
+        &self,
+        service: &Service,
+        family: Family,
+        endpoints: &mut BTreeMap<Ports, Vec<Endpoint>>,
+        existing: &[Arc<EndpointSlice>],
+    ) {
+        let (key, wish) = (ObjectKey::of(service), topology::wish(service));
+        let tell = |type_: EventType, reason: &str, what: &str| {
+            let message = format!("{what}, addressType: {}", family.address_type());
+            self.recorder.event(service, type_, reason, message);
+        };
+        if wish != Wish::Auto {
+            if self.shared.lock().remove(&key) {
+                let what = "Topology Aware Hints has been disabled";
+                tell(EventType::Warning, "TopologyAwareHintsDisabled", what);
+            }
+            for endpoint in endpoints.values_mut().flatten() {
+                endpoint.hints = topology::close(endpoint, wish);
+            }
+            return;
+        }
+        let meant: HashMap<_, _> = existing
+            .iter()
+            .flat_map(|slice| slice.endpoints.iter().flatten())
+            .filter_map(|endpoint| Some((store::identity(endpoint), topology::zone_meant(endpoint)?)))
+            .collect();
+        let mut all: Vec<&mut Endpoint> = endpoints.values_mut().flatten().collect();
+        let known = |endpoint: &Endpoint| meant.get(&store::identity(endpoint)).cloned();
+        match self.capacity.lock().share_out(&mut all, known) {
+            Ok(()) => {
+                // After a restart the hints are there already.
+                if self.shared.lock().insert(key) && meant.is_empty() {
+                    let what = "Topology Aware Hints has been enabled";
+                    tell(EventType::Normal, "TopologyAwareHintsEnabled", what);
+                }
+            }
+            Err(why) => {
+                all.iter_mut().for_each(|endpoint| endpoint.hints = None);
+                self.shared.lock().remove(&key);
+                tell(EventType::Warning, "TopologyAwareHintsDisabled", &why);
+            }
+        }
     }
 
     /// The endpoints there should be, by the ports they offer.
@@ -272,5 +346,88 @@ pub mod tests {
         harness.api.settle(std::time::Duration::from_secs(30)).await;
         assert!(harness.api.objects::<EndpointSlice>().is_empty());
         assert!(harness.api.objects::<k8s_openapi::api::core::v1::Endpoints>().is_empty());
+    }
+
+    /// Two zones with a node each; pods `n1-…` and `n2-…` run on them.
+    async fn zones(harness: &Harness) {
+        for (name, zone) in [("n1", "a"), ("n2", "b")] {
+            let node = json!({
+                "metadata": {"name": name, "labels": {ZONE_LABEL: zone}},
+                "status": {"allocatable": {"cpu": "4"}, "conditions": [{"type": "Ready", "status": "True"}]},
+            });
+            harness.create_global::<Node>(node).await;
+        }
+    }
+
+    /// How many endpoints are meant for each zone, and how many for nodes.
+    fn meant(slices: &[EndpointSlice]) -> (BTreeMap<String, usize>, usize) {
+        let (mut zones, mut nodes) = (BTreeMap::new(), 0);
+        for endpoint in slices.iter().flat_map(|slice| slice.endpoints.iter().flatten()) {
+            if let Some(zone) = topology::zone_meant(endpoint) {
+                *zones.entry(zone).or_insert(0) += 1;
+            }
+            nodes += endpoint.hints.as_ref().and_then(|hints| hints.for_nodes.as_ref()).map_or(0, Vec::len);
+        }
+        (zones, nodes)
+    }
+
+    fn of(zones: &[(&str, usize)]) -> BTreeMap<String, usize> {
+        zones.iter().map(|(zone, count)| ((*zone).to_owned(), *count)).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn traffic_that_is_to_stay_near_is_hinted_so() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        zones(&harness).await;
+        harness.create::<Service>(service(json!({"trafficDistribution": "PreferClose"}))).await;
+        pod(&harness, "ready", "10.0.0.1", true).await;
+        pod(&harness, "unready", "10.0.0.2", false).await;
+        let zone = |slices: &[EndpointSlice]| meant(slices) == (of(&[("a", 1)]), 0);
+        harness.api.wait_for::<EndpointSlice>("the zone", zone).await;
+        harness.assert_quiet().await;
+        let change = json!({"spec": {"trafficDistribution": "PreferSameNode"}});
+        harness.patch::<Service>("web", change).await;
+        let both = |slices: &[EndpointSlice]| meant(slices) == (of(&[("a", 1)]), 1);
+        harness.api.wait_for::<EndpointSlice>("zone and node", both).await;
+        harness.patch::<Service>("web", json!({"spec": {"trafficDistribution": null}})).await;
+        let none = |slices: &[EndpointSlice]| meant(slices) == (of(&[]), 0);
+        harness.api.wait_for::<EndpointSlice>("no hints", none).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn endpoints_are_shared_out_to_zones_while_that_is_possible() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        zones(&harness).await;
+        let mut auto = service(json!({}));
+        auto["metadata"]["annotations"] = json!({"service.kubernetes.io/topology-mode": "Auto"});
+        harness.create::<Service>(auto).await;
+        // All run in zone a.
+        for n in 0..4 {
+            pod(&harness, &format!("p{n}"), &format!("10.0.0.{n}"), true).await;
+        }
+        let halves = |slices: &[EndpointSlice]| meant(slices) == (of(&[("a", 2), ("b", 2)]), 0);
+        harness.api.wait_for::<EndpointSlice>("halves", halves).await;
+        let told = |reason: &'static str, message: &'static str| {
+            move |events: &[k8s_openapi::api::core::v1::Event]| {
+                events.iter().any(|event| {
+                    event.reason.as_deref() == Some(reason) && event.message.as_deref() == Some(message)
+                })
+            }
+        };
+        let enabled =
+            told("TopologyAwareHintsEnabled", "Topology Aware Hints has been enabled, addressType: IPv4");
+        harness.api.wait_for("the event", enabled).await;
+        harness.assert_quiet().await;
+        let nodes: kube::api::Api<Node> = kube::api::Api::all(harness.client());
+        nodes.delete("n2", &Default::default()).await.unwrap();
+        let none = |slices: &[EndpointSlice]| meant(slices) == (of(&[]), 0);
+        harness.api.wait_for::<EndpointSlice>("no hints", none).await;
+        let disabled = told(
+            "TopologyAwareHintsDisabled",
+            "Insufficient Node information: allocatable CPU or zone not specified on one or more nodes, addressType: IPv4",
+        );
+        harness.api.wait_for("the event", disabled).await;
     }
 }

@@ -9,9 +9,10 @@ mod graph;
 use crate::Context;
 use futures::future::BoxFuture;
 use graph::{Graph, Identity};
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use knarr_client::informer::MetaChange;
-use knarr_client::{During, Error, Result, WorkQueue, ignore_gone, or_none};
+use knarr_client::{During, Error, EventType, Recorder, Result, WorkQueue, ignore_gone, or_none};
 use kube::Client;
 use kube::api::{
     Api, ApiResource, DeleteParams, DynamicObject, PartialObjectMeta, Patch, PatchParams, Preconditions,
@@ -43,6 +44,7 @@ const IGNORED: [(&str, &str); 2] = [("", "events"), ("events.k8s.io", "events")]
 pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
     let collector = Arc::new(Collector {
         client: context.client.clone(),
+        recorder: context.recorder.for_component("garbage-collector-controller"),
         graph: Mutex::new(Graph::default()),
         queue: WorkQueue::new(),
         kinds: RwLock::default(),
@@ -54,6 +56,7 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
 
 struct Collector {
     client: Client,
+    recorder: Recorder,
     graph: Mutex<Graph>,
     /// Uids to look at.
     queue: WorkQueue<String>,
@@ -245,10 +248,14 @@ impl Collector {
         let Some((kind, scope)) = kind else { return Ok(OwnerState::Solid) };
         let namespace = if scope == Scope::Cluster { "" } else { dependent.namespace.as_str() };
         if scope == Scope::Namespaced && namespace.is_empty() {
-            tracing::warn!(%dependent, owner = reference.name, "a cluster-scoped object cannot have a namespaced owner");
+            self.tell_of_misplaced(dependent, reference);
             return Ok(OwnerState::Solid);
         }
         let remembered = (reference.uid.clone(), namespace.to_owned());
+        if scope == Scope::Namespaced && self.graph.lock().identity(&reference.uid).is_some() {
+            // Known, but not where the dependent may look for it.
+            self.tell_of_misplaced(dependent, reference);
+        }
         if self.absent.lock().contains(&remembered) {
             return Ok(OwnerState::Absent);
         }
@@ -267,6 +274,25 @@ impl Collector {
                 Ok(OwnerState::Absent)
             }
         }
+    }
+
+    /// An owner in another namespace, or in any for an object that is in none, counts as absent: whoever wrote that is told.
+    fn tell_of_misplaced(&self, dependent: &Identity, owner: &OwnerReference) {
+        let namespace = &dependent.namespace;
+        let message = format!(
+            "ownerRef [{}/{}, namespace: {namespace}, name: {}, uid: {}] does not exist in namespace {namespace:?}",
+            owner.api_version, owner.kind, owner.name, owner.uid
+        );
+        tracing::warn!(%dependent, owner = owner.name, "an owner in another namespace counts as absent");
+        let about = ObjectReference {
+            api_version: Some(dependent.kind.api_version.clone()),
+            kind: Some(dependent.kind.kind.clone()),
+            namespace: (!namespace.is_empty()).then(|| namespace.clone()),
+            name: Some(dependent.name.clone()),
+            uid: Some(dependent.uid.clone()),
+            ..Default::default()
+        };
+        self.recorder.event_about(about, EventType::Warning, "OwnerRefInvalidNamespace", message);
     }
 
     async fn drop_owners(&self, identity: &Identity, live: &ObjectMeta, uids: &[String]) -> Result<()> {

@@ -17,6 +17,9 @@ mod pods;
 /// Condition lists and hashes.
 mod util;
 
+mod autoscaler;
+mod bootstrap;
+mod certificates;
 mod cluster_role_aggregation;
 mod cronjob;
 mod daemonset;
@@ -27,18 +30,24 @@ mod endpointslice;
 mod garbage_collector;
 mod job;
 mod namespace;
+mod node_ipam;
 mod node_lifecycle;
 mod pod_gc;
 mod replicaset;
+mod resource_claim;
 mod root_ca;
 mod service;
 mod service_account;
 mod service_cidr;
 mod statefulset;
+mod ttl;
 mod volume_protection;
 
 #[cfg(test)]
 mod harness;
 
+pub use certificates::Authority;
 pub use context::{Config, Context};
 pub use manager::ControllerManager;
+pub use node_ipam::NodeRanges;
+pub use node_lifecycle::EvictionRates;

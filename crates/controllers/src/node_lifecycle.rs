@@ -2,28 +2,31 @@
 //! `NoExecute` taints they do not tolerate (for longer than they say).
 
 mod eviction;
+mod zones;
 
 pub use eviction::start_eviction;
+pub use zones::EvictionRates;
 
 use crate::pods::{self, BY_NODE};
 use crate::{Context, util};
 use futures::future::BoxFuture;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, ObjectReference, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use knarr_client::informer::Selection;
 use knarr_client::{
-    Change, Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
+    Controller, During, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result,
 };
 use knarr_client::{ignore_gone, patch};
 use kube::api::{Api, Patch, PatchParams};
 use parking_lot::Mutex;
 use serde_json::json;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use zones::{Fleet, Verdict};
 
 const LEASES: &str = "kube-node-lease";
 const NOT_READY: &str = "node.kubernetes.io/not-ready";
@@ -49,15 +52,17 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
     pods::index_by_node(&all_pods);
     let leases = context.informers.select::<Lease>(Selection::namespace(LEASES));
     let of_lease = |lease: &Lease| lease.metadata.name.iter().map(ObjectKey::cluster).collect();
-    let (known, fleet) = (nodes.clone(), Arc::new(Fleet::default()));
-    let counted = fleet.clone();
+    let fleet = Arc::new(Mutex::new(Fleet::default()));
+    let (counted, rates) = (fleet.clone(), context.config.eviction_rates);
     let controller = Controller::new("node-lifecycle")
-        // The first node that is ready, and the last, turn the whole cluster's disruption around: that concerns all.
+        // A zone, or the whole cluster, that breaks down or recovers concerns the others that are in it.
         .watch_changes(&nodes, move |change| {
-            let all = if counted.count(change) { known.list() } else { vec![change.object().clone()] };
-            let mut keys: Vec<_> = all.iter().map(|node| ObjectKey::of(&**node)).collect();
-            keys.push(ObjectKey::of(&**change.object()));
-            keys
+            let node = change.object();
+            let name = node.metadata.name.clone().unwrap_or_default();
+            let present = (!change.is_deleted()).then_some(&**node);
+            let mut names = counted.lock().count(&name, present, &rates);
+            names.push(name);
+            names.into_iter().map(ObjectKey::cluster).collect()
         })
         .watch_map(&leases, of_lease)
         .needs(&all_pods);
@@ -73,38 +78,13 @@ struct Lifecycle {
     nodes: Informer<Node>,
     leases: Informer<Lease>,
     pods: Informer<Pod>,
-    fleet: Arc<Fleet>,
+    fleet: Arc<Mutex<Fleet>>,
     health: Mutex<HashMap<String, Health>>,
-}
-
-/// Which nodes are ready: asked at every heartbeat, so not counted anew each time.
-#[derive(Default)]
-struct Fleet {
-    ready: Mutex<HashSet<String>>,
-}
-
-impl Fleet {
-    /// Counts a change; whether there are ready nodes now and were none, or the other way round.
-    fn count(&self, change: &Change<Node>) -> bool {
-        let node = change.object();
-        let name = node.metadata.name.clone().unwrap_or_default();
-        let mut ready = self.ready.lock();
-        let was_empty = ready.is_empty();
-        if !change.is_deleted() && ready_status(node) == "True" {
-            ready.insert(name);
-        } else {
-            ready.remove(&name);
-        }
-        ready.is_empty() != was_empty
-    }
-
-    fn none_is_ready(&self) -> bool {
-        self.ready.lock().is_empty()
-    }
 }
 
 /// What was last seen of a node, and when, by our own clock: its clock may be wrong.
 struct Health {
+    uid: Option<String>,
     seen: Sign,
     since: Instant,
 }
@@ -120,8 +100,9 @@ struct Sign {
 impl Reconcile for Lifecycle {
     async fn reconcile(&self, key: ObjectKey) -> Result<Requeue> {
         let Some(node) = self.nodes.get_key(&key) else {
-            if self.health.lock().remove(&key.name).is_some() {
-                tracing::info!(node = key.name, "node is gone");
+            let known = self.health.lock().remove(&key.name);
+            if let Some(known) = known {
+                self.tell_of_removal(&key.name, known.uid);
             }
             return Ok(Requeue::Done);
         };
@@ -130,11 +111,11 @@ impl Reconcile for Lifecycle {
         if silent {
             self.mark_unknown(&node).await?;
         }
-        self.write_taints(&node, silent).await?;
+        let patience = self.write_taints(&node, silent).await?;
         if silent || ready_status(&node) != "True" {
             self.mark_pods(&key.name).await?;
         }
-        Ok(if silent { Requeue::Done } else { Requeue::After(left) })
+        Ok(patience.sooner(if silent { Requeue::Done } else { Requeue::After(left) }))
     }
 }
 
@@ -162,11 +143,15 @@ impl Lifecycle {
         let now = Instant::now();
         let mut health = self.health.lock();
         let fresh = !health.contains_key(&name);
-        let entry = health.entry(name.clone()).or_insert_with(|| Health { seen: seen.clone(), since: now });
+        let entry = health.entry(name.clone()).or_insert_with(|| Health {
+            uid: node.metadata.uid.clone(),
+            seen: seen.clone(),
+            since: now,
+        });
         if entry.seen != seen {
             // What we wrote ourselves is remembered, so that the kubelet's next word differs, but it is no sign of life.
             let since = if is_only_our_verdict(&entry.seen, &seen) { entry.since } else { now };
-            *entry = Health { seen, since };
+            *entry = Health { uid: node.metadata.uid.clone(), seen, since };
         }
         let left = grace.saturating_sub(entry.since.elapsed());
         drop(health);
@@ -175,6 +160,19 @@ impl Lifecycle {
             self.recorder.event(node, EventType::Normal, "RegisteredNode", message);
         }
         left
+    }
+
+    fn tell_of_removal(&self, name: &str, uid: Option<String>) {
+        tracing::info!(node = name, "node is gone");
+        let about = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: Some(name.to_owned()),
+            uid,
+            ..Default::default()
+        };
+        let message = format!("Node {name} event: Removing Node {name} from Controller");
+        self.recorder.event_about(about, EventType::Normal, "RemovingNode", message);
     }
 
     async fn mark_unknown(&self, node: &Node) -> Result<()> {
@@ -214,10 +212,10 @@ impl Lifecycle {
         ignore_gone(patched.during(|| format!("write conditions of node {name}")))
     }
 
-    /// Brings our taints in line with the conditions; others' taints stay.
-    async fn write_taints(&self, node: &Node, silent: bool) -> Result<()> {
+    /// Brings our taints in line with the conditions; others' taints stay. When to try again what may not be done yet.
+    async fn write_taints(&self, node: &Node, silent: bool) -> Result<Requeue> {
         let present = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
-        let wanted = self.wanted_taints(node, silent);
+        let (wanted, patience) = self.wanted_taints(node, silent);
         let mut taints: Vec<Taint> = present
             .iter()
             .filter(|taint| {
@@ -233,7 +231,7 @@ impl Lifecycle {
         taints
             .extend(missing.into_iter().map(|taint| Taint { time_added: self.time_added(&taint), ..taint }));
         if taints == present {
-            return Ok(());
+            return Ok(patience);
         }
         let name = node.metadata.name.as_deref().unwrap_or_default();
         let api: Api<Node> = Api::all(self.context.client.clone());
@@ -241,14 +239,15 @@ impl Lifecycle {
             "metadata": {"uid": node.metadata.uid, "resourceVersion": node.metadata.resource_version},
             "spec": {"taints": taints},
         });
-        ignore_gone(patch::merge(&api, name, change).await)
+        ignore_gone(patch::merge(&api, name, change).await)?;
+        Ok(patience)
     }
 
     fn time_added(&self, taint: &Taint) -> Option<Time> {
         (taint.effect == NO_EXECUTE).then(|| self.context.clock.time())
     }
 
-    fn wanted_taints(&self, node: &Node, silent: bool) -> Vec<Taint> {
+    fn wanted_taints(&self, node: &Node, silent: bool) -> (Vec<Taint>, Requeue) {
         let conditions = node.status.as_ref().and_then(|status| status.conditions.clone());
         let status_of = |type_: &str| match util::find(&conditions, type_) {
             _ if silent && type_ == "Ready" => Some("Unknown".to_owned()),
@@ -267,20 +266,34 @@ impl Lifecycle {
         if node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false) {
             wanted.push(taint(UNSCHEDULABLE, NO_SCHEDULE));
         }
-        if !self.all_are_down() {
-            match status_of("Ready").as_deref() {
-                Some("False") => wanted.push(taint(NOT_READY, NO_EXECUTE)),
-                Some("Unknown") => wanted.push(taint(UNREACHABLE, NO_EXECUTE)),
-                _ => {}
+        let key = match status_of("Ready").as_deref() {
+            Some("False") => NOT_READY,
+            Some("Unknown") => UNREACHABLE,
+            _ => return (wanted, Requeue::Done),
+        };
+        let patience = match self.may_give_up(node) {
+            Verdict::Now => {
+                wanted.push(taint(key, NO_EXECUTE));
+                Requeue::Done
             }
-        }
-        wanted
+            Verdict::At(then) => Requeue::After(then.saturating_duration_since(Instant::now())),
+            Verdict::No => Requeue::Done,
+        };
+        (wanted, patience)
     }
 
-    /// When no node at all reports, most likely it is us who are cut off: nobody is evicted then (upstream's full
-    /// disruption).
-    fn all_are_down(&self) -> bool {
-        !self.nodes.is_empty() && self.fleet.none_is_ready()
+    /// Whether the pods of a node that is down shall leave it. Once begun it goes on, except when no node at all reports.
+    fn may_give_up(&self, node: &Node) -> Verdict {
+        let (name, rates) =
+            (node.metadata.name.as_deref().unwrap_or_default(), &self.context.config.eviction_rates);
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let begun = taints.into_iter().any(|taint| taint.effect == NO_EXECUTE && is_ours(taint));
+        let mut fleet = self.fleet.lock();
+        if begun && !fleet.all_are_down(rates) {
+            fleet.given_up(name);
+            return Verdict::Now;
+        }
+        fleet.ask(name, rates, Instant::now())
     }
 
     /// Pods of a node that is not ready are not ready either, so that Services leave them out.
@@ -325,6 +338,7 @@ fn same(a: &Taint, b: &Taint) -> bool {
 mod tests {
     use super::*;
     use crate::harness::Harness;
+    use k8s_openapi::api::core::v1::Event;
 
     fn node(name: &str) -> serde_json::Value {
         json!({"metadata": {"name": name}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
@@ -408,5 +422,101 @@ mod tests {
         harness.api.wait_for::<Node>("both unreachable, no eviction", unreachable).await;
         harness.api.settle(Duration::from_secs(200)).await;
         assert!(unreachable(&harness.api.objects::<Node>()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nodes_that_come_and_go_are_told_of() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        harness.create_global::<Node>(node("n1")).await;
+        let told = |message: &'static str| {
+            move |events: &[Event]| events.iter().any(|event| event.message.as_deref() == Some(message))
+        };
+        harness.api.wait_for("coming", told("Node n1 event: Registered Node n1 in Controller")).await;
+        let api: Api<Node> = Api::all(harness.client());
+        api.delete("n1", &Default::default()).await.unwrap();
+        harness.api.wait_for("going", told("Node n1 event: Removing Node n1 from Controller")).await;
+    }
+
+    fn given_up(nodes: &[Node]) -> usize {
+        let evicts = |node: &&Node| taints(node).iter().any(|(_, effect)| effect == NO_EXECUTE);
+        nodes.iter().filter(evicts).count()
+    }
+
+    /// Nodes of a zone: so many that renew their lease, so many that do not.
+    async fn zone(
+        harness: &Harness,
+        zone: &str,
+        alive: usize,
+        silent: usize,
+    ) -> Vec<tokio::task::JoinHandle<()>> {
+        let mut beating = Vec::new();
+        for n in 0..alive + silent {
+            let name = format!("{zone}{n}");
+            let mut node = node(&name);
+            node["metadata"]["labels"] = json!({"topology.kubernetes.io/zone": zone});
+            harness.create_global::<Node>(node).await;
+            if n < alive {
+                let (client, clock) = (harness.client(), harness.context.clock.clone());
+                beating.push(tokio::spawn(async move {
+                    let api: Api<Lease> = Api::namespaced(client, LEASES);
+                    let lease =
+                        json!({"metadata": {"name": name}, "spec": {"renewTime": clock.micro_time()}});
+                    let lease: Lease = serde_json::from_value(lease).unwrap();
+                    api.create(&Default::default(), &lease).await.unwrap();
+                    loop {
+                        tokio::time::sleep(Duration::from_secs(10)).await;
+                        let spec = json!({"spec": {"renewTime": clock.micro_time()}});
+                        api.patch(&name, &PatchParams::default(), &Patch::Merge(spec)).await.unwrap();
+                    }
+                }));
+            }
+        }
+        beating
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nodes_are_given_up_one_after_the_other_and_each_zone_at_its_own_pace() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        let began = Instant::now();
+        let mut beating = zone(&harness, "a", 5, 3).await;
+        beating.extend(zone(&harness, "b", 5, 1).await);
+        for (count, from) in [(2, 50), (3, 60), (4, 70)] {
+            harness.api.wait_for::<Node>("one more", |nodes| given_up(nodes) == count).await;
+            let elapsed = began.elapsed().as_secs();
+            assert!((from..from + 2).contains(&elapsed), "{count} after {from} s, not {elapsed}");
+        }
+        beating.iter().for_each(|task| task.abort());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_small_zone_that_is_mostly_down_is_left_alone_until_it_is_better() {
+        let harness = Harness::quiet();
+        harness.start(start);
+        let mut beating = zone(&harness, "a", 3, 5).await;
+        beating.extend(zone(&harness, "b", 1, 0).await);
+        let down = |nodes: &[Node]| nodes.iter().filter(|node| ready_status(node) == "Unknown").count() == 5;
+        harness.api.wait_for::<Node>("five down", down).await;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        // While it breaks down one may be given up before the others are seen to be down.
+        let before = given_up(&harness.api.objects::<Node>());
+        assert!(before <= 3, "not {before}");
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        assert_eq!(given_up(&harness.api.objects::<Node>()), before);
+        beating.extend(zone_of_more(&harness, 4).await);
+        harness.api.wait_for::<Node>("all that are down", |nodes| given_up(nodes) == 5).await;
+        beating.iter().for_each(|task| task.abort());
+    }
+
+    /// More nodes for zone `a` that are alive.
+    async fn zone_of_more(harness: &Harness, count: usize) -> Vec<tokio::task::JoinHandle<()>> {
+        let beating = zone(harness, "more", count, 0).await;
+        let api: Api<Node> = Api::all(harness.client());
+        for n in 0..count {
+            let labels = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": "a"}}});
+            api.patch(&format!("more{n}"), &PatchParams::default(), &Patch::Merge(labels)).await.unwrap();
+        }
+        beating
     }
 }

@@ -1,7 +1,9 @@
 //! Condition lists, hashes and counts that several loops need.
 
 use k8s_openapi::api::apps::v1::{DaemonSetCondition, DeploymentCondition, ReplicaSetCondition};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscalerCondition;
 use k8s_openapi::api::batch::v1::JobCondition;
+use k8s_openapi::api::certificates::v1::CertificateSigningRequestCondition;
 use k8s_openapi::api::core::v1::{NamespaceCondition, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde::Serialize;
@@ -33,6 +35,8 @@ conditions!(
     ReplicaSetCondition,
     DaemonSetCondition,
     JobCondition,
+    HorizontalPodAutoscalerCondition,
+    CertificateSigningRequestCondition,
     NamespaceCondition,
     k8s_openapi::api::core::v1::PodCondition,
     k8s_openapi::api::core::v1::NodeCondition

@@ -76,6 +76,11 @@ impl Authority {
         &self.certificate
     }
 
+    /// The authority's key, as PEM: for whoever signs on its behalf.
+    pub fn key(&self) -> String {
+        self.issuer.key().serialize_pem()
+    }
+
     /// The leaf kept under `file`, made anew if it is missing, nearly over, or for other names.
     pub fn leaf(&self, file: &str, subject: &Subject) -> Result<Leaf> {
         let (certificate_path, key_path) =

@@ -96,6 +96,11 @@ impl Server {
     ) -> Result<()> {
         let config = knarr_controllers::Config {
             root_ca: self.authority.certificate().to_owned(),
+            authority: Some(knarr_controllers::Authority {
+                certificate: self.authority.certificate().to_owned(),
+                key: self.authority.key(),
+            }),
+            node_ranges: node_ranges(settings),
             ..knarr_controllers::Config::default()
         };
         let client = self.client("system:kube-controller-manager", &[]);
@@ -125,6 +130,18 @@ impl Server {
         let config = knarr_simulated::Config::default();
         tasks.spawn(knarr_simulated::run(client, Clock::System, config, shutdown.clone()));
         Ok(())
+    }
+}
+
+/// Nodes that bring no range get one beside this node's own; simulated ones have ranges of their own.
+fn node_ranges(settings: &Settings) -> knarr_controllers::NodeRanges {
+    let list = |text: &str| text.split(',').map(|range| range.trim().to_owned()).collect::<Vec<_>>();
+    let mut reserved = list(&settings.service_cidr);
+    reserved.push(settings.node_cidr.clone());
+    knarr_controllers::NodeRanges {
+        cluster: list(&settings.cluster_cidr),
+        reserved,
+        elsewhere: Some(knarr_simulated::NODE_LABEL.to_owned()),
     }
 }
 

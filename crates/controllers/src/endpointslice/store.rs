@@ -141,7 +141,7 @@ fn ports_in(slice: &EndpointSlice) -> Ports {
 }
 
 /// What makes an endpoint the same one.
-fn identity(endpoint: &Endpoint) -> (String, Vec<String>) {
+pub fn identity(endpoint: &Endpoint) -> (String, Vec<String>) {
     let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone()).unwrap_or_default();
     (uid, endpoint.addresses.clone())
 }

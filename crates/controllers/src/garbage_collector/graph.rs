@@ -54,8 +54,13 @@ impl Graph {
         if concerned {
             look_at.push(uid.clone());
         }
-        // Owners that are unknown or wait for us must be looked at from here.
-        let unsure = |owner: &str| self.nodes.get(owner).is_none_or(|node| node.waiting);
+        // Owners that are unknown, wait for us, or are where we may not look must be looked at from here.
+        let namespace = meta.namespace.as_deref().unwrap_or_default();
+        let unsure = |owner: &str| {
+            self.nodes.get(owner).is_none_or(|node| {
+                node.waiting || !["", namespace].contains(&node.identity.namespace.as_str())
+            })
+        };
         if owners.iter().any(|(owner, _)| unsure(owner)) {
             look_at.push(uid.clone());
         }

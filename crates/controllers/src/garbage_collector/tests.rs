@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::harness::{Harness, NAMESPACE};
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Event};
 use knarr_client::testing::Faults;
 use serde_json::Value;
 
@@ -89,4 +89,27 @@ async fn a_child_with_another_owner_stays_and_one_with_an_absent_owner_goes() {
     };
     harness.api.wait_for::<ConfigMap>("second and shared", left).await;
     harness.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_in_another_namespace_counts_as_absent_and_that_is_told() {
+    let harness = Harness::quiet();
+    harness.start(start);
+    let elsewhere: Api<ConfigMap> = Api::namespaced(harness.client(), "elsewhere");
+    let owner = serde_json::from_value(json!({"metadata": {"name": "owner"}})).unwrap();
+    let owner = elsewhere.create(&Default::default(), &owner).await.unwrap().metadata.uid.unwrap();
+    harness.api.settle(Duration::from_secs(5)).await;
+    object(&harness, "child", &[("owner", &owner)]).await;
+    harness.api.wait_for::<ConfigMap>("the child gone", |objects| names(objects) == ["owner"]).await;
+    let wanted = format!(
+        "ownerRef [v1/ConfigMap, namespace: {NAMESPACE}, name: owner, uid: {owner}] does not exist in namespace \"{NAMESPACE}\""
+    );
+    let told = |events: &[Event]| {
+        events.iter().any(|event| {
+            event.reason.as_deref() == Some("OwnerRefInvalidNamespace")
+                && event.involved_object.name.as_deref() == Some("child")
+                && event.message.as_ref() == Some(&wanted)
+        })
+    };
+    harness.api.wait_for::<Event>("the event", told).await;
 }
