@@ -37,7 +37,9 @@ fn samples(values: &[i64], now: Timestamp) -> Samples {
 fn utilization_asks_for_the_documented_number_of_replicas() {
     const T: bool = true;
     const F: bool = false;
-    let cases: &[(&str, &[bool], &[i64], i32, i32, i32)] = &[
+    /// Readiness, use, target, replicas asked for, utilization found.
+    type Case<'a> = (&'a str, &'a [bool], &'a [i64], i32, i32, i32);
+    let cases: &[Case<'_>] = &[
         ("up", &[T, T, T], &[300, 500, 700], 30, 5, 50),
         ("up, an unready pod counts as idle", &[F, T, T], &[300, 500, 700], 30, 4, 60),
         ("too many are unready to tell", &[T, F, F], &[400, 500, 700], 30, 3, 40),

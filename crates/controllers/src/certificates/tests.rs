@@ -217,3 +217,24 @@ async fn requests_go_when_they_are_over() {
     assert!(find(&harness.api.objects(), "pending").is_none());
     assert!(find(&harness.api.objects(), "waits").is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_trusts_the_authority_accepts_what_it_signed() {
+    use rustls::pki_types::{CertificateDer, UnixTime};
+    use rustls::server::WebPkiClientVerifier;
+    let harness = harness();
+    harness.start(start_signing);
+    ask(&harness, "me", CLIENT, request("me", "people", vec![]), &FOR_CLIENT, json!({})).await;
+    ask(&harness, "code", LEGACY, request("me", "people", vec![]), &["code signing"], json!({})).await;
+    judge(&harness, "me", "Approved").await;
+    judge(&harness, "code", "Approved").await;
+    let ca = harness.context.config.authority.clone().unwrap();
+    let (_, ca) = x509_parser::pem::parse_x509_pem(ca.certificate.as_bytes()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(ca.contents)).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
+    let check = |der: Vec<u8>| verifier.verify_client_cert(&CertificateDer::from(der), &[], UnixTime::now());
+    check(signed(&harness, "me").await).expect("a client's certificate is accepted");
+    check(signed(&harness, "code").await).expect_err("one for other uses is not");
+}

@@ -148,7 +148,7 @@ impl Capacity {
         }
         let (mut counts, mut free) = keep(&allocations, ready, known);
         let enough = |zone: &&str| counts.get(*zone).copied().unwrap_or(0) >= allocations[*zone].minimum;
-        if free.is_empty() && !allocations.keys().all(|zone| enough(&zone)) {
+        if free.is_empty() && !allocations.keys().all(enough) {
             // What was right before is no longer: all are shared out anew.
             let ready = endpoints.iter_mut().filter(|endpoint| is_ready(endpoint)).collect();
             (counts, free) = keep(&allocations, ready, |_| None);
@@ -303,7 +303,9 @@ mod tests {
     #[test]
     fn endpoints_are_shared_out_by_the_cpu_of_the_zones() {
         type Zones<'a> = &'a [(&'a str, usize)];
-        let cases: &[(&[(&str, &str)], Zones, Zones)] = &[
+        /// CPU by zone, endpoints by zone, hints by zone.
+        type Case<'a> = (&'a [(&'a str, &'a str)], Zones<'a>, Zones<'a>);
+        let cases: &[Case<'_>] = &[
             (&[("a", "1"), ("b", "1")], &[("a", 3), ("b", 3)], &[("a", 3), ("b", 3)]),
             (&[("a", "1"), ("b", "1")], &[("a", 6), ("b", 0)], &[("a", 3), ("b", 3)]),
             (&[("a", "3"), ("b", "1")], &[("a", 4), ("b", 4)], &[("a", 6), ("b", 2)]),

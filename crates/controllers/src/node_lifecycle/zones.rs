@@ -3,7 +3,7 @@
 
 use super::ready_status;
 use k8s_openapi::api::core::v1::Node;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -54,7 +54,8 @@ pub enum Verdict {
 /// All nodes by zone.
 #[derive(Default)]
 pub struct Fleet {
-    nodes: HashMap<String, Counted>,
+    /// In order, so that who hears of a change hears in the same order every time.
+    nodes: BTreeMap<String, Counted>,
     zones: HashMap<String, Zone>,
     /// May be given up and are not yet seen to be.
     granted: BTreeSet<String>,
