@@ -1,12 +1,15 @@
 //! Subresources that are more than a view: scale, binding, eviction, tokens, finalize.
 
 use knarr_api::object::Object;
+use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
 use knarr_api::{field, selector::LabelSelector, time};
-use serde_json::{Value, json};
+use knarr_store::Store;
+use serde_json::{Map, Value, json};
 
 use crate::authn::{Claims, Tokens};
+use crate::encode::{self, View};
 use crate::registry::{Context, DeleteOptions, Edit, Endpoint, Outcome, Place, Registry};
 
 /// The `Scale` of a workload.
@@ -110,7 +113,8 @@ pub async fn bind(
         return Err(Status::invalid(place.kind, place.name, &[error]));
     }
     let now = registry.now();
-    let change = |pod: &Value| -> Result<Value> {
+    let labels = topology_of(registry, &node);
+    let change = |mut pod: Value| -> Result<Value> {
         let assigned = pod.str_at("spec.nodeName");
         let refuse = |why: String| {
             let mut status = Status::conflict(place.kind, place.name, why);
@@ -133,23 +137,40 @@ pub async fn bind(
         if !pod.list_at("spec.schedulingGates").is_empty() {
             return refuse(format!("pod {} has non-empty .spec.schedulingGates", place.name));
         }
-        let mut new = pod.clone();
-        new.set_at("spec.nodeName", node.as_str());
+        pod.set_at("spec.nodeName", node.as_str());
+        pod.remove_at("status.nominatedNodeName");
         set_condition(
-            &mut new,
+            &mut pod,
             json!({ "type": "PodScheduled", "status": "True", "lastTransitionTime": now, "lastProbeTime": null }),
         );
         for (key, value) in binding.map_at("metadata.annotations").into_iter().flatten() {
-            if new.at("metadata.annotations").is_none() {
-                new["metadata"]["annotations"] = json!({});
-            }
-            new["metadata"]["annotations"][key] = value.clone();
+            entries(&mut pod, "annotations").insert(key.clone(), value.clone());
         }
-        new.remove_at("metadata.resourceVersion");
-        Ok(new)
+        for (key, value) in binding.map_at("metadata.labels").into_iter().flatten().chain(&labels) {
+            entries(&mut pod, "labels").entry(key).or_insert_with(|| value.clone());
+        }
+        Ok(pod)
     };
-    registry.modify(place, Endpoint::Other("binding"), &Edit::With(&change), context).await?;
+    registry.rewrite(place, change, context).await?;
     Ok(success(201))
+}
+
+/// The zone and region that a pod takes over from its node as labels (KEP-4742).
+fn topology_of(registry: &Registry, node: &str) -> Map<String, Value> {
+    let Some(entry) = registry.store.get("nodes", &encode::key("", node)) else { return Map::new() };
+    let kind = registry.schema.resource("", "v1", "nodes").expect("nodes are built in");
+    let labels = &View::selectable(Rules::of(kind), &entry).labels;
+    let keys = ["topology.kubernetes.io/zone", "topology.kubernetes.io/region"];
+    keys.iter().filter_map(|key| Some(((*key).to_owned(), labels.get(*key)?.clone()))).collect()
+}
+
+/// The labels or annotations of an object, to be changed.
+fn entries<'o>(object: &'o mut Value, which: &str) -> &'o mut Map<String, Value> {
+    let path = format!("metadata.{which}");
+    if object.map_at(&path).is_none() {
+        object.set_at(&path, json!({}));
+    }
+    object["metadata"][which].as_object_mut().expect("just looked at")
 }
 
 /// Replaces the condition of the same type.

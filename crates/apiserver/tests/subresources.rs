@@ -414,3 +414,41 @@ async fn a_dry_run_leaves_nothing_behind_whatever_the_verb() {
 }
 
 const SERVICES: &str = "/api/v1/namespaces/default/services";
+
+#[tokio::test]
+async fn a_binding_gives_a_pod_its_node_once_and_the_nodes_zone() {
+    let api = server().await;
+    let admin = Client::admin(&api);
+    let labels =
+        json!({ "topology.kubernetes.io/zone": "z", "topology.kubernetes.io/region": "r", "other": "o" });
+    admin.create("/api/v1/nodes", &json!({ "metadata": { "name": "n", "labels": labels } })).await;
+    let mut unbound = pod("p", json!({ "containers": [container("a", "1", "1Gi")] }));
+    unbound["metadata"]["labels"] = json!({ "topology.kubernetes.io/region": "mine" });
+    let made = admin.create(PODS, &unbound).await;
+    let nominated = json!({ "status": { "nominatedNodeName": "other" } });
+    assert_eq!(admin.patch(&format!("{PODS}/p/status"), &nominated).await.0, 200);
+    let path = format!("{PODS}/p/binding");
+    let binding = |uid: &Value| {
+        json!({ "target": { "kind": "Node", "name": "n" },
+        "metadata": { "name": "p", "uid": uid, "annotations": { "by": "me" } } })
+    };
+    let (status, refused) = admin.post(&path, &binding(&json!("another"))).await;
+    assert_eq!((status, refused["reason"].as_str()), (409, Some("Conflict")), "{refused}");
+    let (status, answer) = admin.post(&path, &binding(&made["metadata"]["uid"])).await;
+    assert_eq!((status, &answer["status"]), (201, &json!("Success")), "{answer}");
+    let (_, bound) = admin.get(&format!("{PODS}/p")).await;
+    assert_eq!(bound["spec"]["nodeName"], "n");
+    assert_eq!(bound["metadata"]["generation"], 1, "a binding is no change of the wish");
+    assert_eq!(bound["metadata"]["annotations"], json!({ "by": "me" }));
+    let zone = json!({ "topology.kubernetes.io/zone": "z", "topology.kubernetes.io/region": "mine" });
+    assert_eq!(bound["metadata"]["labels"], zone);
+    assert_eq!(bound["status"]["nominatedNodeName"], Value::Null);
+    let scheduled = &bound["status"]["conditions"][0];
+    assert_eq!((&scheduled["type"], &scheduled["status"]), (&json!("PodScheduled"), &json!("True")));
+    let mut owners = bound["metadata"]["managedFields"].as_array().expect("owners").iter();
+    let owns = |owner: &Value| owner["fieldsV1"]["f:spec"].get("f:nodeName").is_some();
+    assert!(!owners.any(owns), "nobody owns what a binding sets");
+    let (status, again) = admin.post(&path, &binding(&made["metadata"]["uid"])).await;
+    let why = again["message"].as_str().unwrap_or_default();
+    assert!(status == 409 && why.ends_with("pod p is already assigned to node \"n\""), "{status} {why}");
+}
