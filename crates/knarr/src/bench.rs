@@ -5,6 +5,7 @@
 //! machine they say more than times do. How long a cluster takes to start is measured by [`start`], how fast pods
 //! get their nodes by [`scheduler`], how fast the control loops are by [`loops`].
 
+mod load;
 mod loops;
 mod scheduler;
 mod start;
@@ -17,12 +18,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
-use http_body_util::BodyExt;
+use http::Method;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use knarr_client::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::json;
 
+use self::load::{Connection, Server};
 use crate::settings::{self, Settings};
 
 const NAMESPACE: &str = "knarr-bench";
@@ -119,14 +121,15 @@ async fn run(args: &BenchArgs) -> Result<()> {
 }
 
 async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes: &Processes) -> Result<()> {
+    let server = Server::of(kubeconfig).await?;
     let mut clients = Vec::new();
     for _ in 0..args.connections.max(1) {
-        clients.push(knarr_client::connect::from_kubeconfig(kubeconfig, None).await?);
+        clients.push(server.connect().await?);
     }
     let template = pod_template();
-    let create = |client: Client, n: usize| {
+    let create = |client: Connection, n: usize| {
         let body = template.replace("@", &n.to_string());
-        async move { send(&client, http::Method::POST, pods_path(""), body).await }
+        async move { client.send(Method::POST, &pods_path(""), body).await }
     };
     let few = (args.objects / 20).clamp(1, 500);
     phase("creates of pods, 4 KB each, durable, one by one", &clients[..1], 0..few, processes, create)
@@ -135,18 +138,18 @@ async fn measure(args: &BenchArgs, kubeconfig: &Path, client: &Client, processes
     phase(&what, &clients, few..args.objects, processes, create).await?;
     phase("gets", &clients, 0..args.objects * 2, processes, |client, n| {
         let path = pods_path(&format!("/b{}", n % args.objects));
-        async move { send(&client, http::Method::GET, path, String::new()).await }
+        async move { client.send(Method::GET, &path, String::new()).await }
     })
     .await?;
     let listing = &clients[..clients.len().min(LIST_CONNECTIONS_MAX)];
     let what = format!("lists of {} pods, {} clients", args.objects, listing.len());
     phase(&what, listing, 0..listing.len() * 4, processes, |client, _| async move {
-        send(&client, http::Method::GET, pods_path(""), String::new()).await
+        client.send(Method::GET, &pods_path(""), String::new()).await
     })
     .await?;
     let what = format!("lists that match none of {} pods", args.objects);
     phase(&what, &clients[..1], 0..20, processes, |client, _| async move {
-        send(&client, http::Method::GET, pods_path("?labelSelector=none%3Dsuch"), String::new()).await
+        client.send(Method::GET, &pods_path("?labelSelector=none%3Dsuch"), String::new()).await
     })
     .await?;
     if args.pods > 0 {
@@ -168,38 +171,16 @@ fn pod_template() -> String {
     pod.to_string()
 }
 
-/// Sends a request and reads the answer to its end, keeping nothing: the load is to cost little itself.
-async fn send(client: &Client, method: http::Method, path: String, body: String) -> Result<()> {
-    let request = http::Request::builder()
-        .method(method)
-        .uri(path)
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(kube::client::Body::from(body.into_bytes()))?;
-    let answer = client.send(request).await?;
-    let status = answer.status();
-    let mut body = answer.into_body();
-    let mut start = Vec::new();
-    while let Some(frame) = body.frame().await {
-        if let Ok(data) = frame?.into_data()
-            && !status.is_success()
-        {
-            start.extend(data);
-        }
-    }
-    anyhow::ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&start));
-    Ok(())
-}
-
 /// Runs the requests over the clients and prints rate, latencies and the server's CPU time per request.
 async fn phase<F, Fut>(
     what: &str,
-    clients: &[Client],
+    clients: &[Connection],
     numbers: std::ops::Range<usize>,
     processes: &Processes,
     request: F,
 ) -> Result<()>
 where
-    F: Fn(Client, usize) -> Fut,
+    F: Fn(Connection, usize) -> Fut,
     Fut: Future<Output = Result<()>>,
 {
     let (next, end) = (Arc::new(AtomicUsize::new(numbers.start)), numbers.end);
