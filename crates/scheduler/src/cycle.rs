@@ -251,29 +251,65 @@ impl Found {
             None if cycle.profile.scores.is_empty() => 1,
             None => nodes_to_find(self.nodes, cycle.profile.percentage_of_nodes_to_score),
         };
-        let mut looked_at = 0;
-        let first = *start % self.nodes;
-        let nodes = self.nodes;
-        let place =
-            |offset: usize| if first + offset < nodes { first + offset } else { first + offset - nodes };
-        let one_by_one = advice.is_some() || world.table.has_nominated();
-        while looked_at < self.nodes && self.fitting.len() < enough {
-            let wanted = if one_by_one { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
-            let ahead = looked_at..self.nodes.min(looked_at + wanted);
-            let slots: Vec<Slot> = ahead.map(|offset| world.table.live()[place(offset)]).collect();
-            match one_by_one {
-                true => {
-                    self.look_at(cycle, world, slots[0], advice);
-                    looked_at += 1;
-                }
-                false => looked_at += self.look_at_many(cycle, world, &slots, enough),
+        let promised = promised_slots(cycle, world);
+        if let Some(near) = &cycle.near {
+            self.walk(cycle, world, near, &promised, enough, start, advice);
+            if !self.fitting.is_empty() {
+                return;
+            }
+            // It fits nowhere: why not, all nodes have to say.
+            let active = std::mem::take(&mut self.active);
+            *self = Found { active, nodes: self.nodes, ..Found::default() };
+        }
+        let live = world.table.live().clone();
+        self.walk(cycle, world, &live, &promised, enough, start, advice);
+    }
+
+    /// Looks at nodes from where the last decision stopped, until enough of them fit.
+    #[allow(clippy::too_many_arguments)]
+    fn walk(
+        &mut self,
+        cycle: &Cycle,
+        world: &mut World,
+        slots: &[Slot],
+        promised: &[bool],
+        enough: usize,
+        start: &mut usize,
+        advice: Option<&Advice>,
+    ) {
+        if slots.is_empty() {
+            return;
+        }
+        let (before, after) = slots.split_at(*start % slots.len());
+        for part in [after, before] {
+            let mut ahead = part;
+            while !ahead.is_empty() && self.fitting.len() < enough {
+                // Somebody else's advice is asked for node by node, so these all have to be looked at.
+                let wanted =
+                    if advice.is_some() { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
+                let (block, rest) = ahead.split_at(wanted.min(ahead.len()));
+                let looked_at = match advice {
+                    Some(_) => {
+                        self.look_at(cycle, world, block[0], advice);
+                        1
+                    }
+                    None => self.look_at_many(cycle, world, block, promised, enough),
+                };
+                *start = (*start + looked_at) % self.nodes;
+                ahead = rest;
             }
         }
-        *start = (first + looked_at) % self.nodes;
     }
 
     /// Looks at nodes together, filter by filter, until enough of them fit; how many it came to.
-    fn look_at_many(&mut self, cycle: &Cycle, world: &World, slots: &[Slot], enough: usize) -> usize {
+    fn look_at_many(
+        &mut self,
+        cycle: &Cycle,
+        world: &mut World,
+        slots: &[Slot],
+        promised: &[bool],
+        enough: usize,
+    ) -> usize {
         let mut verdicts = [Verdict::Fits; BLOCK];
         let verdicts = &mut verdicts[..slots.len()];
         let mut refused_by = [PluginId::MAX; BLOCK];
@@ -295,20 +331,50 @@ impl Found {
                 }
             }
         }
-        for (index, verdict) in verdicts.iter().enumerate() {
-            match verdict {
-                Verdict::Fits => self.fitting.push(slots[index]),
-                Verdict::Hopeless(code) => self.note(refused_by[index], *code),
-                Verdict::Refused(code) => {
-                    self.refused.push(slots[index]);
-                    self.note(refused_by[index], *code);
-                }
-            }
-            if self.fitting.len() >= enough {
-                return index + 1;
+        if !promised.is_empty() {
+            for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| promised[**slot]) {
+                (refused_by[index], verdicts[index]) =
+                    match check_with_nominated(cycle, world, &self.active, *slot) {
+                        Ok(()) => (PluginId::MAX, Verdict::Fits),
+                        Err(refused) => refused,
+                    };
             }
         }
-        slots.len()
+        self.count(slots, verdicts, &refused_by, enough)
+    }
+
+    /// Takes over what filters said of a block, until enough nodes fit; how many it came to. Neighbours are mostly
+    /// refused for the same reason, so equal verdicts in a row are noted together.
+    fn count(
+        &mut self,
+        slots: &[Slot],
+        verdicts: &[Verdict],
+        refused_by: &[PluginId],
+        enough: usize,
+    ) -> usize {
+        let (mut begin, mut looked_at) = (0, slots.len());
+        while begin < looked_at {
+            let (verdict, by) = (verdicts[begin], refused_by[begin]);
+            let others = verdicts.iter().zip(refused_by).skip(begin + 1);
+            let same = 1 + others.take_while(|(other, id)| **other == verdict && **id == by).count();
+            let mut run = &slots[begin..begin + same];
+            match verdict {
+                Verdict::Fits => {
+                    run = &run[..run.len().min(enough - self.fitting.len())];
+                    self.fitting.extend_from_slice(run);
+                    if self.fitting.len() >= enough {
+                        looked_at = begin + run.len();
+                    }
+                }
+                Verdict::Hopeless(code) => self.note(by, code, same),
+                Verdict::Refused(code) => {
+                    self.refused.extend_from_slice(run);
+                    self.note(by, code, same);
+                }
+            }
+            begin += same;
+        }
+        looked_at
     }
 
     fn look_at(&mut self, cycle: &Cycle, world: &mut World, slot: Slot, advice: Option<&Advice>) {
@@ -327,21 +393,20 @@ impl Found {
                     }
                 }
             },
-            Err((plugin, Verdict::Hopeless(code))) => self.note(plugin, code),
+            Err((plugin, Verdict::Hopeless(code))) => self.note(plugin, code, 1),
             Err((plugin, Verdict::Refused(code))) => {
                 self.refused.push(slot);
-                self.note(plugin, code);
+                self.note(plugin, code, 1);
             }
             Err((_, Verdict::Fits)) => unreachable!("a refusal is not a fit"),
         }
     }
 
-    fn note(&mut self, plugin: PluginId, code: u32) {
-        // Neighbours are mostly refused for the same reason, so the last one found goes first.
+    fn note(&mut self, plugin: PluginId, code: u32, nodes: usize) {
         let known = self.reasons.iter_mut().rev().find(|(by, what, _)| (*by, *what) == (plugin, code));
         match known {
-            Some((_, _, nodes)) => *nodes += 1,
-            None => self.reasons.push((plugin, code, 1)),
+            Some((_, _, known)) => *known += nodes,
+            None => self.reasons.push((plugin, code, nodes)),
         }
     }
 
@@ -373,6 +438,18 @@ impl Found {
         let message = explain(self.nodes, None, reasons, said.as_deref());
         Refusal { message, rejected_by, preemption, forget_nomination: forget }
     }
+}
+
+/// By slot, nodes promised to pods that go before this one: looked at with these pods there, too. Empty if there are
+/// none.
+pub fn promised_slots(cycle: &Cycle, world: &World) -> Vec<bool> {
+    let ahead = |pod: &Arc<PodInfo>| pod.priority >= cycle.pod.priority && pod.key != cycle.pod.key;
+    let mut promised = Vec::new();
+    for (slot, _) in world.table.nominated().filter(|(_, pods)| pods.iter().any(ahead)) {
+        promised.resize(world.table.names.len(), false);
+        promised[slot] = true;
+    }
+    promised
 }
 
 fn is_asked(cycle: &Cycle, world: &World, slot: Slot) -> bool {

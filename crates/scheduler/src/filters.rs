@@ -137,6 +137,10 @@ pub struct Filters {
 struct Entry {
     filter: Arc<Filter>,
     bits: Vec<bool>,
+    /// How many nodes are in the set.
+    nodes: usize,
+    /// The set as a list, with the order of nodes (`NodeTable::order`) it was made of.
+    list: Option<(u64, Arc<Vec<Slot>>)>,
     /// Counters that depend on it.
     users: u32,
     used: u64,
@@ -152,9 +156,11 @@ impl Filters {
         if self.by_filter.len() >= FILTERS_MAX {
             self.forget_oldest(cycle);
         }
-        let bits = nodes.iter().map(|node| node.as_ref().is_some_and(|node| filter.holds(node))).collect();
+        let holds = |node: &Option<Arc<Node>>| node.as_ref().is_some_and(|node| filter.holds(node));
+        let bits: Vec<bool> = nodes.iter().map(holds).collect();
+        let nodes = bits.iter().filter(|bit| **bit).count();
         let filter = Arc::new(filter);
-        let entry = Entry { filter: filter.clone(), bits, users: 0, used: cycle };
+        let entry = Entry { filter: filter.clone(), bits, nodes, list: None, users: 0, used: cycle };
         let id = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() - 1
@@ -173,6 +179,25 @@ impl Filters {
         &self.entry(id).bits
     }
 
+    /// How many nodes are in the set.
+    pub fn len(&self, id: FilterId) -> usize {
+        self.entry(id).nodes
+    }
+
+    /// The set as a list in the order of `live`, which has this number.
+    pub fn list(&mut self, id: FilterId, live: &[Slot], order: u64) -> Arc<Vec<Slot>> {
+        let entry = self.entry_mut(id);
+        match &entry.list {
+            Some((made, list)) if *made == order => list.clone(),
+            _ => {
+                let slots = live.iter().copied().filter(|slot| entry.bits[*slot]).collect();
+                let list: Arc<Vec<Slot>> = Arc::new(slots);
+                entry.list = Some((order, list.clone()));
+                list
+            }
+        }
+    }
+
     pub fn hold(&mut self, id: FilterId) {
         self.entry_mut(id).users += 1;
     }
@@ -187,7 +212,10 @@ impl Filters {
             if entry.bits.len() <= slot {
                 entry.bits.resize(slot + 1, false);
             }
-            entry.bits[slot] = node.is_some_and(|node| entry.filter.holds(node));
+            let holds = node.is_some_and(|node| entry.filter.holds(node));
+            entry.nodes = entry.nodes + usize::from(holds) - usize::from(entry.bits[slot]);
+            entry.bits[slot] = holds;
+            entry.list = None;
         }
     }
 

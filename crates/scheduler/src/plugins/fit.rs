@@ -2,13 +2,14 @@
 //! (MostAllocated), or by a curve over use (RequestedToCapacityRatio).
 
 use super::balanced_allocation::is_native;
-use super::{BLOCK, Cycle, Plugin, Point, Prepared, Verdict};
+use super::{BLOCK, Cycle, Plugin, Point, Prepared, Sees, Verdict, quotient};
 use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::requests::{CPU, MEMORY, amounts};
-use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, STORAGE_COLUMN, Slot};
+use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, Placed, STORAGE_COLUMN, Slot};
 use k8s_openapi::api::core::v1::Node;
+use std::sync::Arc;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeResourcesFit",
@@ -17,6 +18,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Requests,
     explain,
     score: Some(score),
     hears: kind::NODE | kind::POD_REMOVED | kind::POD_CHANGED,
@@ -58,10 +60,13 @@ impl Default for Strategy {
     }
 }
 
+/// Column (if any node offers it), amount, and name.
+type Wanted = (Option<usize>, i64, Arc<str>);
+
 #[derive(Debug, Default)]
 pub struct State {
-    /// Column (if any node offers it), amount, and name; cpu, memory and storage first.
-    wanted: Vec<(Option<usize>, i64, String)>,
+    /// Cpu, memory and storage first.
+    wanted: Vec<Wanted>,
 }
 
 /// The bit of "Too many pods" in a code; the others are positions in `wanted`.
@@ -75,9 +80,9 @@ fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
         [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
     let resources = &world.table.resources;
     let common =
-        common.into_iter().map(|(column, amount)| (Some(column), amount, resources[column].name.to_string()));
+        common.into_iter().map(|(column, amount)| (Some(column), amount, resources[column].name.clone()));
     let others = requests.others.iter().filter(|(name, _)| !cycle.profile.args.fit.ignores(name));
-    let others = others.map(|(name, amount)| (world.table.find_column(name), *amount, name.to_string()));
+    let others = others.map(|(name, amount)| (world.table.find_column(name), *amount, name.clone()));
     cycle.fit.wanted = common.chain(others).filter(|(_, amount, _)| *amount > 0).collect();
     Prepared::Ready
 }
@@ -90,7 +95,63 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
             code |= 1 << bit.min(BITS - 1);
         }
     }
-    verdict(cycle, world, slot, code)
+    verdict(&cycle.fit.wanted, world, slot, code)
+}
+
+/// What would be free on a node if pods left it: the filter's answer without touching the table.
+pub struct Room<'a> {
+    wanted: &'a [Wanted],
+    slot: Slot,
+    /// By resource wanted; nothing where no node offers it.
+    free: Vec<i64>,
+    pods: i64,
+}
+
+impl<'a> Room<'a> {
+    /// As it is.
+    pub fn new(cycle: &'a Cycle, world: &World, slot: Slot) -> Self {
+        let wanted = cycle.fit.wanted.as_slice();
+        let resources = &world.table.resources;
+        let free = |(column, _, _): &Wanted| column.map_or(0, |column| resources[column].free[slot]);
+        let pods = resources[PODS_COLUMN].free[slot];
+        Room { wanted, slot, free: wanted.iter().map(free).collect(), pods }
+    }
+
+    /// Without this pod.
+    pub fn leave(&mut self, placed: &Placed) {
+        for (wanted, free) in self.wanted.iter().zip(&mut self.free) {
+            *free += takes(placed, wanted);
+        }
+        self.pods += 1;
+    }
+
+    /// With the pod again, if that leaves enough; false if it has to stay away.
+    pub fn stays(&mut self, placed: &Placed) -> bool {
+        let left = |(wanted, free): (&Wanted, &i64)| free - takes(placed, wanted) >= wanted.1;
+        let enough = self.pods >= 2 && self.wanted.iter().zip(&self.free).all(left);
+        if enough {
+            for (wanted, free) in self.wanted.iter().zip(&mut self.free) {
+                *free -= takes(placed, wanted);
+            }
+            self.pods -= 1;
+        }
+        enough
+    }
+
+    /// Whether the pod of the cycle fits then.
+    pub fn verdict(&self, world: &World) -> Verdict {
+        let mut code = if self.pods < 1 { TOO_MANY_PODS } else { 0 };
+        for (bit, ((column, wanted, _), free)) in self.wanted.iter().zip(&self.free).enumerate() {
+            if column.is_none() || free < wanted {
+                code |= 1 << bit.min(BITS - 1);
+            }
+        }
+        verdict(self.wanted, world, self.slot, code)
+    }
+}
+
+fn takes(placed: &Placed, (column, _, name): &Wanted) -> i64 {
+    column.map_or(0, |column| placed.takes(column, name))
 }
 
 /// Column by column.
@@ -115,21 +176,21 @@ fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Ver
     }
     for ((code, slot), said) in codes.iter().zip(slots).zip(verdicts) {
         if *code != 0 && *said == Verdict::Fits {
-            *said = verdict(cycle, world, *slot, *code);
+            *said = verdict(&cycle.fit.wanted, world, *slot, *code);
         }
     }
 }
 
 /// A node that offers less than the pod wants will not help, however empty.
-fn verdict(cycle: &Cycle, world: &World, slot: Slot, code: u32) -> Verdict {
+fn verdict(wanted: &[Wanted], world: &World, slot: Slot, code: u32) -> Verdict {
     if code == 0 {
         return Verdict::Fits;
     }
     let resources = &world.table.resources;
-    let too_small = |(column, wanted, _): &(Option<usize>, i64, String)| {
+    let too_small = |(column, wanted, _): &Wanted| {
         column.is_none_or(|column| resources[column].allocatable[slot] < *wanted)
     };
-    if cycle.fit.wanted.iter().any(too_small) { Verdict::Hopeless(code) } else { Verdict::Refused(code) }
+    if wanted.iter().any(too_small) { Verdict::Hopeless(code) } else { Verdict::Refused(code) }
 }
 
 fn explain(cycle: &Cycle, _: &World, code: u32) -> Vec<String> {
@@ -221,7 +282,7 @@ fn weighted(measured: &[Measured], slots: &[Slot], scores: &mut [i64], share: im
                 weights += resource.weight;
             }
         }
-        *score = if weights == 0 { 0 } else { sum / weights };
+        *score = if weights == 0 { 0 } else { quotient(sum, weights) };
     }
 }
 

@@ -1,7 +1,7 @@
 //! NodeAffinity: `nodeSelector` and required terms decide, and those that the configuration adds for every pod of the
 //! profile; preferred terms score.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict, normalize};
+use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict, normalize};
 use crate::event::kind;
 use crate::filters::{Filter, FilterId, Selection};
 use crate::objects::World;
@@ -18,6 +18,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Node,
     explain: |_, _, code| {
         let text = match code {
             ADDED => "node(s) didn't match scheduler-enforced node affinity",
@@ -63,7 +64,9 @@ fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
         cycle.node_affinity.direct = true;
     } else if cycle.pod.selection.is_some() {
         let filter = Filter { selection: cycle.pod.selection.clone(), ..Default::default() };
-        cycle.node_affinity.selection = Some(world.table.filter(filter));
+        let filter = world.table.filter(filter);
+        cycle.node_affinity.selection = Some(filter);
+        cycle.narrow(world.table.filters.len(filter), world, |world| world.table.nodes_of(filter));
     }
     if added.is_some() {
         let filter = Filter { selection: added.clone(), ..Default::default() };

@@ -2,7 +2,7 @@
 //!
 //! Nodes with equal taints share a number, so each list of taints is judged once per pod.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict, normalize};
+use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict, normalize};
 use crate::event::kind;
 use crate::filters::keeps_away;
 use crate::objects::World;
@@ -16,6 +16,7 @@ pub const PLUGIN: Plugin = Plugin {
     weight: 3,
     prepare: Some(prepare),
     filter: Some(filter),
+    sees: Sees::Node,
     explain,
     score: Some(score),
     filter_many: None,
