@@ -2,7 +2,7 @@
 
 use crate::objects::World;
 use crate::plugins::{
-    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Verdict, VolumePlan, plan_volumes, plugin_id,
+    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Scored, Verdict, VolumePlan, plan_volumes, plugin_id,
 };
 use crate::pod::PodInfo;
 use crate::preemption::{self, Preemption};
@@ -63,6 +63,21 @@ pub struct Chooser<R> {
     pub start: usize,
     /// Breaks ties fairly.
     pub random: R,
+    buffers: Buffers,
+}
+
+impl<R> Chooser<R> {
+    pub fn new(random: R) -> Self {
+        Chooser { start: 0, random, buffers: Buffers::default() }
+    }
+}
+
+/// Memory that every decision fills anew.
+#[derive(Debug, Default)]
+struct Buffers {
+    fitting: Vec<Slot>,
+    totals: Vec<i64>,
+    scores: Vec<i64>,
 }
 
 /// Decides for one pod.
@@ -111,7 +126,9 @@ fn in_cycle(
     if found.fitting.is_empty() {
         return Decision::Unschedulable(Box::new(found.refuse(cycle, world, &mut chooser.random)));
     }
-    let slot = best(cycle, world, &found.fitting, advice, &mut chooser.random);
+    let Chooser { random, buffers, .. } = chooser;
+    let slot = best(cycle, world, &found.fitting, advice, random, buffers);
+    buffers.fitting = found.fitting;
     Decision::Node(world.table.names[slot].clone(), plan_volumes(cycle, world, slot))
 }
 
@@ -138,7 +155,9 @@ fn find(
             ..Refusal::default()
         })
     })?;
-    Ok(Found { active, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
+    let mut fitting = std::mem::take(&mut chooser.buffers.fitting);
+    fitting.clear();
+    Ok(Found { active, fitting, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
 }
 
 /// The filters that have something to say about the pod; or the rule that rejects it everywhere.
@@ -325,6 +344,10 @@ impl Found {
                 }
                 (_, None) => unreachable!("only plugins with a filter are active"),
             }
+            if self.active.len() == 1 {
+                refused_by.fill(id);
+                break;
+            }
             for (verdict, by) in verdicts.iter().zip(&mut refused_by) {
                 if *verdict != Verdict::Fits && *by == PluginId::MAX {
                     *by = id;
@@ -496,24 +519,35 @@ pub fn explain(
     message
 }
 
-/// The weighted sum of all scores, node by node.
-fn totals(cycle: &mut Cycle, world: &mut World, fitting: &[Slot], advice: Option<&Advice>) -> Vec<i64> {
-    let mut totals = vec![0i64; fitting.len()];
-    let mut scores = vec![0i64; fitting.len()];
+/// The weighted sum of all scores, node by node, into `totals` of the buffers.
+fn sum_scores(
+    cycle: &mut Cycle,
+    world: &mut World,
+    fitting: &[Slot],
+    advice: Option<&Advice>,
+    buffers: &mut Buffers,
+) {
+    let Buffers { totals, scores, .. } = buffers;
+    let mut alike = 0;
+    totals.clear();
+    totals.resize(fitting.len(), 0);
+    scores.resize(fitting.len(), 0);
     for &(id, weight) in &cycle.profile.scores {
         let score = PLUGINS[id].score.expect("only plugins with a score are listed");
-        if score(cycle, world, fitting, &mut scores) {
-            for (total, score) in totals.iter_mut().zip(&scores) {
-                *total += weight * score;
+        match score(cycle, world, fitting, scores) {
+            Scored::Skip => {}
+            Scored::Alike(score) => alike += weight * score,
+            Scored::Each => {
+                totals.iter_mut().zip(&*scores).for_each(|(total, score)| *total += weight * score);
             }
         }
     }
+    totals.iter_mut().for_each(|total| *total += alike);
     if let Some(advice) = advice.filter(|advice| !advice.scores.is_empty()) {
         for (total, slot) in totals.iter_mut().zip(fitting) {
             *total += advice.scores.get(&*world.table.names[*slot]).copied().unwrap_or(0);
         }
     }
-    totals
 }
 
 /// The node with the highest score; of equals any.
@@ -523,15 +557,17 @@ fn best(
     fitting: &[Slot],
     advice: Option<&Advice>,
     random: &mut impl Rng,
+    buffers: &mut Buffers,
 ) -> Slot {
     if let [only] = fitting {
         return *only;
     }
-    let totals = totals(cycle, world, fitting, advice);
+    sum_scores(cycle, world, fitting, advice, buffers);
+    let totals = &buffers.totals;
     let top = totals.iter().copied().max().unwrap_or(0);
     let ties = totals.iter().filter(|total| **total == top).count();
     let chosen = random.random_range(0..ties.max(1));
-    let mut tied = fitting.iter().zip(&totals).filter(|(_, total)| **total == top);
+    let mut tied = fitting.iter().zip(totals).filter(|(_, total)| **total == top);
     tied.nth(chosen).map_or(fitting[0], |(slot, _)| *slot)
 }
 
@@ -544,15 +580,15 @@ pub mod inspect {
     /// Every node that fits with its total score, or the refusal's message.
     pub fn judge(pod: &PodInfo, profile: &Profile, world: &mut World) -> Result<Vec<(String, i64)>, String> {
         let mut cycle = Cycle::begin(pod, profile, world);
-        let mut chooser =
-            Chooser { start: 0, random: <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0) };
+        let mut chooser = Chooser::new(<rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0));
         let result = match find(&mut cycle, world, &mut chooser, None) {
             Err(refusal) => Err(refusal.message),
             Ok(found) if found.fitting.is_empty() => {
                 Err(found.refuse(&cycle, world, &mut chooser.random).message)
             }
             Ok(found) => {
-                let totals = totals(&mut cycle, world, &found.fitting, None);
+                sum_scores(&mut cycle, world, &found.fitting, None, &mut chooser.buffers);
+                let totals = chooser.buffers.totals;
                 let names = found.fitting.iter().map(|slot| world.table.names[*slot].to_string());
                 let mut judged: Vec<(String, i64)> = names.zip(totals).collect();
                 judged.sort();

@@ -41,6 +41,8 @@ mod reference;
 mod requests;
 /// The wiring: watches, the loop.
 mod scheduler;
+/// Answers about resources, remembered by what pods request.
+mod shapes;
 /// Nodes in columns, updated incrementally.
 mod table;
 /// Labels of nodes as numbers.

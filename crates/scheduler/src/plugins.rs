@@ -71,7 +71,7 @@ pub const BLOCK: usize = 256;
 pub type PluginId = usize;
 
 type FilterMany = fn(&Cycle, &World, &[Slot], &mut [Verdict]);
-type Score = fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> bool;
+type Score = fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> Scored;
 
 /// One rule.
 pub struct Plugin {
@@ -91,8 +91,7 @@ pub struct Plugin {
     pub sees: Sees,
     /// The words for a code that the filter gave.
     pub explain: fn(&Cycle, &World, u32) -> Vec<String>,
-    /// How well nodes suit that passed all filters: 0 to 100, written into the last argument. False if it has no opinion
-    /// (upstream's `Skip`).
+    /// How well nodes suit that passed all filters: 0 to 100, written into the last argument.
     pub score: Option<Score>,
     /// Kinds of events (`event::kind`) that may turn this rule's refusal around for some pod.
     pub hears: u16,
@@ -116,6 +115,17 @@ impl Plugin {
         hears: 0,
         wakes: |_, _| false,
     };
+}
+
+/// What a score came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scored {
+    /// No opinion (upstream's `Skip`).
+    Skip,
+    /// All nodes alike.
+    Alike(i64),
+    /// As written.
+    Each,
 }
 
 /// What a filter reads about a node.
@@ -180,6 +190,7 @@ pub struct Cycle<'a> {
     pub taints: taint_toleration::State,
     pub node_affinity: node_affinity::State,
     pub fit: fit::State,
+    pub balanced: balanced_allocation::State,
     pub volumes: volume_binding::State,
     pub restrictions: volume_restrictions::State,
     pub limits: volume_limits::State,
@@ -201,6 +212,7 @@ impl<'a> Cycle<'a> {
             taints: Default::default(),
             node_affinity: Default::default(),
             fit: Default::default(),
+            balanced: Default::default(),
             volumes: Default::default(),
             restrictions: Default::default(),
             limits: Default::default(),

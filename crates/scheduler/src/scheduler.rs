@@ -100,7 +100,7 @@ impl Scheduler {
         let state = State {
             world: World::default(),
             queue: Queue::new(config.backoff),
-            chooser: Chooser { start: 0, random: SmallRng::seed_from_u64(seed) },
+            chooser: Chooser::new(SmallRng::seed_from_u64(seed)),
             assumed: HashMap::new(),
             expiring: BTreeSet::new(),
         };

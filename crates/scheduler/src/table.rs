@@ -8,6 +8,7 @@ use crate::filters::{Filter, FilterId, Filters, keeps_away};
 use crate::groups::{ClassId, CounterId, Groups, OwnerId, OwnerKind, TopologyId};
 use crate::pod::PodInfo;
 use crate::requests::{Amounts, CPU, MEMORY, STORAGE, amounts};
+use crate::shapes::Shapes;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use knarr_client::ObjectKey;
 use std::collections::{BTreeMap, HashMap};
@@ -134,6 +135,9 @@ pub struct NodeTable {
     unschedulable_nodes: usize,
     /// Cpu, memory, ephemeral storage and pods first; others as they appear.
     pub resources: Vec<Resource>,
+    /// Counts changes of a slot in the columns of resources; never 0.
+    pub versions: Vec<u32>,
+    pub shapes: Shapes,
     /// Requests with defaults, for scoring.
     pub scored_cpu: Vec<i64>,
     pub scored_memory: Vec<i64>,
@@ -297,6 +301,7 @@ impl NodeTable {
     }
 
     fn set_allocatable(&mut self, slot: Slot, offered: &Amounts) {
+        self.touch(slot);
         for resource in &mut self.resources {
             resource.offer(slot, 0);
         }
@@ -511,7 +516,14 @@ impl NodeTable {
         placed
     }
 
+    /// The columns of resources change at this slot.
+    fn touch(&mut self, slot: Slot) {
+        let version = &mut self.versions[slot];
+        *version = version.wrapping_add(1).max(1);
+    }
+
     fn count(&mut self, slot: Slot, placed: &Placed, sign: i64) {
+        self.touch(slot);
         self.resources[CPU_COLUMN].request(slot, sign * placed.cpu);
         self.resources[MEMORY_COLUMN].request(slot, sign * placed.memory);
         self.resources[STORAGE_COLUMN].request(slot, sign * placed.storage);
@@ -620,6 +632,7 @@ impl NodeTable {
         self.zones.push(0);
         self.taints.push(0);
         self.unschedulable.push(false);
+        self.versions.push(1);
         self.scored_cpu.push(0);
         self.scored_memory.push(0);
         self.pods.push(Vec::new());

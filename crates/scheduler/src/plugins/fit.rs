@@ -1,12 +1,13 @@
 //! NodeResourcesFit: a node must have what a pod requests. It scores by how much would be left (LeastAllocated), used
 //! (MostAllocated), or by a curve over use (RequestedToCapacityRatio).
 
-use super::balanced_allocation::is_native;
-use super::{BLOCK, Cycle, Plugin, Point, Prepared, Sees, Verdict, quotient};
+use super::balanced_allocation::{self, is_native};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, quotient};
 use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::requests::{CPU, MEMORY, amounts};
+use crate::shapes::{Answer, ShapeId, ShapeKey};
 use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, Placed, STORAGE_COLUMN, Slot};
 use k8s_openapi::api::core::v1::Node;
 use std::sync::Arc;
@@ -54,6 +55,16 @@ pub enum Strategy {
     RequestedToCapacityRatio(Vec<(String, i64)>, Vec<(i64, i64)>),
 }
 
+impl Strategy {
+    fn resources(&self) -> &[(String, i64)] {
+        match self {
+            Strategy::LeastAllocated(resources)
+            | Strategy::MostAllocated(resources)
+            | Strategy::RequestedToCapacityRatio(resources, _) => resources,
+        }
+    }
+}
+
 impl Default for Strategy {
     fn default() -> Self {
         Strategy::LeastAllocated(vec![(CPU.to_owned(), 1), (MEMORY.to_owned(), 1)])
@@ -67,27 +78,87 @@ type Wanted = (Option<usize>, i64, Arc<str>);
 pub struct State {
     /// Cpu, memory and storage first.
     wanted: Vec<Wanted>,
+    /// What scoring compares: columns, with what the pod takes and the weight.
+    measured: Vec<Measured>,
+    /// What nodes said to pods like this one; `None` until somebody asks.
+    shape: Option<ShapeId>,
 }
 
-/// The bit of "Too many pods" in a code; the others are positions in `wanted`.
+/// The bit of "Too many pods" in a code, and of a node that offers too little however empty it is; the others are
+/// positions in `wanted`.
 const TOO_MANY_PODS: u32 = 1 << 31;
+const TOO_SMALL: u32 = 1 << 30;
 /// A pod may ask for so many kinds of resources; of more, the last share a bit.
-const BITS: usize = 31;
+const BITS: usize = 30;
+
+/// One resource as scoring reads it.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    column: usize,
+    wanted: i64,
+    weight: i64,
+}
 
 fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
-    let requests = &cycle.pod.requests;
-    let common =
-        [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
-    let resources = &world.table.resources;
-    let common =
-        common.into_iter().map(|(column, amount)| (Some(column), amount, resources[column].name.clone()));
-    let others = requests.others.iter().filter(|(name, _)| !cycle.profile.args.fit.ignores(name));
-    let others = others.map(|(name, amount)| (world.table.find_column(name), *amount, name.clone()));
-    cycle.fit.wanted = common.chain(others).filter(|(_, amount, _)| *amount > 0).collect();
+    ask(cycle, world);
     Prepared::Ready
 }
 
-fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+/// Makes ready what [`answer`] reads, once per cycle.
+pub fn ask(cycle: &mut Cycle, world: &mut World) {
+    if cycle.fit.shape.is_some() {
+        return;
+    }
+    let (pod, args, table) = (cycle.pod, &cycle.profile.args, &mut world.table);
+    cycle.fit.wanted = wanted(pod, &args.fit, table);
+    cycle.fit.measured = measured(pod, args.fit.strategy.resources(), table);
+    cycle.balanced = balanced_allocation::State::new(pod, &args.balanced, table);
+    let same = |key: &ShapeKey| {
+        (key.scored_cpu, key.scored_memory) == (pod.scored_cpu, pod.scored_memory)
+            && key.requests == pod.requests
+            && key.fit == args.fit
+            && key.balanced == args.balanced
+    };
+    let new = || ShapeKey {
+        requests: pod.requests.clone(),
+        scored_cpu: pod.scored_cpu,
+        scored_memory: pod.scored_memory,
+        fit: args.fit.clone(),
+        balanced: args.balanced.clone(),
+    };
+    cycle.fit.shape = Some(table.shapes.get(same, new, table.names.len()));
+}
+
+fn wanted(pod: &PodInfo, args: &FitArgs, table: &NodeTable) -> Vec<Wanted> {
+    let requests = &pod.requests;
+    let common =
+        [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
+    let common = common
+        .into_iter()
+        .map(|(column, amount)| (Some(column), amount, table.resources[column].name.clone()));
+    let others = requests.others.iter().filter(|(name, _)| !args.ignores(name));
+    let others = others.map(|(name, amount)| (table.find_column(name), *amount, name.clone()));
+    common.chain(others).filter(|(_, amount, _)| *amount > 0).collect()
+}
+
+/// What a node says to the pod about resources; [`ask`] must have been called.
+pub fn answer(cycle: &Cycle, world: &World, slot: Slot) -> Answer {
+    let table = &world.table;
+    let shape = cycle.fit.shape.expect("whoever reads answers has asked");
+    table.shapes.answer(shape, slot, table.versions[slot], || {
+        let refusal = refusal(cycle, world, slot);
+        // Nobody scores a node without room.
+        if refusal != 0 {
+            return Answer { refusal, ..Answer::default() };
+        }
+        let fit = suits(&cycle.profile.args.fit.strategy, &cycle.fit.measured, table, slot);
+        let balanced = cycle.balanced.score(table, slot);
+        Answer { refusal, fit: fit as i16, balanced: balanced as i16, ..Answer::default() }
+    })
+}
+
+/// What is missing on a node: one bit for each thing.
+fn refusal(cycle: &Cycle, world: &World, slot: Slot) -> u32 {
     let resources = &world.table.resources;
     let mut code = if resources[PODS_COLUMN].free[slot] < 1 { TOO_MANY_PODS } else { 0 };
     for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
@@ -95,7 +166,27 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
             code |= 1 << bit.min(BITS - 1);
         }
     }
-    verdict(&cycle.fit.wanted, world, slot, code)
+    if code == 0 { 0 } else { code | too_small(&cycle.fit.wanted, world, slot) }
+}
+
+/// A node that offers less than the pod wants will not help, however empty.
+fn too_small(wanted: &[Wanted], world: &World, slot: Slot) -> u32 {
+    let offers_less = |(column, wanted, _): &Wanted| {
+        column.is_none_or(|column| world.table.resources[column].allocatable[slot] < *wanted)
+    };
+    if wanted.iter().any(offers_less) { TOO_SMALL } else { 0 }
+}
+
+fn verdict(refusal: u32) -> Verdict {
+    match refusal {
+        0 => Verdict::Fits,
+        _ if refusal & TOO_SMALL != 0 => Verdict::Hopeless(refusal),
+        _ => Verdict::Refused(refusal),
+    }
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    verdict(refusal(cycle, world, slot))
 }
 
 /// What would be free on a node if pods left it: the filter's answer without touching the table.
@@ -146,7 +237,7 @@ impl<'a> Room<'a> {
                 code |= 1 << bit.min(BITS - 1);
             }
         }
-        verdict(self.wanted, world, self.slot, code)
+        verdict(if code == 0 { 0 } else { code | too_small(self.wanted, world, self.slot) })
     }
 }
 
@@ -154,43 +245,12 @@ fn takes(placed: &Placed, (column, _, name): &Wanted) -> i64 {
     column.map_or(0, |column| placed.takes(column, name))
 }
 
-/// Column by column.
 fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
-    let resources = &world.table.resources;
-    let mut codes = [0u32; BLOCK];
-    let pods = &resources[PODS_COLUMN].free;
-    for (code, slot) in codes.iter_mut().zip(slots) {
-        *code = u32::from(pods[*slot] < 1) << TOO_MANY_PODS.trailing_zeros();
-    }
-    for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
-        let bit = bit.min(BITS - 1);
-        match column {
-            Some(column) => {
-                let free = &resources[*column].free;
-                for (code, slot) in codes.iter_mut().zip(slots) {
-                    *code |= u32::from(free[*slot] < *wanted) << bit;
-                }
-            }
-            None => codes.iter_mut().for_each(|code| *code |= 1 << bit),
+    for (slot, said) in slots.iter().zip(verdicts) {
+        if *said == Verdict::Fits {
+            *said = verdict(answer(cycle, world, *slot).refusal);
         }
     }
-    for ((code, slot), said) in codes.iter().zip(slots).zip(verdicts) {
-        if *code != 0 && *said == Verdict::Fits {
-            *said = verdict(&cycle.fit.wanted, world, *slot, *code);
-        }
-    }
-}
-
-/// A node that offers less than the pod wants will not help, however empty.
-fn verdict(wanted: &[Wanted], world: &World, slot: Slot, code: u32) -> Verdict {
-    if code == 0 {
-        return Verdict::Fits;
-    }
-    let resources = &world.table.resources;
-    let too_small = |(column, wanted, _): &Wanted| {
-        column.is_none_or(|column| resources[column].allocatable[slot] < *wanted)
-    };
-    if wanted.iter().any(too_small) { Verdict::Hopeless(code) } else { Verdict::Refused(code) }
 }
 
 fn explain(cycle: &Cycle, _: &World, code: u32) -> Vec<String> {
@@ -213,54 +273,51 @@ pub fn has_room(node: &Node, pod: &PodInfo) -> bool {
         && pod.requests.others.iter().all(|(name, amount)| *amount == 0 || offered.contains_key(&**name))
 }
 
-/// One resource as scoring reads it: columns, the pod's own amount, and its weight.
-struct Measured<'a> {
-    allocatable: &'a [i64],
-    used: &'a [i64],
-    wanted: i64,
-    weight: i64,
-}
-
-fn measured<'a>(table: &'a NodeTable, pod: &PodInfo, resources: &[(String, i64)]) -> Vec<Measured<'a>> {
+fn measured(pod: &PodInfo, resources: &[(String, i64)], table: &NodeTable) -> Vec<Measured> {
     let one = |(name, weight): &(String, i64)| {
         let column = table.find_column(name)?;
-        let resource = &table.resources[column];
-        let (used, wanted) = match column {
-            CPU_COLUMN => (&table.scored_cpu, pod.scored_cpu),
-            MEMORY_COLUMN => (&table.scored_memory, pod.scored_memory),
-            _ => (&resource.requested, pod.requests.get(name)),
+        let wanted = match column {
+            CPU_COLUMN => pod.scored_cpu,
+            MEMORY_COLUMN => pod.scored_memory,
+            _ => pod.requests.get(name),
         };
         // Resources of devices count only for pods that want some.
         let counts = wanted > 0 || is_native(name);
-        counts.then_some(Measured { allocatable: &resource.allocatable, used, wanted, weight: *weight })
+        counts.then_some(Measured { column, wanted, weight: *weight })
     };
     resources.iter().filter_map(one).collect()
 }
 
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
-    let (table, pod) = (&world.table, cycle.pod);
-    match &cycle.profile.args.fit.strategy {
-        Strategy::LeastAllocated(resources) => {
-            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
-                match used > allocatable {
-                    true => 0,
-                    false => percent(allocatable - used, allocatable),
-                }
-            });
-        }
-        Strategy::MostAllocated(resources) => {
-            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
-                percent(used.min(allocatable), allocatable)
-            });
-        }
-        Strategy::RequestedToCapacityRatio(resources, shape) => {
-            let measured = measured(table, pod, resources);
-            for (score, slot) in scores.iter_mut().zip(slots) {
-                *score = by_curve(&measured, *slot, shape);
-            }
-        }
+impl Measured {
+    /// What the node offers, and what would be used with the pod there.
+    fn at(&self, table: &NodeTable, slot: Slot) -> (i64, i64) {
+        let used = match self.column {
+            CPU_COLUMN => table.scored_cpu[slot],
+            MEMORY_COLUMN => table.scored_memory[slot],
+            column => table.resources[column].requested[slot],
+        };
+        (table.resources[self.column].allocatable[slot], used + self.wanted)
     }
-    true
+}
+
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
+    ask(cycle, world);
+    for (score, slot) in scores.iter_mut().zip(slots) {
+        *score = answer(cycle, world, *slot).fit.into();
+    }
+    Scored::Each
+}
+
+fn suits(strategy: &Strategy, measured: &[Measured], table: &NodeTable, slot: Slot) -> i64 {
+    match strategy {
+        Strategy::LeastAllocated(_) => weighted(measured, table, slot, |allocatable, used| {
+            if used > allocatable { 0 } else { percent(allocatable - used, allocatable) }
+        }),
+        Strategy::MostAllocated(_) => {
+            weighted(measured, table, slot, |allocatable, used| percent(used.min(allocatable), allocatable))
+        }
+        Strategy::RequestedToCapacityRatio(_, shape) => by_curve(measured, table, slot, shape),
+    }
 }
 
 /// The whole percents of a part, not negative, of a whole. Division of floating point numbers is several times faster
@@ -272,28 +329,25 @@ fn percent(part: i64, whole: i64) -> i64 {
 }
 
 /// The weighted mean over the resources that the node has.
-fn weighted(measured: &[Measured], slots: &[Slot], scores: &mut [i64], share: impl Fn(i64, i64) -> i64) {
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        let (mut sum, mut weights) = (0, 0);
-        for resource in measured {
-            let allocatable = resource.allocatable[*slot];
-            if allocatable != 0 {
-                sum += resource.weight * share(allocatable, resource.used[*slot] + resource.wanted);
-                weights += resource.weight;
-            }
-        }
-        *score = if weights == 0 { 0 } else { quotient(sum, weights) };
-    }
-}
-
-fn by_curve(measured: &[Measured], slot: Slot, shape: &[(i64, i64)]) -> i64 {
+fn weighted(measured: &[Measured], table: &NodeTable, slot: Slot, share: impl Fn(i64, i64) -> i64) -> i64 {
     let (mut sum, mut weights) = (0, 0);
     for resource in measured {
-        let allocatable = resource.allocatable[slot];
+        let (allocatable, used) = resource.at(table, slot);
+        if allocatable != 0 {
+            sum += resource.weight * share(allocatable, used);
+            weights += resource.weight;
+        }
+    }
+    if weights == 0 { 0 } else { quotient(sum, weights) }
+}
+
+fn by_curve(measured: &[Measured], table: &NodeTable, slot: Slot, shape: &[(i64, i64)]) -> i64 {
+    let (mut sum, mut weights) = (0, 0);
+    for resource in measured {
+        let (allocatable, used) = resource.at(table, slot);
         if allocatable == 0 {
             continue;
         }
-        let used = resource.used[slot] + resource.wanted;
         let utilization = if used > allocatable { 100 } else { used * 100 / allocatable };
         let score = on_curve(shape, utilization);
         if score > 0 {

@@ -3,7 +3,7 @@
 //!
 //! Nothing is scanned: the terms name counters of the table, read as they are at the moment of the question.
 
-use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict};
 use crate::event::{ClusterEvent, kind};
 use crate::groups::{CounterId, Groups, OwnerId, OwnerKind, TopologyId};
 use crate::objects::World;
@@ -209,12 +209,12 @@ fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Ver
 }
 
 /// Matching pods in the node's domains times the weights of the terms; the best becomes 100, the worst 0.
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let args = &cycle.profile.args.affinity;
     let preferred =
         cycle.pod.affinity.as_ref().map(|affinity| affinity.preferred.as_slice()).unwrap_or_default();
     if preferred.is_empty() && args.ignores_preferences_of_existing {
-        return false;
+        return Scored::Skip;
     }
     let table = &mut world.table;
     let own: Vec<(CounterId, i64)> = preferred
@@ -229,7 +229,7 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
     };
     let others: Vec<(OwnerId, i64)> = groups.owners_of(cycle.class).filter_map(weight_of).collect();
     if own.is_empty() && others.is_empty() {
-        return false;
+        return Scored::Skip;
     }
     scores.fill(0);
     // Rule by rule: each reads two columns.
@@ -255,5 +255,5 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
             range => (100.0 * ((*score - least) as f64 / range as f64)) as i64,
         };
     }
-    true
+    Scored::Each
 }

@@ -1,7 +1,7 @@
 //! NodeAffinity: `nodeSelector` and required terms decide, and those that the configuration adds for every pod of the
 //! profile; preferred terms score.
 
-use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict, normalize};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, normalize};
 use crate::event::kind;
 use crate::filters::{Filter, FilterId, Selection};
 use crate::objects::World;
@@ -115,12 +115,12 @@ fn of_pod(pod: &Pod) -> Option<&NodeAffinity> {
 }
 
 /// The weights of the preferred terms that hold.
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let own = preferred(of_pod(&cycle.pod.pod));
     let terms: Vec<&PreferredSchedulingTerm> =
         own.chain(preferred(cycle.profile.args.node_affinity.added.as_ref())).collect();
     if terms.is_empty() {
-        return false;
+        return Scored::Skip;
     }
     let none = BTreeMap::new();
     for (score, slot) in scores.iter_mut().zip(slots) {
@@ -132,5 +132,5 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         *score = terms.iter().filter(holds).map(|term| i64::from(term.weight)).sum();
     }
     normalize(scores, false);
-    true
+    Scored::Each
 }

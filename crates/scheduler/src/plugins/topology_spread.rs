@@ -1,7 +1,7 @@
 //! PodTopologySpread: `DoNotSchedule` constraints keep the skew between domains; `ScheduleAnyway` ones, and those that
 //! the configuration gives pods without their own, prefer emptier domains.
 
-use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict, quotient};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, quotient};
 use crate::event::{ClusterEvent, kind};
 use crate::filters::{Filter, Tolerations};
 use crate::groups::{CounterId, TopologyId};
@@ -182,11 +182,11 @@ struct Soft {
 }
 
 /// Fewer matching pods in the domain are better; small topologies weigh less per pod (upstream's formula).
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let (rules, system) = rules(cycle, world);
     let rules: Vec<SpreadRule> = rules.into_iter().filter(|rule| !rule.hard).collect();
     if rules.is_empty() {
-        return false;
+        return Scored::Skip;
     }
     // The system's constraints also apply to nodes that have only some of the labels.
     let mut keys: Vec<String> =
@@ -231,7 +231,7 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         *score = if *ignored { 0 } else { rounded(*sum) };
     }
     fewest_is_best(scores, &ignored);
-    true
+    Scored::Each
 }
 
 /// To the nearest whole number, halves up; for what is not negative, and without a call into the mathematics library.
