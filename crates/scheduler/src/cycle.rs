@@ -1,8 +1,9 @@
 //! One decision, without I/O: which node, or why none. The wording is upstream's `FitError`.
 
+use crate::metrics::{Status, Timing};
 use crate::objects::World;
 use crate::plugins::{
-    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Scored, Verdict, VolumePlan, plan_volumes, plugin_id,
+    BLOCK, Cycle, PLUGINS, PluginId, Point, Prepared, Scored, Verdict, VolumePlan, plan_volumes, plugin_id,
 };
 use crate::pod::PodInfo;
 use crate::preemption::{self, Preemption};
@@ -11,6 +12,7 @@ use crate::table::Slot;
 use rand::Rng;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// In larger clusters not all nodes are looked at: upstream's adaptive share, between these bounds.
 const NODES_TO_FIND_MIN: usize = 100;
@@ -63,12 +65,14 @@ pub struct Chooser<R> {
     pub start: usize,
     /// Breaks ties fairly.
     pub random: R,
+    /// How long the parts of the last decision took.
+    pub timing: Timing,
     buffers: Buffers,
 }
 
 impl<R> Chooser<R> {
     pub fn new(random: R) -> Self {
-        Chooser { start: 0, random, buffers: Buffers::default() }
+        Chooser { start: 0, random, timing: Timing::default(), buffers: Buffers::default() }
     }
 }
 
@@ -105,7 +109,7 @@ pub fn fitting_nodes(
     let result = match find(&mut cycle, world, chooser, None) {
         Err(refusal) => Err(Decision::Unschedulable(refusal)),
         Ok(found) if found.fitting.is_empty() => {
-            Err(Decision::Unschedulable(Box::new(found.refuse(&cycle, world, &mut chooser.random))))
+            Err(Decision::Unschedulable(Box::new(found.refuse(&cycle, world, chooser))))
         }
         Ok(found) => Ok(found.fitting.iter().map(|slot| world.table.names[*slot].clone()).collect()),
     };
@@ -124,10 +128,12 @@ fn in_cycle(
         Err(refusal) => return Decision::Unschedulable(refusal),
     };
     if found.fitting.is_empty() {
-        return Decision::Unschedulable(Box::new(found.refuse(cycle, world, &mut chooser.random)));
+        return Decision::Unschedulable(Box::new(found.refuse(cycle, world, chooser)));
     }
-    let Chooser { random, buffers, .. } = chooser;
-    let slot = best(cycle, world, &found.fitting, advice, random, buffers);
+    let Chooser { random, buffers, timing, .. } = chooser;
+    let begin = Instant::now();
+    let slot = best(cycle, world, &found.fitting, advice, random, buffers, timing);
+    timing.point(Point::Score, Status::Success, begin);
     buffers.fitting = found.fitting;
     Decision::Node(world.table.names[slot].clone(), plan_volumes(cycle, world, slot))
 }
@@ -138,12 +144,17 @@ fn find(
     chooser: &mut Chooser<impl Rng>,
     advice: Option<&Advice>,
 ) -> Result<Found, Box<Refusal>> {
+    chooser.timing.begin();
     let nodes = world.table.live().len();
     if nodes == 0 {
         let message = "no nodes available to schedule pods".to_owned();
         return Err(Box::new(Refusal { message, ..Refusal::default() }));
     }
-    let active = prepare(cycle, world).map_err(|(plugin, reason)| {
+    let begin = Instant::now();
+    let prepared = prepare(cycle, world, &mut chooser.timing);
+    let status = if prepared.is_ok() { Status::Success } else { Status::Hopeless };
+    chooser.timing.point(Point::PreFilter, status, begin);
+    let active = prepared.map_err(|(plugin, reason)| {
         let hopeless = format!("{nodes} Preemption is not helpful for scheduling");
         let preemption = preemption::ineligible(cycle, world, &[])
             .unwrap_or_else(|| explain(nodes, None, vec![hopeless], None));
@@ -157,14 +168,41 @@ fn find(
     })?;
     let mut fitting = std::mem::take(&mut chooser.buffers.fitting);
     fitting.clear();
-    Ok(Found { active, fitting, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
+    let begin = Instant::now();
+    let times = if chooser.timing.samples() {
+        vec![(Duration::ZERO, Status::Success); active.len()]
+    } else {
+        Vec::new()
+    };
+    let found = Found { active, fitting, times, ..Found::default() };
+    let found = found.look(cycle, world, &mut chooser.start, advice);
+    let status = if found.fitting.is_empty() { Status::Unschedulable } else { Status::Success };
+    chooser.timing.point(Point::Filter, status, begin);
+    for (id, (took, status)) in found.active.iter().zip(&found.times) {
+        chooser.timing.plugin(*id, Point::Filter, *status, *took);
+    }
+    Ok(found)
 }
 
 /// The filters that have something to say about the pod; or the rule that rejects it everywhere.
-fn prepare(cycle: &mut Cycle, world: &mut World) -> Result<Vec<PluginId>, (PluginId, String)> {
+fn prepare(
+    cycle: &mut Cycle,
+    world: &mut World,
+    timing: &mut Timing,
+) -> Result<Vec<PluginId>, (PluginId, String)> {
     let mut active = Vec::with_capacity(cycle.profile.filters.len());
     for &id in &cycle.profile.filters {
-        match PLUGINS[id].prepare.map_or(Prepared::Ready, |prepare| prepare(cycle, world)) {
+        let begin = timing.samples().then(Instant::now);
+        let prepared = PLUGINS[id].prepare.map_or(Prepared::Ready, |prepare| prepare(cycle, world));
+        if let Some(begin) = begin.filter(|_| PLUGINS[id].prepare.is_some()) {
+            let status = match prepared {
+                Prepared::Ready => Status::Success,
+                Prepared::Skip => Status::Skip,
+                Prepared::Rejected(_) => Status::Hopeless,
+            };
+            timing.plugin(id, Point::PreFilter, status, begin.elapsed());
+        }
+        match prepared {
             Prepared::Ready if PLUGINS[id].filter.is_some() => active.push(id),
             Prepared::Ready | Prepared::Skip => {}
             Prepared::Rejected(reason) => return Err((id, reason)),
@@ -234,6 +272,8 @@ pub struct Found {
     /// Nodes where the removal of pods could help.
     pub refused: Vec<Slot>,
     nodes: usize,
+    /// How long each active filter took for all nodes; empty if that is not measured.
+    times: Vec<(Duration, Status)>,
 }
 
 impl Found {
@@ -277,8 +317,8 @@ impl Found {
                 return;
             }
             // It fits nowhere: why not, all nodes have to say.
-            let active = std::mem::take(&mut self.active);
-            *self = Found { active, nodes: self.nodes, ..Found::default() };
+            let (active, times) = (std::mem::take(&mut self.active), std::mem::take(&mut self.times));
+            *self = Found { active, times, nodes: self.nodes, ..Found::default() };
         }
         let live = world.table.live().clone();
         self.walk(cycle, world, &live, &promised, enough, start, advice);
@@ -332,7 +372,8 @@ impl Found {
         let mut verdicts = [Verdict::Fits; BLOCK];
         let verdicts = &mut verdicts[..slots.len()];
         let mut refused_by = [PluginId::MAX; BLOCK];
-        for &id in &self.active {
+        for (number, &id) in self.active.iter().enumerate() {
+            let begin = (!self.times.is_empty()).then(Instant::now);
             match (PLUGINS[id].filter_many, PLUGINS[id].filter) {
                 (Some(filter), _) if !cycle.node_affinity.direct => filter(cycle, world, slots, verdicts),
                 (_, Some(filter)) => {
@@ -343,6 +384,12 @@ impl Found {
                     }
                 }
                 (_, None) => unreachable!("only plugins with a filter are active"),
+            }
+            if let Some(begin) = begin {
+                self.times[number].0 += begin.elapsed();
+                if verdicts.iter().all(|verdict| *verdict != Verdict::Fits) {
+                    self.times[number].1 = Status::Unschedulable;
+                }
             }
             if self.active.len() == 1 {
                 refused_by.fill(id);
@@ -433,7 +480,7 @@ impl Found {
         }
     }
 
-    fn refuse(self, cycle: &Cycle, world: &mut World, random: &mut impl Rng) -> Refusal {
+    fn refuse(self, cycle: &Cycle, world: &mut World, chooser: &mut Chooser<impl Rng>) -> Refusal {
         let mut rejected_by: Vec<PluginId> = self.reasons.iter().map(|(plugin, ..)| *plugin).collect();
         rejected_by.sort_unstable();
         rejected_by.dedup();
@@ -449,7 +496,12 @@ impl Found {
         let reasons = reasons.into_iter().map(|(reason, nodes)| format!("{nodes} {reason}")).collect();
         let (mut preemption, mut said, mut forget) = (None, None, false);
         if cycle.profile.preempts() {
-            match preemption::preempt(cycle, world, &self, random) {
+            let begin = Instant::now();
+            let outcome = preemption::preempt(cycle, world, &self, &mut chooser.random);
+            let succeeded = matches!(outcome, preemption::Outcome::Preempt(_));
+            let status = if succeeded { Status::Success } else { Status::Unschedulable };
+            chooser.timing.point(Point::PostFilter, status, begin);
+            match outcome {
                 preemption::Outcome::Preempt(found) => preemption = Some(found),
                 preemption::Outcome::Ineligible(message) => said = Some(message),
                 preemption::Outcome::Useless(reasons) => {
@@ -526,6 +578,7 @@ fn sum_scores(
     fitting: &[Slot],
     advice: Option<&Advice>,
     buffers: &mut Buffers,
+    timing: &mut Timing,
 ) {
     let Buffers { totals, scores, .. } = buffers;
     let mut alike = 0;
@@ -534,7 +587,13 @@ fn sum_scores(
     scores.resize(fitting.len(), 0);
     for &(id, weight) in &cycle.profile.scores {
         let score = PLUGINS[id].score.expect("only plugins with a score are listed");
-        match score(cycle, world, fitting, scores) {
+        let begin = timing.samples().then(Instant::now);
+        let scored = score(cycle, world, fitting, scores);
+        if let Some(begin) = begin {
+            let status = if scored == Scored::Skip { Status::Skip } else { Status::Success };
+            timing.plugin(id, Point::Score, status, begin.elapsed());
+        }
+        match scored {
             Scored::Skip => {}
             Scored::Alike(score) => alike += weight * score,
             Scored::Each => {
@@ -558,11 +617,12 @@ fn best(
     advice: Option<&Advice>,
     random: &mut impl Rng,
     buffers: &mut Buffers,
+    timing: &mut Timing,
 ) -> Slot {
     if let [only] = fitting {
         return *only;
     }
-    sum_scores(cycle, world, fitting, advice, buffers);
+    sum_scores(cycle, world, fitting, advice, buffers, timing);
     let totals = &buffers.totals;
     let top = totals.iter().copied().max().unwrap_or(0);
     let ties = totals.iter().filter(|total| **total == top).count();
@@ -583,12 +643,11 @@ pub mod inspect {
         let mut chooser = Chooser::new(<rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0));
         let result = match find(&mut cycle, world, &mut chooser, None) {
             Err(refusal) => Err(refusal.message),
-            Ok(found) if found.fitting.is_empty() => {
-                Err(found.refuse(&cycle, world, &mut chooser.random).message)
-            }
+            Ok(found) if found.fitting.is_empty() => Err(found.refuse(&cycle, world, &mut chooser).message),
             Ok(found) => {
-                sum_scores(&mut cycle, world, &found.fitting, None, &mut chooser.buffers);
-                let totals = chooser.buffers.totals;
+                let Chooser { mut buffers, mut timing, .. } = chooser;
+                sum_scores(&mut cycle, world, &found.fitting, None, &mut buffers, &mut timing);
+                let totals = buffers.totals;
                 let names = found.fitting.iter().map(|slot| world.table.names[*slot].to_string());
                 let mut judged: Vec<(String, i64)> = names.zip(totals).collect();
                 judged.sort();

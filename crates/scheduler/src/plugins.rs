@@ -140,7 +140,7 @@ pub enum Sees {
 }
 
 /// Upstream's extension points, in a configuration's spelling.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Point {
     PreEnqueue,
     QueueSort,

@@ -4,7 +4,6 @@
 
 use crate::plugins::{BalancedArgs, FitArgs};
 use crate::requests::Requests;
-use crate::table::Slot;
 use std::cell::Cell;
 
 /// Shapes remembered; of more, the one unused for longest is forgotten.
@@ -25,7 +24,7 @@ pub struct ShapeKey {
 /// What one node says.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Answer {
-    /// The version of the node's sums this is about, as [`Shapes::answer`] knows it; 0 for none.
+    /// The version of the node's sums this is about, as [`current`] knows it; 0 for none.
     pub version: u32,
     /// What is missing, as `fit` encodes it; 0 if there is room.
     pub refusal: u32,
@@ -80,15 +79,20 @@ impl Shapes {
         id
     }
 
-    /// The answer of a node whose sums have this version.
-    pub fn answer(&self, id: ShapeId, slot: Slot, version: u32, work_out: impl FnOnce() -> Answer) -> Answer {
-        let cell = &self.shapes[id].answers[slot];
-        let known = cell.get();
-        if known.version == version {
-            return known;
-        }
-        let answer = Answer { version, ..work_out() };
-        cell.set(answer);
-        answer
+    /// What nodes said, by slot; [`current`] says which of it still holds.
+    pub fn answers(&self, id: ShapeId) -> &[Cell<Answer>] {
+        &self.shapes[id].answers
     }
+}
+
+/// The answer of a node whose sums have this version: the one it gave, or a new one.
+#[inline]
+pub fn current(given: &Cell<Answer>, version: u32, work_out: impl FnOnce() -> Answer) -> Answer {
+    let known = given.get();
+    if known.version == version {
+        return known;
+    }
+    let answer = Answer { version, ..work_out() };
+    given.set(answer);
+    answer
 }

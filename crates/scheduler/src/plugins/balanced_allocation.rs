@@ -66,8 +66,8 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         return Scored::Skip;
     }
     fit::ask(cycle, world);
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        *score = fit::answer(cycle, world, *slot).balanced.into();
+    for (answer, score) in fit::answers(cycle, world, slots).zip(scores) {
+        *score = answer.balanced.into();
     }
     Scored::Each
 }

@@ -7,7 +7,7 @@ use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::requests::{CPU, MEMORY, amounts};
-use crate::shapes::{Answer, ShapeId, ShapeKey};
+use crate::shapes::{Answer, ShapeId, ShapeKey, current};
 use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, Placed, STORAGE_COLUMN, Slot};
 use k8s_openapi::api::core::v1::Node;
 use std::sync::Arc;
@@ -141,20 +141,28 @@ fn wanted(pod: &PodInfo, args: &FitArgs, table: &NodeTable) -> Vec<Wanted> {
     common.chain(others).filter(|(_, amount, _)| *amount > 0).collect()
 }
 
-/// What a node says to the pod about resources; [`ask`] must have been called.
-pub fn answer(cycle: &Cycle, world: &World, slot: Slot) -> Answer {
-    let table = &world.table;
+/// What nodes say to the pod about resources; [`ask`] must have been called.
+#[inline]
+pub fn answers<'a>(
+    cycle: &'a Cycle,
+    world: &'a World,
+    slots: &'a [Slot],
+) -> impl Iterator<Item = Answer> + 'a {
     let shape = cycle.fit.shape.expect("whoever reads answers has asked");
-    table.shapes.answer(shape, slot, table.versions[slot], || {
-        let refusal = refusal(cycle, world, slot);
-        // Nobody scores a node without room.
-        if refusal != 0 {
-            return Answer { refusal, ..Answer::default() };
-        }
-        let fit = suits(&cycle.profile.args.fit.strategy, &cycle.fit.measured, table, slot);
-        let balanced = cycle.balanced.score(table, slot);
-        Answer { refusal, fit: fit as i16, balanced: balanced as i16, ..Answer::default() }
-    })
+    let (given, versions) = (world.table.shapes.answers(shape), &world.table.versions);
+    slots.iter().map(move |&slot| current(&given[slot], versions[slot], || work_out(cycle, world, slot)))
+}
+
+#[cold]
+fn work_out(cycle: &Cycle, world: &World, slot: Slot) -> Answer {
+    let refusal = refusal(cycle, world, slot);
+    // Nobody scores a node without room.
+    if refusal != 0 {
+        return Answer { refusal, ..Answer::default() };
+    }
+    let fit = suits(&cycle.profile.args.fit.strategy, &cycle.fit.measured, &world.table, slot);
+    let balanced = cycle.balanced.score(&world.table, slot);
+    Answer { refusal, fit: fit as i16, balanced: balanced as i16, ..Answer::default() }
 }
 
 /// What is missing on a node: one bit for each thing.
@@ -246,9 +254,9 @@ fn takes(placed: &Placed, (column, _, name): &Wanted) -> i64 {
 }
 
 fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
-    for (slot, said) in slots.iter().zip(verdicts) {
+    for (answer, said) in answers(cycle, world, slots).zip(verdicts) {
         if *said == Verdict::Fits {
-            *said = verdict(answer(cycle, world, *slot).refusal);
+            *said = verdict(answer.refusal);
         }
     }
 }
@@ -302,8 +310,8 @@ impl Measured {
 
 fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     ask(cycle, world);
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        *score = answer(cycle, world, *slot).fit.into();
+    for (answer, score) in answers(cycle, world, slots).zip(scores) {
+        *score = answer.fit.into();
     }
     Scored::Each
 }
