@@ -1,6 +1,7 @@
 //! The whole scheduler against an in-memory API.
 
 use super::*;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Event;
 use knarr_client::testing::{FakeApi, Faults};
 use kube::api::DeleteParams;
@@ -293,12 +294,14 @@ profiles:
 }
 
 /// An extender on loopback: answers each POST with what `answer` makes of path and body.
-async fn extender(answer: fn(&str, &Value) -> Value) -> String {
+async fn extender(answer: impl Fn(&str, &Value) -> Value + Send + Sync + 'static) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let answer = Arc::new(answer);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
+            let answer = answer.clone();
             tokio::spawn(async move {
                 let mut bytes = Vec::new();
                 loop {
@@ -380,6 +383,203 @@ extenders:
     cluster.api.wait_for::<Pod>("the refusal", told).await;
 }
 
+fn with_extender(settings: &str) -> Cluster {
+    let config = format!(
+        "
+apiVersion: kubescheduler.config.k8s.io/v1
+kind: KubeSchedulerConfiguration
+podInitialBackoffSeconds: 1
+podMaxBackoffSeconds: 1
+extenders:
+- {{{settings}}}
+"
+    );
+    Cluster::with(crate::Config::parse(&config).unwrap())
+}
+
+#[tokio::test]
+async fn an_extender_binds_in_our_stead() {
+    let (asked, mut questions) = tokio::sync::mpsc::unbounded_channel();
+    let refusals = Arc::new(std::sync::atomic::AtomicUsize::new(1));
+    let url = extender(move |path, args| {
+        asked.send((path.to_owned(), args.clone())).unwrap();
+        // The first time it has a reason not to.
+        match refusals.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) {
+            1 => json!({"Error": "the licence server is down"}),
+            _ => json!({}),
+        }
+    })
+    .await;
+    let cluster = with_extender(&format!("urlPrefix: '{url}', bindVerb: bind"));
+    cluster.node("n1", "4").await;
+    cluster.pod("p", "1", json!({})).await;
+    let failed = |events: &[Event]| {
+        events.iter().any(|event| {
+            let message = event.message.as_deref().unwrap_or_default();
+            event.reason.as_deref() == Some("FailedScheduling") && message.contains("licence server is down")
+        })
+    };
+    cluster.api.wait_for::<Event>("the refusal told", failed).await;
+    for _ in 0..2 {
+        let (path, args) = questions.recv().await.unwrap();
+        assert_eq!(path, "/ext/bind");
+        let named = [&args["PodName"], &args["PodNamespace"], &args["Node"]];
+        assert_eq!(named, ["p", "ns", "n1"]);
+    }
+    // What it did about the second question, only it knows; the pod counts as bound.
+    let told = |events: &[Event]| events.iter().any(|event| event.reason.as_deref() == Some("Scheduled"));
+    cluster.api.wait_for::<Event>("the binding told", told).await;
+    let bindings = cluster.api.take_writes();
+    assert!(bindings.iter().all(|write| !write.ends_with("/binding")), "we bound, too: {bindings:?}");
+}
+
+#[tokio::test]
+async fn an_extender_chooses_whose_victims_go() {
+    let url = extender(|path, args| {
+        assert_eq!(path, "/ext/preempt");
+        let victims = &args["NodeNameToMetaVictims"];
+        assert!(["n1", "n2", "n3"].iter().all(|node| victims[node]["Pods"][0]["UID"].is_string()), "{args}");
+        json!({"nodeNameToMetaVictims": {"n2": victims["n2"]}})
+    })
+    .await;
+    let cluster = with_extender(&format!("urlPrefix: '{url}', preemptVerb: preempt, nodeCacheCapable: true"));
+    for name in ["n1", "n2", "n3"] {
+        cluster.node(name, "4").await;
+        cluster.pod(&format!("low-{name}"), "3", json!({})).await;
+    }
+    cluster.api.wait_for::<Pod>("the low pods bound", |pods| bound(pods) == 3).await;
+    cluster.pod("high", "3", json!({"priority": 10})).await;
+    let promised = |pods: &[Pod]| find(pods, "high").and_then(|high| nominated(high)) == Some("n2");
+    let pods = cluster.api.wait_for::<Pod>("the node of its choice promised", promised).await;
+    let left: Vec<Option<String>> =
+        pods.iter().filter_map(|pod| node_of(pod).map(|n| Some(n.to_owned()))).collect();
+    assert!(left.contains(&Some("n1".to_owned())) && left.contains(&Some("n3".to_owned())), "{left:?}");
+}
+
+#[tokio::test]
+async fn without_the_extender_that_must_agree_nobody_goes() {
+    let cluster = with_extender("urlPrefix: 'http://127.0.0.1:1/ext', preemptVerb: preempt");
+    cluster.node("n1", "4").await;
+    cluster.pod("low", "3", json!({})).await;
+    cluster.api.wait_for::<Pod>("the low pod bound", |pods| bound(pods) == 1).await;
+    cluster.pod("high", "3", json!({"priority": 10})).await;
+    let told = |events: &[Event]| events.iter().any(|e| e.reason.as_deref() == Some("FailedScheduling"));
+    cluster.api.wait_for::<Event>("the refusal told", told).await;
+    let pods = cluster.api.objects::<Pod>();
+    assert_eq!((pods.len(), nominated(find(&pods, "high").unwrap())), (2, None));
+}
+
+const ELECTED: &str = "
+apiVersion: kubescheduler.config.k8s.io/v1
+kind: KubeSchedulerConfiguration
+leaderElection: {leaderElect: true}
+";
+
+async fn lease(api: &FakeApi) -> (Api<Lease>, Lease) {
+    let leases: Api<Lease> = Api::namespaced(api.client(), "kube-system");
+    api.wait_for::<Lease>("a lease", |leases| !leases.is_empty()).await;
+    let lease = leases.get("kube-scheduler").await.unwrap();
+    (leases, lease)
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_schedulers_one_decides_and_each_pod_is_bound_once() {
+    let mut cluster = Cluster::new(1, Faults::default());
+    // The cluster's own scheduler is not wanted here.
+    cluster._stop = CancellationToken::new().drop_guard();
+    cluster.api.settle(Duration::from_secs(1)).await;
+    let config = crate::Config::parse(ELECTED).unwrap();
+    let stops: Vec<CancellationToken> = (0..2).map(|_| CancellationToken::new()).collect();
+    let schedulers: Vec<_> = stops
+        .iter()
+        .map(|stop| {
+            let informers = Informers::new(cluster.api.client());
+            tokio::spawn(Scheduler::run_with(informers, config.clone(), stop.clone()))
+        })
+        .collect();
+    cluster.node("n1", "64").await;
+    cluster.api.take_writes();
+    let mut expected = 0;
+    let mut holders = BTreeSet::new();
+    for term in 0..4 {
+        for number in 0..5 {
+            cluster.pod(&format!("p{term}-{number}"), "1", json!({})).await;
+        }
+        expected += 5;
+        cluster.api.wait_for::<Pod>("all bound", |pods| bound(pods) == expected).await;
+        let (leases, mut held) = lease(&cluster.api).await;
+        let spec = held.spec.as_mut().unwrap();
+        holders.insert(spec.holder_identity.replace("an intruder".to_owned()).unwrap());
+        // Whoever led finds the lease in other hands; both stand again, and one leads once it has run out.
+        leases.replace("kube-scheduler", &PostParams::default(), &held).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        cluster.pod(&format!("late-{term}"), "1", json!({})).await;
+        expected += 1;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(bound(&cluster.api.objects::<Pod>()), expected - 1, "nobody leads, so nobody binds");
+        cluster.api.wait_for::<Pod>("the late pod bound", |pods| bound(pods) == expected).await;
+    }
+    assert!(holders.len() >= 4, "each term has a candidacy of its own: {holders:?}");
+    let mut bindings: Vec<String> =
+        cluster.api.take_writes().into_iter().filter(|write| write.ends_with("/binding")).collect();
+    bindings.sort();
+    let all = bindings.len();
+    bindings.dedup();
+    assert_eq!((all, bindings.len()), (expected, expected), "each pod is bound once");
+    // A leader that goes in peace gives the lease back: the other need not wait for it to run out.
+    let (_, held) = lease(&cluster.api).await;
+    stops[0].cancel();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    cluster.pod("last", "1", json!({})).await;
+    let begin = Instant::now();
+    cluster.api.wait_for::<Pod>("the last pod bound", |pods| bound(pods) == expected + 1).await;
+    assert!(begin.elapsed() < Duration::from_secs(5), "it took {:?}, held by {held:?}", begin.elapsed());
+    stops[1].cancel();
+    for scheduler in schedulers {
+        scheduler.await.unwrap();
+    }
+}
+
+/// What a term left undone, the next one does: the very same scheduler, with the watches it has.
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_binding_was_cut_off_is_bound_in_the_next_term() {
+    let api = FakeApi::new();
+    let informers = Informers::new(api.client());
+    let recorder = Recorder::new(api.client(), Clock::System, "test", "");
+    let scheduler = Scheduler::new(crate::Config::default(), &informers, &recorder, Clock::System, 1);
+    let watchers = Arc::weak_count(&scheduler.shared);
+    for term in 0..3 {
+        let stop = CancellationToken::new();
+        let cluster = Cluster {
+            api: api.clone(),
+            client: api.client(),
+            _informers: informers.clone(),
+            _stop: CancellationToken::new().drop_guard(),
+        };
+        if term == 0 {
+            cluster.node("n1", "64").await;
+        }
+        cluster.pod(&format!("p{term}"), "1", json!({})).await;
+        // Every write fails for now, so the pod is in work when the term ends.
+        api.set_faults(Faults { error: 1.0, ..Faults::default() });
+        let term_length = Duration::from_millis(700);
+        let _ = tokio::time::timeout(term_length, scheduler.decide_until(&stop)).await;
+        stop.cancel();
+        scheduler.stand_down();
+        assert!(scheduler.shared.state.lock().assumed.is_empty(), "nothing is promised to nobody");
+        api.set_faults(Faults::default());
+        let stop = CancellationToken::new();
+        let all_bound = api.wait_for::<Pod>("all bound", |pods| bound(pods) == term + 1);
+        tokio::select! {
+            () = scheduler.decide_until(&stop) => panic!("nobody stopped it"),
+            _ = all_bound => {}
+        }
+        stop.cancel();
+        scheduler.stand_down();
+    }
+    assert_eq!(Arc::weak_count(&scheduler.shared), watchers, "terms add no watches");
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_was_done_is_counted_under_upstream_s_names() {
     let cluster = Cluster::with(crate::Config::default());
@@ -387,9 +587,33 @@ async fn what_was_done_is_counted_under_upstream_s_names() {
     cluster.pod("p", "3", json!({})).await;
     cluster.api.wait_for::<Pod>("the pod bound", |pods| bound(pods) == 1).await;
     let text = crate::metrics::print();
+    cluster.pod("too-big", "30", json!({})).await;
+    cluster.pod("gated", "1", json!({"schedulingGates": [{"name": "wait"}]})).await;
+    let told = |events: &[Event]| events.iter().any(|e| e.reason.as_deref() == Some("FailedScheduling"));
+    cluster.api.wait_for::<Event>("the refusal told", told).await;
+    let text = text + &crate::metrics::print();
+    let point = |point: &str, status: &str| {
+        format!(
+            "scheduler_framework_extension_point_duration_seconds_bucket{{extension_point=\"{point}\",\
+             profile=\"default-scheduler\",status=\"{status}\",le=\"0.0001\"}}"
+        )
+    };
     for name in [
         "scheduler_schedule_attempts_total{profile=\"default-scheduler\",result=\"scheduled\"}",
         "scheduler_pending_pods{queue=\"active\"}",
+        "scheduler_pending_pods{queue=\"gated\"} ",
+        "scheduler_preemption_victims_bucket{le=\"64\"}",
+        "scheduler_preemption_attempts_total",
+        "scheduler_queue_incoming_pods_total{event=\"UnschedulablePodAdd\",queue=\"active\"}",
+        "scheduler_queue_incoming_pods_total{event=\"UnschedulablePodAdd\",queue=\"unschedulable\"}",
+        "scheduler_queue_incoming_pods_total{event=\"ScheduleAttemptFailure\",queue=\"unschedulable\"}",
+        "scheduler_plugin_execution_duration_seconds_count{extension_point=\"Filter\",\
+         plugin=\"NodeResourcesFit\",status=\"Success\"}",
+        &point("PreFilter", "Success"),
+        &point("Filter", "Unschedulable"),
+        &point("PostFilter", "Unschedulable"),
+        &point("PreBind", "Success"),
+        &point("Bind", "Success"),
     ] {
         assert!(text.contains(name), "{name} is missing in\n{text}");
     }
