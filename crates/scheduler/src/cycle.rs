@@ -637,6 +637,23 @@ pub mod inspect {
 
     use super::*;
 
+    /// Lets `look` see what the filters left, if it is nothing.
+    pub fn refused(
+        pod: &PodInfo,
+        profile: &Profile,
+        world: &mut World,
+        look: impl FnOnce(&Cycle, &mut World, &Found),
+    ) {
+        let mut cycle = Cycle::begin(pod, profile, world);
+        let mut chooser = Chooser::new(<rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0));
+        if let Ok(found) = find(&mut cycle, world, &mut chooser, None)
+            && found.fitting.is_empty()
+        {
+            look(&cycle, world, &found);
+        }
+        cycle.end(world);
+    }
+
     /// Every node that fits with its total score, or the refusal's message.
     pub fn judge(pod: &PodInfo, profile: &Profile, world: &mut World) -> Result<Vec<(String, i64)>, String> {
         let mut cycle = Cycle::begin(pod, profile, world);

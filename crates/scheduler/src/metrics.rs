@@ -196,6 +196,7 @@ impl Metrics {
         let mut state = self.state.lock();
         state.algorithm.observe(ATTEMPT_BUCKETS, took.as_secs_f64());
         for (point, status, took) in &timing.points {
+            state.preemption_attempts += u64::from(*point == Point::PostFilter);
             state.point(profile, *point, *status, *took);
         }
         for (plugin, point, status, took) in &timing.plugins {
@@ -222,12 +223,9 @@ impl Metrics {
         *self.state.lock().incoming.entry((queue, event)).or_default() += 1;
     }
 
+    /// So many pods have to go for one.
     pub fn preempted(&self, victims: usize) {
-        let mut state = self.state.lock();
-        state.preemption_attempts += 1;
-        if victims > 0 {
-            state.victims.observe(VICTIMS, victims as f64);
-        }
+        self.state.lock().victims.observe(VICTIMS, victims as f64);
     }
 
     fn print(&self) -> String {

@@ -360,3 +360,99 @@ impl Budgets {
         broken
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cycle::inspect;
+    use crate::profile::Profile;
+    use k8s_openapi::api::core::v1::{Node, Pod};
+    use rand::SeedableRng;
+    use rand::rngs::SmallRng;
+    use serde_json::json;
+
+    fn pod(name: &str, random: &mut SmallRng, priority: i32) -> Arc<PodInfo> {
+        let mut requests = json!({"cpu": format!("{}00m", random.random_range(0..20))});
+        if random.random_bool(0.3) {
+            requests["x.io/device"] = json!("1");
+        }
+        let pod = json!({
+            "metadata": {"name": name, "namespace": "ns", "uid": name, "labels": {"app": random.random_range(0..3).to_string()}},
+            "spec": {"containers": [{"name": "c", "resources": {"requests": requests}}], "priority": priority},
+            // No two alike, so that there is one order.
+            "status": {"startTime": jiff::Timestamp::from_second(name[1..].parse().unwrap()).unwrap().to_string()},
+        });
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        Arc::new(PodInfo::new(Arc::new(pod)))
+    }
+
+    fn world(random: &mut SmallRng) -> World {
+        let mut world = World::default();
+        for number in 0..6 {
+            let node = json!({
+                "metadata": {"name": format!("n{number}")},
+                "status": {"allocatable": {"cpu": "4", "pods": random.random_range(2..9).to_string(), "x.io/device": "2"}},
+            });
+            let node: Node = serde_json::from_value(node).unwrap();
+            world.table.set_node(Arc::new(node));
+        }
+        for number in 0..30 {
+            let priority = random.random_range(0..4);
+            let pod = pod(&format!("p{number}"), random, priority);
+            world.table.add_pod(&format!("n{}", random.random_range(0..6)), pod);
+        }
+        for app in 0..2 {
+            let budget = json!({
+                "metadata": {"name": format!("b{app}"), "namespace": "ns"},
+                "spec": {"selector": {"matchLabels": {"app": app.to_string()}}},
+                "status": {"disruptionsAllowed": app, "currentHealthy": 1, "desiredHealthy": 1, "expectedPods": 1},
+            });
+            let budget: PodDisruptionBudget = serde_json::from_value(budget).unwrap();
+            world.objects.budgets.set(&knarr_client::Change::Added(Arc::new(budget)));
+        }
+        world
+    }
+
+    type Told = Result<(Vec<String>, usize, i64), Option<(PluginId, u32)>>;
+
+    fn told(result: Result<(), Useless>, harm: Harm) -> Told {
+        match result {
+            Err(Useless::NoVictims) => Err(None),
+            Err(Useless::Refused(plugin, code)) => Err(Some((plugin, code))),
+            Ok(()) => {
+                let mut names: Vec<String> =
+                    harm.pods.unwrap().iter().map(|pod| pod.key.name.clone()).collect();
+                names.sort();
+                Ok((names, harm.violations, harm.started))
+            }
+        }
+    }
+
+    #[test]
+    fn sums_name_the_same_victims_as_removing_pods_and_looking() {
+        let profile = Profile::default();
+        let mut named = 0;
+        for seed in 0..60 {
+            let random = &mut SmallRng::seed_from_u64(seed);
+            let mut world = world(random);
+            let important = pod("p1000", random, 3);
+            inspect::refused(&important, &profile, &mut world, |cycle, world, found| {
+                let mut trial = Trial::new(cycle, world, found);
+                assert!(trial.only_resources, "the pod has no rules about others");
+                for &slot in &found.refused {
+                    let ask = |trial: &mut Trial, world: &mut World| {
+                        let mut harm = Harm { pods: Some(Vec::new()), ..Harm::default() };
+                        told(trial.try_node(world, slot, &mut harm), harm)
+                    };
+                    let reckoned = ask(&mut trial, world);
+                    trial.only_resources = false;
+                    let seen = ask(&mut trial, world);
+                    trial.only_resources = true;
+                    assert_eq!(reckoned, seen, "seed {seed}, node {}", world.table.names[slot]);
+                    named += usize::from(seen.is_ok());
+                }
+            });
+        }
+        assert!(named > 50, "only {named} nodes had victims: the test shows little");
+    }
+}

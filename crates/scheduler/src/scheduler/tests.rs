@@ -469,6 +469,115 @@ async fn without_the_extender_that_must_agree_nobody_goes() {
     assert_eq!((pods.len(), nominated(find(&pods, "high").unwrap())), (2, None));
 }
 
+/// As the workload of the benchmark: gated pods do not hold up others, and go when they may, the most important first.
+#[tokio::test(start_paused = true)]
+async fn gated_pods_cost_the_others_nothing_and_go_when_their_gates_do() {
+    let cluster = Cluster::with(crate::Config::default());
+    for number in 0..10 {
+        cluster.node(&format!("n{number}"), "10").await;
+    }
+    for number in 0..50 {
+        let priority = if number % 2 == 0 { 5 } else { 0 };
+        let gates = json!({"schedulingGates": [{"name": "a"}, {"name": "b"}], "priority": priority});
+        cluster.pod(&format!("gated-{number}"), "1", gates).await;
+        cluster.pod(&format!("plain-{number}"), "1", json!({})).await;
+    }
+    cluster.api.wait_for::<Pod>("the plain pods bound", |pods| bound(pods) == 50).await;
+    let api: Api<Pod> = Api::namespaced(cluster.client.clone(), "ns");
+    let gates = |left: Value| Patch::Merge(json!({"spec": {"schedulingGates": left}}));
+    for number in 0..50 {
+        let name = format!("gated-{number}");
+        api.patch(&name, &PatchParams::default(), &gates(json!([{"name": "b"}]))).await.unwrap();
+    }
+    cluster.api.settle(Duration::from_secs(60)).await;
+    assert_eq!(bound(&cluster.api.objects::<Pod>()), 50, "one gate of two is enough to wait");
+    for number in 0..50 {
+        api.patch(&format!("gated-{number}"), &PatchParams::default(), &gates(json!(null))).await.unwrap();
+    }
+    cluster.api.wait_for::<Pod>("all pods bound", |pods| bound(pods) == 100).await;
+}
+
+/// As the workload of the benchmark: all kinds of pods, while nodes and pods come and go, and writes fail.
+#[tokio::test(start_paused = true)]
+async fn all_kinds_of_pods_find_their_nodes_while_nodes_and_pods_come_and_go() {
+    for seed in 0..3 {
+        let faults = Faults { conflict: 0.05, error: 0.1, drop_watch: 0.05, duplicate: 0.1 };
+        let cluster = Cluster::new(seed, faults);
+        let node = |number: usize| {
+            json!({
+                "metadata": {"name": format!("n{number}"), "labels": {
+                    HOST: format!("n{number}"), ZONE: format!("z{}", number % 3),
+                }},
+                "status": {"allocatable": {"cpu": "16", "memory": "8Gi", "pods": "110"}},
+            })
+        };
+        let nodes: Api<Node> = Api::all(cluster.client.clone());
+        let add = async |number: usize| {
+            let node: Node = serde_json::from_value(node(number)).unwrap();
+            while nodes.create(&PostParams::default(), &node).await.is_err_and(|error| !is(&error, 409)) {}
+        };
+        for number in 0..9 {
+            add(number).await;
+        }
+        let term = |topology: &str, app: &str| json!([{"topologyKey": topology, "labelSelector": {"matchLabels": {"app": app}}}]);
+        let required = |term: Value| json!({"requiredDuringSchedulingIgnoredDuringExecution": term});
+        let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), "ns");
+        for number in 0..36 {
+            let (app, spec) = match number % 4 {
+                0 => ("plain", json!({})),
+                1 => ("near", json!({"affinity": {"podAffinity": required(term(ZONE, "near"))}})),
+                2 => ("apart", json!({"affinity": {"podAntiAffinity": required(term(HOST, "apart"))}})),
+                _ => (
+                    "even",
+                    json!({"topologySpreadConstraints": [{
+                        "maxSkew": 1, "topologyKey": ZONE, "whenUnsatisfiable": "DoNotSchedule",
+                        "labelSelector": {"matchLabels": {"app": "even"}},
+                    }]}),
+                ),
+            };
+            let mut pod = json!({
+                "metadata": {"name": format!("p{number}"), "labels": {"app": app}}, "spec": spec,
+            });
+            pod["spec"]["containers"] = json!([{"name": "c", "resources": {"requests": {"cpu": "1"}}}]);
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            while pods.create(&PostParams::default(), &pod).await.is_err() {}
+            // A node without pods comes and goes, and with it a pod that fits nowhere else.
+            match number % 6 {
+                0 => cluster.pod(&format!("passing-{number}"), "100", json!({})).await,
+                3 => add(100).await,
+                5 => {
+                    while nodes.delete("n100", &DeleteParams::default()).await.is_err_and(|e| !is(&e, 404)) {}
+                }
+                _ => {}
+            }
+        }
+        let settled = |pods: &[Pod]| bound(pods) == 36;
+        let there = cluster.api.wait_for::<Pod>("all but the passing pods bound", settled).await;
+        let on = |app: &str| -> Vec<&str> {
+            let of_app = there.iter().filter(|pod| {
+                pod.metadata.labels.as_ref().is_some_and(|labels| labels.get("app").is_some_and(|a| a == app))
+            });
+            of_app.filter_map(|pod| node_of(pod)).collect()
+        };
+        let zone = |node: &str| node[1..].parse::<usize>().unwrap() % 3;
+        let near: BTreeSet<usize> = on("near").into_iter().map(zone).collect();
+        assert_eq!(near.len(), 1, "seed {seed}: {:?}", on("near"));
+        let apart: BTreeSet<&str> = on("apart").into_iter().collect();
+        assert_eq!(apart.len(), 9, "seed {seed}: {:?}", on("apart"));
+        let even = on("even");
+        for number in 0..3 {
+            assert_eq!(even.iter().filter(|node| zone(node) == number).count(), 3, "seed {seed}: {even:?}");
+        }
+    }
+}
+
+const HOST: &str = "kubernetes.io/hostname";
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+fn is(error: &kube::Error, code: u16) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == code)
+}
+
 const ELECTED: &str = "
 apiVersion: kubescheduler.config.k8s.io/v1
 kind: KubeSchedulerConfiguration
