@@ -295,44 +295,123 @@ profiles:
 
 /// An extender on loopback: answers each POST with what `answer` makes of path and body.
 async fn extender(answer: impl Fn(&str, &Value) -> Value + Send + Sync + 'static) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let answer = Arc::new(answer);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let answer = Arc::new(answer);
     tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let answer = answer.clone();
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream, answer.clone()));
+        }
+    });
+    format!("http://{address}/ext")
+}
+
+/// The same over TLS.
+async fn extender_with_tls(
+    tls: rustls::ServerConfig,
+    answer: impl Fn(&str, &Value) -> Value + Send + Sync + 'static,
+) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (answer, acceptor) = (Arc::new(answer), tokio_rustls::TlsAcceptor::from(Arc::new(tls)));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (answer, acceptor) = (answer.clone(), acceptor.clone());
             tokio::spawn(async move {
-                let mut bytes = Vec::new();
-                loop {
-                    let text = String::from_utf8_lossy(&bytes).into_owned();
-                    if let Some((head, body)) = text.split_once("\r\n\r\n") {
-                        let length = head.to_lowercase();
-                        let length =
-                            length.split("content-length: ").nth(1).and_then(|rest| rest.lines().next());
-                        if body.len() >= length.and_then(|n| n.trim().parse().ok()).unwrap_or(0) {
-                            let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
-                            let body =
-                                answer(&path, &serde_json::from_str(body).unwrap_or_default()).to_string();
-                            let head = format!(
-                                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-                                body.len()
-                            );
-                            stream.write_all((head + &body).as_bytes()).await.unwrap();
-                            bytes.clear();
-                            continue;
-                        }
-                    }
-                    let mut more = [0; 65536];
-                    match stream.read(&mut more).await {
-                        Ok(0) | Err(_) => return,
-                        Ok(read) => bytes.extend_from_slice(&more[..read]),
-                    }
+                if let Ok(stream) = acceptor.accept(stream).await {
+                    serve(stream, answer).await;
                 }
             });
         }
     });
-    format!("http://{address}/ext")
+    format!("localhost:{port}/ext")
+}
+
+async fn serve(
+    mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    answer: Arc<impl Fn(&str, &Value) -> Value>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut bytes = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head.to_lowercase();
+            let length = length.split("content-length: ").nth(1).and_then(|rest| rest.lines().next());
+            if body.len() >= length.and_then(|n| n.trim().parse().ok()).unwrap_or(0) {
+                let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+                let body = answer(&path, &serde_json::from_str(body).unwrap_or_default()).to_string();
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+                    body.len()
+                );
+                if stream.write_all((head + &body).as_bytes()).await.is_err() {
+                    return;
+                }
+                bytes.clear();
+                continue;
+            }
+        }
+        let mut more = [0; 65536];
+        match stream.read(&mut more).await {
+            Ok(0) | Err(_) => return,
+            Ok(read) => bytes.extend_from_slice(&more[..read]),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_extender_over_tls_proves_who_it_is_and_so_do_we() {
+    use base64::Engine;
+    use rustls::pki_types::PrivateKeyDer;
+    let encoded = |pem: String| base64::engine::general_purpose::STANDARD.encode(pem);
+    let of = |name: &str| rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
+    let (server, client, stranger) = (of("localhost"), of("scheduler"), of("localhost"));
+    let mut clients = rustls::RootCertStore::empty();
+    clients.add(client.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(clients), provider.clone());
+    let tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier.build().unwrap())
+        .with_single_cert(
+            vec![server.cert.der().clone()],
+            PrivateKeyDer::try_from(server.signing_key.serialize_der()).unwrap(),
+        )
+        .unwrap();
+    let url = extender_with_tls(tls, |_, args| {
+        let names: Vec<&Value> =
+            args["NodeNames"].as_array().unwrap().iter().filter(|n| **n == "n2").collect();
+        json!({"nodenames": names})
+    })
+    .await;
+    let ours = format!(
+        "certData: {}, keyData: {}",
+        encoded(client.cert.pem()),
+        encoded(client.signing_key.serialize_pem())
+    );
+    let known = |authority: &str| {
+        format!(
+            "urlPrefix: '{url}', enableHTTPS: true, filterVerb: filter, nodeCacheCapable: true, tlsConfig: \
+             {{caData: {authority}, {ours}}}"
+        )
+    };
+    let told = |events: &[Event]| events.iter().any(|e| e.reason.as_deref() == Some("FailedScheduling"));
+    for (authority, trusted) in [(server.cert.pem(), true), (stranger.cert.pem(), false)] {
+        let cluster = with_extender(&known(&encoded(authority)));
+        cluster.node("n1", "4").await;
+        cluster.node("n2", "4").await;
+        cluster.pod("p", "1", json!({})).await;
+        if !trusted {
+            cluster.api.wait_for::<Event>("the pod waits for an extender it can trust", told).await;
+            assert_eq!(bound(&cluster.api.objects::<Pod>()), 0);
+            continue;
+        }
+        let pods = cluster.api.wait_for::<Pod>("the pod bound", |pods| bound(pods) == 1).await;
+        assert_eq!(node_named(&pods, "p").as_deref(), Some("n2"));
+    }
 }
 
 #[tokio::test]
