@@ -6,6 +6,8 @@
 //! Invariant: a scheduling cycle does no I/O. It reads the table and decides; only `scheduler`, `writes` and `extender`
 //! talk to others.
 
+/// Events of bound pods.
+mod announcer;
 /// `KubeSchedulerConfiguration`.
 mod config;
 /// One decision: filter, score, choose, or explain.

@@ -1,6 +1,7 @@
 //! The wiring: watches feed table and queue; one task decides pod after pod; what follows from a decision is written in
 //! the background (`writes`). Lock order: there is one lock, and no I/O happens under it.
 
+use crate::announcer::Announcer;
 use crate::config::Config;
 use crate::cycle::{Advice, Chooser, Decision, Refusal, decide, fitting_nodes};
 use crate::event::{ClusterEvent, node_matters};
@@ -50,6 +51,7 @@ pub(crate) struct Shared {
     pub client: Client,
     pub clock: Clock,
     recorder: Recorder,
+    pub announcer: Announcer,
     pub pods: Informer<Pod>,
     pub state: Mutex<State>,
     changed: Notify,
@@ -115,6 +117,7 @@ impl Scheduler {
             client: informers.client(),
             clock,
             recorder: recorder.clone(),
+            announcer: Announcer::new(informers.client()),
             pods: informers.get(),
             state: Mutex::new(state),
             changed: Notify::new(),
@@ -250,8 +253,10 @@ impl Shared {
             };
             let Some(outcome) = outcome else {
                 drop(permit);
+                self.announcer.set_busy(false);
                 return self.wait(deadline).await;
             };
+            self.announcer.set_busy(true);
             // Volumes may take minutes: who waits for them keeps nobody else from being written.
             let permit = (!outcome.waits_for_volumes()).then_some(permit);
             let (this, stop) = (self.clone(), term.stop.clone());

@@ -52,7 +52,13 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, outcome: Outcome) {
     }
 }
 
-async fn bind_and_tell(shared: &Shared, attempt: &Attempt, node: &str, plan: &VolumePlan, began: Instant) {
+async fn bind_and_tell(
+    shared: &Shared,
+    attempt: &Attempt,
+    node: &Arc<str>,
+    plan: &VolumePlan,
+    began: Instant,
+) {
     let pod = &attempt.pod;
     let measured = |point, begin: std::time::Instant, succeeded| {
         let status = if succeeded { Status::Success } else { Status::Error };
@@ -73,8 +79,7 @@ async fn bind_and_tell(shared: &Shared, attempt: &Attempt, node: &str, plan: &Vo
     match result {
         Ok(()) => {
             shared.update(|state| state.bound(&pod.key));
-            let message = format!("Successfully assigned {} to {node}", pod.key);
-            shared.recorder(pod).event(&*pod.pod, EventType::Normal, "Scheduled", message);
+            shared.announcer.bound(pod, node, shared.clock.time());
             let profile: Arc<str> = pod.scheduler_name().into();
             metrics().attempt(&profile, Attempted::Scheduled, began.elapsed());
             metrics().bound(attempt.attempts, attempt.since.elapsed());
