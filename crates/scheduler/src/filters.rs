@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 /// Sets kept; of more, those unused for longest are forgotten and made again when asked for.
 const FILTERS_MAX: usize = 512;
+/// In large clusters fewer: a set takes a byte for each node, and its list eight for each node in it.
+const FILTERS_BYTES_MAX: usize = 32 << 20;
 
 pub type FilterId = usize;
 
@@ -153,7 +155,7 @@ impl Filters {
             self.entry_mut(id).used = cycle;
             return id;
         }
-        if self.by_filter.len() >= FILTERS_MAX {
+        if self.by_filter.len() >= FILTERS_MAX.min(FILTERS_BYTES_MAX / nodes.len().max(1)) {
             self.forget_oldest(cycle);
         }
         let holds = |node: &Option<Arc<Node>>| node.as_ref().is_some_and(|node| filter.holds(node));

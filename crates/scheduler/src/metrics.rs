@@ -56,7 +56,8 @@ pub trait Gauges: Send + Sync {
     fn pending(&self) -> [usize; 4];
     /// Nodes, pods, assumed pods.
     fn cached(&self) -> [usize; 3];
-    fn refused_by(&self, plugin: usize) -> usize;
+    /// How many pods a plugin refused, by profile.
+    fn refused_by(&self, plugin: usize) -> BTreeMap<String, usize>;
 }
 
 #[derive(Default)]
@@ -333,9 +334,12 @@ fn print_gauges(text: &mut String, schedulers: &[Arc<dyn Gauges>]) {
     let name = "scheduler_unschedulable_pods";
     heading(text, name, "gauge", "Unschedulable pods, by the plugin that refused them.");
     for (id, plugin) in PLUGINS.iter().enumerate() {
-        let pods: usize = schedulers.iter().map(|scheduler| scheduler.refused_by(id)).sum();
-        if pods > 0 {
-            line(text, name, &format!("plugin=\"{}\"", plugin.name), pods);
+        let mut by_profile: BTreeMap<String, usize> = BTreeMap::new();
+        for (profile, pods) in schedulers.iter().flat_map(|scheduler| scheduler.refused_by(id)) {
+            *by_profile.entry(profile).or_default() += pods;
+        }
+        for (profile, pods) in by_profile {
+            line(text, name, &format!("plugin=\"{}\",profile=\"{profile}\"", plugin.name), pods);
         }
     }
 }

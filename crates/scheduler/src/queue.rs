@@ -266,9 +266,13 @@ impl Queue {
         [self.active.len(), self.backoff.len(), self.stale.len(), self.gated]
     }
 
-    /// How many unschedulable pods a plugin refused.
-    pub fn refused_by(&self, plugin: PluginId) -> usize {
-        self.refused.get(&Some(plugin)).map_or(0, HashSet::len)
+    /// How many unschedulable pods a plugin refused, by the scheduler they ask for.
+    pub fn refused_by(&self, plugin: PluginId) -> BTreeMap<String, usize> {
+        let mut pods = BTreeMap::new();
+        for key in self.refused.get(&Some(plugin)).into_iter().flatten() {
+            *pods.entry(self.entries[key].pod.scheduler_name().to_owned()).or_insert(0) += 1;
+        }
+        pods
     }
 
     fn requeue(&mut self, key: &ObjectKey, now: Instant, early: bool, event: &'static str) {

@@ -18,7 +18,7 @@ use knarr_client::{Change, Client, Clock, Informer, Informers, ObjectKey, Record
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
@@ -231,6 +231,7 @@ impl Scheduler {
 
     /// Somebody else decides from now on. What was being bound counts as not bound; where it was, the watch says so.
     fn stand_down(&self) {
+        self.shared.announcer.set_busy(false);
         self.shared.state.lock().stand_down();
     }
 }
@@ -606,7 +607,7 @@ impl Gauges for Shared {
         [state.world.table.live().len(), state.world.table.pods_len(), state.assumed.len()]
     }
 
-    fn refused_by(&self, plugin: usize) -> usize {
+    fn refused_by(&self, plugin: usize) -> BTreeMap<String, usize> {
         self.state.lock().queue.refused_by(plugin)
     }
 }

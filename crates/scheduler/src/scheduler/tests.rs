@@ -790,6 +790,7 @@ async fn what_was_done_is_counted_under_upstream_s_names() {
         "scheduler_schedule_attempts_total{profile=\"default-scheduler\",result=\"scheduled\"}",
         "scheduler_pending_pods{queue=\"active\"}",
         "scheduler_pending_pods{queue=\"gated\"} ",
+        "scheduler_unschedulable_pods{plugin=\"NodeResourcesFit\",profile=\"default-scheduler\"} ",
         "scheduler_preemption_victims_bucket{le=\"64\"}",
         "scheduler_preemption_attempts_total",
         "scheduler_queue_incoming_pods_total{event=\"UnschedulablePodAdd\",queue=\"active\"}",
