@@ -68,6 +68,7 @@ const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("storage.k8s.io", "v1", "csinodes", "CSINode", false),
     ("storage.k8s.io", "v1", "csistoragecapacities", "CSIStorageCapacity", true),
     ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
+    ("storage.k8s.io", "v1", "volumeattachments", "VolumeAttachment", false),
 ];
 
 /// What a test wants to go wrong. Probabilities are between 0 and 1.

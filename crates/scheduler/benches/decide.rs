@@ -1,4 +1,5 @@
-//! How long a decision takes, in memory, without an API server: `cargo bench -p knarr-scheduler [-- NODES]`.
+//! How long a decision takes, in memory, without an API server:
+//! `cargo bench -p knarr-scheduler --bench decide [-- NODES] [NAME …]`; of names, those workloads that contain one.
 //!
 //! Each workload fills a cluster and then decides and counts pods one after another; printed are the times of the
 //! decision alone, and the CPU time of everything a pod costs (its digest, the decision, counting it).
@@ -95,14 +96,36 @@ fn cpu_microseconds() -> f64 {
     text.split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1e3
 }
 
+/// Memory of this process in bytes.
+fn resident_bytes() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    text.split(' ').nth(1).and_then(|pages| pages.parse::<f64>().ok()).unwrap_or(f64::NAN) * 4096.0
+}
+
 fn main() {
-    let nodes = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(5_000);
-    println!("{nodes} nodes, {PODS} pods; times of one pod in microseconds");
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let nodes = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(5_000);
+    let names: Vec<&String> = args.iter().filter(|arg| arg.parse::<usize>().is_err()).collect();
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|part| name.contains(part.as_str()));
+    let (begin, before) = (Instant::now(), resident_bytes());
+    let empty = cluster(nodes);
+    println!(
+        "{nodes} nodes: {:.0} bytes and {:.1} us each to take in",
+        (resident_bytes() - before) / nodes as f64,
+        begin.elapsed().as_secs_f64() * 1e6 / nodes as f64,
+    );
+    drop(empty);
+    println!("{PODS} pods; times of one pod in microseconds");
     println!("{:<42} {:>8} {:>8} {:>16}", "workload", "p50", "p99", "CPU of whole pod");
-    for (name, make) in workloads() {
+    for (name, make) in workloads().into_iter().filter(|(name, _)| wanted(name)) {
         run(name, PODS, &mut cluster(nodes), &make);
     }
-    preemption(nodes);
+    if wanted("preemption") {
+        preemption(nodes);
+    }
+    if wanted("nodes that come and go") {
+        churn(nodes);
+    }
 }
 
 fn cluster(nodes: usize) -> Offline {
@@ -155,4 +178,33 @@ fn preemption(nodes: usize) {
     let cpu = (cpu_microseconds() - begin_cpu) / count as f64;
     let (middle, p99) = microseconds(times);
     println!("{:<42} {middle:>8.1} {p99:>8.1} {cpu:>16.1}", format!("preemption among {} pods", 4 * nodes));
+}
+
+/// Before every hundredth pod a node goes, one comes and one changes its labels.
+fn churn(nodes: usize) {
+    let mut scheduler = cluster(nodes);
+    let (mut times, mut number) = (Vec::new(), nodes);
+    let pods: Vec<Waiting> =
+        (0..PODS).map(|n| Offline::wait(pod(n, json!({"app": "a"}), spread("ScheduleAnyway")))).collect();
+    let begin_cpu = cpu_microseconds();
+    for (index, pod) in pods.iter().enumerate() {
+        let begin = Instant::now();
+        if index % 100 == 0 {
+            scheduler.remove_node(&format!("node-{}", number - nodes));
+            scheduler.set_node(node(number));
+            let mut changed = node(number - nodes / 2);
+            let labels = changed.metadata.labels.get_or_insert_default();
+            labels.insert("changed".to_owned(), index.to_string());
+            scheduler.set_node(changed);
+            number += 1;
+        }
+        let answer = scheduler.decide(pod);
+        times.push(begin.elapsed());
+        if let Answer::Node(node) = answer {
+            scheduler.place(pod, &node);
+        }
+    }
+    let cpu = (cpu_microseconds() - begin_cpu) / PODS as f64;
+    let (middle, p99) = microseconds(times);
+    println!("{:<42} {middle:>8.1} {p99:>8.1} {cpu:>16.1}", "nodes that come and go, one in 100 pods");
 }

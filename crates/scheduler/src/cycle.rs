@@ -1,8 +1,9 @@
 //! One decision, without I/O: which node, or why none. The wording is upstream's `FitError`.
 
+use crate::metrics::{Status, Timing};
 use crate::objects::World;
 use crate::plugins::{
-    BLOCK, Cycle, PLUGINS, PluginId, Prepared, Verdict, VolumePlan, plan_volumes, plugin_id,
+    BLOCK, Cycle, PLUGINS, PluginId, Point, Prepared, Scored, Verdict, VolumePlan, plan_volumes, plugin_id,
 };
 use crate::pod::PodInfo;
 use crate::preemption::{self, Preemption};
@@ -11,6 +12,7 @@ use crate::table::Slot;
 use rand::Rng;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// In larger clusters not all nodes are looked at: upstream's adaptive share, between these bounds.
 const NODES_TO_FIND_MIN: usize = 100;
@@ -63,6 +65,23 @@ pub struct Chooser<R> {
     pub start: usize,
     /// Breaks ties fairly.
     pub random: R,
+    /// How long the parts of the last decision took.
+    pub timing: Timing,
+    buffers: Buffers,
+}
+
+impl<R> Chooser<R> {
+    pub fn new(random: R) -> Self {
+        Chooser { start: 0, random, timing: Timing::default(), buffers: Buffers::default() }
+    }
+}
+
+/// Memory that every decision fills anew.
+#[derive(Debug, Default)]
+struct Buffers {
+    fitting: Vec<Slot>,
+    totals: Vec<i64>,
+    scores: Vec<i64>,
 }
 
 /// Decides for one pod.
@@ -90,7 +109,7 @@ pub fn fitting_nodes(
     let result = match find(&mut cycle, world, chooser, None) {
         Err(refusal) => Err(Decision::Unschedulable(refusal)),
         Ok(found) if found.fitting.is_empty() => {
-            Err(Decision::Unschedulable(Box::new(found.refuse(&cycle, world, &mut chooser.random))))
+            Err(Decision::Unschedulable(Box::new(found.refuse(&cycle, world, chooser))))
         }
         Ok(found) => Ok(found.fitting.iter().map(|slot| world.table.names[*slot].clone()).collect()),
     };
@@ -109,9 +128,13 @@ fn in_cycle(
         Err(refusal) => return Decision::Unschedulable(refusal),
     };
     if found.fitting.is_empty() {
-        return Decision::Unschedulable(Box::new(found.refuse(cycle, world, &mut chooser.random)));
+        return Decision::Unschedulable(Box::new(found.refuse(cycle, world, chooser)));
     }
-    let slot = best(cycle, world, &found.fitting, advice, &mut chooser.random);
+    let Chooser { random, buffers, timing, .. } = chooser;
+    let begin = Instant::now();
+    let slot = best(cycle, world, &found.fitting, advice, random, buffers, timing);
+    timing.point(Point::Score, Status::Success, begin);
+    buffers.fitting = found.fitting;
     Decision::Node(world.table.names[slot].clone(), plan_volumes(cycle, world, slot))
 }
 
@@ -121,12 +144,17 @@ fn find(
     chooser: &mut Chooser<impl Rng>,
     advice: Option<&Advice>,
 ) -> Result<Found, Box<Refusal>> {
+    chooser.timing.begin();
     let nodes = world.table.live().len();
     if nodes == 0 {
         let message = "no nodes available to schedule pods".to_owned();
         return Err(Box::new(Refusal { message, ..Refusal::default() }));
     }
-    let active = prepare(cycle, world).map_err(|(plugin, reason)| {
+    let begin = Instant::now();
+    let prepared = prepare(cycle, world, &mut chooser.timing);
+    let status = if prepared.is_ok() { Status::Success } else { Status::Hopeless };
+    chooser.timing.point(Point::PreFilter, status, begin);
+    let active = prepared.map_err(|(plugin, reason)| {
         let hopeless = format!("{nodes} Preemption is not helpful for scheduling");
         let preemption = preemption::ineligible(cycle, world, &[])
             .unwrap_or_else(|| explain(nodes, None, vec![hopeless], None));
@@ -138,14 +166,43 @@ fn find(
             ..Refusal::default()
         })
     })?;
-    Ok(Found { active, ..Found::default() }.look(cycle, world, &mut chooser.start, advice))
+    let mut fitting = std::mem::take(&mut chooser.buffers.fitting);
+    fitting.clear();
+    let begin = Instant::now();
+    let times = if chooser.timing.samples() {
+        vec![(Duration::ZERO, Status::Success); active.len()]
+    } else {
+        Vec::new()
+    };
+    let found = Found { active, fitting, times, ..Found::default() };
+    let found = found.look(cycle, world, &mut chooser.start, advice);
+    let status = if found.fitting.is_empty() { Status::Unschedulable } else { Status::Success };
+    chooser.timing.point(Point::Filter, status, begin);
+    for (id, (took, status)) in found.active.iter().zip(&found.times) {
+        chooser.timing.plugin(*id, Point::Filter, *status, *took);
+    }
+    Ok(found)
 }
 
 /// The filters that have something to say about the pod; or the rule that rejects it everywhere.
-fn prepare(cycle: &mut Cycle, world: &mut World) -> Result<Vec<PluginId>, (PluginId, String)> {
+fn prepare(
+    cycle: &mut Cycle,
+    world: &mut World,
+    timing: &mut Timing,
+) -> Result<Vec<PluginId>, (PluginId, String)> {
     let mut active = Vec::with_capacity(cycle.profile.filters.len());
     for &id in &cycle.profile.filters {
-        match PLUGINS[id].prepare.map_or(Prepared::Ready, |prepare| prepare(cycle, world)) {
+        let begin = timing.samples().then(Instant::now);
+        let prepared = PLUGINS[id].prepare.map_or(Prepared::Ready, |prepare| prepare(cycle, world));
+        if let Some(begin) = begin.filter(|_| PLUGINS[id].prepare.is_some()) {
+            let status = match prepared {
+                Prepared::Ready => Status::Success,
+                Prepared::Skip => Status::Skip,
+                Prepared::Rejected(_) => Status::Hopeless,
+            };
+            timing.plugin(id, Point::PreFilter, status, begin.elapsed());
+        }
+        match prepared {
             Prepared::Ready if PLUGINS[id].filter.is_some() => active.push(id),
             Prepared::Ready | Prepared::Skip => {}
             Prepared::Rejected(reason) => return Err((id, reason)),
@@ -215,6 +272,8 @@ pub struct Found {
     /// Nodes where the removal of pods could help.
     pub refused: Vec<Slot>,
     nodes: usize,
+    /// How long each active filter took for all nodes; empty if that is not measured.
+    times: Vec<(Duration, Status)>,
 }
 
 impl Found {
@@ -251,33 +310,70 @@ impl Found {
             None if cycle.profile.scores.is_empty() => 1,
             None => nodes_to_find(self.nodes, cycle.profile.percentage_of_nodes_to_score),
         };
-        let mut looked_at = 0;
-        let first = *start % self.nodes;
-        let nodes = self.nodes;
-        let place =
-            |offset: usize| if first + offset < nodes { first + offset } else { first + offset - nodes };
-        let one_by_one = advice.is_some() || world.table.has_nominated();
-        while looked_at < self.nodes && self.fitting.len() < enough {
-            let wanted = if one_by_one { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
-            let ahead = looked_at..self.nodes.min(looked_at + wanted);
-            let slots: Vec<Slot> = ahead.map(|offset| world.table.live()[place(offset)]).collect();
-            match one_by_one {
-                true => {
-                    self.look_at(cycle, world, slots[0], advice);
-                    looked_at += 1;
-                }
-                false => looked_at += self.look_at_many(cycle, world, &slots, enough),
+        let promised = promised_slots(cycle, world);
+        if let Some(near) = &cycle.near {
+            self.walk(cycle, world, near, &promised, enough, start, advice);
+            if !self.fitting.is_empty() {
+                return;
+            }
+            // It fits nowhere: why not, all nodes have to say.
+            let (active, times) = (std::mem::take(&mut self.active), std::mem::take(&mut self.times));
+            *self = Found { active, times, nodes: self.nodes, ..Found::default() };
+        }
+        let live = world.table.live().clone();
+        self.walk(cycle, world, &live, &promised, enough, start, advice);
+    }
+
+    /// Looks at nodes from where the last decision stopped, until enough of them fit.
+    #[allow(clippy::too_many_arguments)]
+    fn walk(
+        &mut self,
+        cycle: &Cycle,
+        world: &mut World,
+        slots: &[Slot],
+        promised: &[bool],
+        enough: usize,
+        start: &mut usize,
+        advice: Option<&Advice>,
+    ) {
+        if slots.is_empty() {
+            return;
+        }
+        let (before, after) = slots.split_at(*start % slots.len());
+        for part in [after, before] {
+            let mut ahead = part;
+            while !ahead.is_empty() && self.fitting.len() < enough {
+                // Somebody else's advice is asked for node by node, so these all have to be looked at.
+                let wanted =
+                    if advice.is_some() { 1 } else { (enough - self.fitting.len()).clamp(16, BLOCK) };
+                let (block, rest) = ahead.split_at(wanted.min(ahead.len()));
+                let looked_at = match advice {
+                    Some(_) => {
+                        self.look_at(cycle, world, block[0], advice);
+                        1
+                    }
+                    None => self.look_at_many(cycle, world, block, promised, enough),
+                };
+                *start = (*start + looked_at) % self.nodes;
+                ahead = rest;
             }
         }
-        *start = (first + looked_at) % self.nodes;
     }
 
     /// Looks at nodes together, filter by filter, until enough of them fit; how many it came to.
-    fn look_at_many(&mut self, cycle: &Cycle, world: &World, slots: &[Slot], enough: usize) -> usize {
+    fn look_at_many(
+        &mut self,
+        cycle: &Cycle,
+        world: &mut World,
+        slots: &[Slot],
+        promised: &[bool],
+        enough: usize,
+    ) -> usize {
         let mut verdicts = [Verdict::Fits; BLOCK];
         let verdicts = &mut verdicts[..slots.len()];
         let mut refused_by = [PluginId::MAX; BLOCK];
-        for &id in &self.active {
+        for (number, &id) in self.active.iter().enumerate() {
+            let begin = (!self.times.is_empty()).then(Instant::now);
             match (PLUGINS[id].filter_many, PLUGINS[id].filter) {
                 (Some(filter), _) if !cycle.node_affinity.direct => filter(cycle, world, slots, verdicts),
                 (_, Some(filter)) => {
@@ -289,26 +385,66 @@ impl Found {
                 }
                 (_, None) => unreachable!("only plugins with a filter are active"),
             }
+            if let Some(begin) = begin {
+                self.times[number].0 += begin.elapsed();
+                if verdicts.iter().all(|verdict| *verdict != Verdict::Fits) {
+                    self.times[number].1 = Status::Unschedulable;
+                }
+            }
+            if self.active.len() == 1 {
+                refused_by.fill(id);
+                break;
+            }
             for (verdict, by) in verdicts.iter().zip(&mut refused_by) {
                 if *verdict != Verdict::Fits && *by == PluginId::MAX {
                     *by = id;
                 }
             }
         }
-        for (index, verdict) in verdicts.iter().enumerate() {
-            match verdict {
-                Verdict::Fits => self.fitting.push(slots[index]),
-                Verdict::Hopeless(code) => self.note(refused_by[index], *code),
-                Verdict::Refused(code) => {
-                    self.refused.push(slots[index]);
-                    self.note(refused_by[index], *code);
-                }
-            }
-            if self.fitting.len() >= enough {
-                return index + 1;
+        if !promised.is_empty() {
+            for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| promised[**slot]) {
+                (refused_by[index], verdicts[index]) =
+                    match check_with_nominated(cycle, world, &self.active, *slot) {
+                        Ok(()) => (PluginId::MAX, Verdict::Fits),
+                        Err(refused) => refused,
+                    };
             }
         }
-        slots.len()
+        self.count(slots, verdicts, &refused_by, enough)
+    }
+
+    /// Takes over what filters said of a block, until enough nodes fit; how many it came to. Neighbours are mostly
+    /// refused for the same reason, so equal verdicts in a row are noted together.
+    fn count(
+        &mut self,
+        slots: &[Slot],
+        verdicts: &[Verdict],
+        refused_by: &[PluginId],
+        enough: usize,
+    ) -> usize {
+        let (mut begin, mut looked_at) = (0, slots.len());
+        while begin < looked_at {
+            let (verdict, by) = (verdicts[begin], refused_by[begin]);
+            let others = verdicts.iter().zip(refused_by).skip(begin + 1);
+            let same = 1 + others.take_while(|(other, id)| **other == verdict && **id == by).count();
+            let mut run = &slots[begin..begin + same];
+            match verdict {
+                Verdict::Fits => {
+                    run = &run[..run.len().min(enough - self.fitting.len())];
+                    self.fitting.extend_from_slice(run);
+                    if self.fitting.len() >= enough {
+                        looked_at = begin + run.len();
+                    }
+                }
+                Verdict::Hopeless(code) => self.note(by, code, same),
+                Verdict::Refused(code) => {
+                    self.refused.extend_from_slice(run);
+                    self.note(by, code, same);
+                }
+            }
+            begin += same;
+        }
+        looked_at
     }
 
     fn look_at(&mut self, cycle: &Cycle, world: &mut World, slot: Slot, advice: Option<&Advice>) {
@@ -327,25 +463,24 @@ impl Found {
                     }
                 }
             },
-            Err((plugin, Verdict::Hopeless(code))) => self.note(plugin, code),
+            Err((plugin, Verdict::Hopeless(code))) => self.note(plugin, code, 1),
             Err((plugin, Verdict::Refused(code))) => {
                 self.refused.push(slot);
-                self.note(plugin, code);
+                self.note(plugin, code, 1);
             }
             Err((_, Verdict::Fits)) => unreachable!("a refusal is not a fit"),
         }
     }
 
-    fn note(&mut self, plugin: PluginId, code: u32) {
-        // Neighbours are mostly refused for the same reason, so the last one found goes first.
+    fn note(&mut self, plugin: PluginId, code: u32, nodes: usize) {
         let known = self.reasons.iter_mut().rev().find(|(by, what, _)| (*by, *what) == (plugin, code));
         match known {
-            Some((_, _, nodes)) => *nodes += 1,
-            None => self.reasons.push((plugin, code, 1)),
+            Some((_, _, known)) => *known += nodes,
+            None => self.reasons.push((plugin, code, nodes)),
         }
     }
 
-    fn refuse(self, cycle: &Cycle, world: &mut World, random: &mut impl Rng) -> Refusal {
+    fn refuse(self, cycle: &Cycle, world: &mut World, chooser: &mut Chooser<impl Rng>) -> Refusal {
         let mut rejected_by: Vec<PluginId> = self.reasons.iter().map(|(plugin, ..)| *plugin).collect();
         rejected_by.sort_unstable();
         rejected_by.dedup();
@@ -361,7 +496,12 @@ impl Found {
         let reasons = reasons.into_iter().map(|(reason, nodes)| format!("{nodes} {reason}")).collect();
         let (mut preemption, mut said, mut forget) = (None, None, false);
         if cycle.profile.preempts() {
-            match preemption::preempt(cycle, world, &self, random) {
+            let begin = Instant::now();
+            let outcome = preemption::preempt(cycle, world, &self, &mut chooser.random);
+            let succeeded = matches!(outcome, preemption::Outcome::Preempt(_));
+            let status = if succeeded { Status::Success } else { Status::Unschedulable };
+            chooser.timing.point(Point::PostFilter, status, begin);
+            match outcome {
                 preemption::Outcome::Preempt(found) => preemption = Some(found),
                 preemption::Outcome::Ineligible(message) => said = Some(message),
                 preemption::Outcome::Useless(reasons) => {
@@ -373,6 +513,18 @@ impl Found {
         let message = explain(self.nodes, None, reasons, said.as_deref());
         Refusal { message, rejected_by, preemption, forget_nomination: forget }
     }
+}
+
+/// By slot, nodes promised to pods that go before this one: looked at with these pods there, too. Empty if there are
+/// none.
+pub fn promised_slots(cycle: &Cycle, world: &World) -> Vec<bool> {
+    let ahead = |pod: &Arc<PodInfo>| pod.priority >= cycle.pod.priority && pod.key != cycle.pod.key;
+    let mut promised = Vec::new();
+    for (slot, _) in world.table.nominated().filter(|(_, pods)| pods.iter().any(ahead)) {
+        promised.resize(world.table.names.len(), false);
+        promised[slot] = true;
+    }
+    promised
 }
 
 fn is_asked(cycle: &Cycle, world: &World, slot: Slot) -> bool {
@@ -419,24 +571,42 @@ pub fn explain(
     message
 }
 
-/// The weighted sum of all scores, node by node.
-fn totals(cycle: &mut Cycle, world: &mut World, fitting: &[Slot], advice: Option<&Advice>) -> Vec<i64> {
-    let mut totals = vec![0i64; fitting.len()];
-    let mut scores = vec![0i64; fitting.len()];
+/// The weighted sum of all scores, node by node, into `totals` of the buffers.
+fn sum_scores(
+    cycle: &mut Cycle,
+    world: &mut World,
+    fitting: &[Slot],
+    advice: Option<&Advice>,
+    buffers: &mut Buffers,
+    timing: &mut Timing,
+) {
+    let Buffers { totals, scores, .. } = buffers;
+    let mut alike = 0;
+    totals.clear();
+    totals.resize(fitting.len(), 0);
+    scores.resize(fitting.len(), 0);
     for &(id, weight) in &cycle.profile.scores {
         let score = PLUGINS[id].score.expect("only plugins with a score are listed");
-        if score(cycle, world, fitting, &mut scores) {
-            for (total, score) in totals.iter_mut().zip(&scores) {
-                *total += weight * score;
+        let begin = timing.samples().then(Instant::now);
+        let scored = score(cycle, world, fitting, scores);
+        if let Some(begin) = begin {
+            let status = if scored == Scored::Skip { Status::Skip } else { Status::Success };
+            timing.plugin(id, Point::Score, status, begin.elapsed());
+        }
+        match scored {
+            Scored::Skip => {}
+            Scored::Alike(score) => alike += weight * score,
+            Scored::Each => {
+                totals.iter_mut().zip(&*scores).for_each(|(total, score)| *total += weight * score);
             }
         }
     }
+    totals.iter_mut().for_each(|total| *total += alike);
     if let Some(advice) = advice.filter(|advice| !advice.scores.is_empty()) {
         for (total, slot) in totals.iter_mut().zip(fitting) {
             *total += advice.scores.get(&*world.table.names[*slot]).copied().unwrap_or(0);
         }
     }
-    totals
 }
 
 /// The node with the highest score; of equals any.
@@ -446,15 +616,18 @@ fn best(
     fitting: &[Slot],
     advice: Option<&Advice>,
     random: &mut impl Rng,
+    buffers: &mut Buffers,
+    timing: &mut Timing,
 ) -> Slot {
     if let [only] = fitting {
         return *only;
     }
-    let totals = totals(cycle, world, fitting, advice);
+    sum_scores(cycle, world, fitting, advice, buffers, timing);
+    let totals = &buffers.totals;
     let top = totals.iter().copied().max().unwrap_or(0);
     let ties = totals.iter().filter(|total| **total == top).count();
     let chosen = random.random_range(0..ties.max(1));
-    let mut tied = fitting.iter().zip(&totals).filter(|(_, total)| **total == top);
+    let mut tied = fitting.iter().zip(totals).filter(|(_, total)| **total == top);
     tied.nth(chosen).map_or(fitting[0], |(slot, _)| *slot)
 }
 
@@ -464,18 +637,34 @@ pub mod inspect {
 
     use super::*;
 
+    /// Lets `look` see what the filters left, if it is nothing.
+    pub fn refused(
+        pod: &PodInfo,
+        profile: &Profile,
+        world: &mut World,
+        look: impl FnOnce(&Cycle, &mut World, &Found),
+    ) {
+        let mut cycle = Cycle::begin(pod, profile, world);
+        let mut chooser = Chooser::new(<rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0));
+        if let Ok(found) = find(&mut cycle, world, &mut chooser, None)
+            && found.fitting.is_empty()
+        {
+            look(&cycle, world, &found);
+        }
+        cycle.end(world);
+    }
+
     /// Every node that fits with its total score, or the refusal's message.
     pub fn judge(pod: &PodInfo, profile: &Profile, world: &mut World) -> Result<Vec<(String, i64)>, String> {
         let mut cycle = Cycle::begin(pod, profile, world);
-        let mut chooser =
-            Chooser { start: 0, random: <rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0) };
+        let mut chooser = Chooser::new(<rand::rngs::SmallRng as rand::SeedableRng>::seed_from_u64(0));
         let result = match find(&mut cycle, world, &mut chooser, None) {
             Err(refusal) => Err(refusal.message),
-            Ok(found) if found.fitting.is_empty() => {
-                Err(found.refuse(&cycle, world, &mut chooser.random).message)
-            }
+            Ok(found) if found.fitting.is_empty() => Err(found.refuse(&cycle, world, &mut chooser).message),
             Ok(found) => {
-                let totals = totals(&mut cycle, world, &found.fitting, None);
+                let Chooser { mut buffers, mut timing, .. } = chooser;
+                sum_scores(&mut cycle, world, &found.fitting, None, &mut buffers, &mut timing);
+                let totals = buffers.totals;
                 let names = found.fitting.iter().map(|slot| world.table.names[*slot].to_string());
                 let mut judged: Vec<(String, i64)> = names.zip(totals).collect();
                 judged.sort();

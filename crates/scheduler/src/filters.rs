@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 /// Sets kept; of more, those unused for longest are forgotten and made again when asked for.
 const FILTERS_MAX: usize = 512;
+/// In large clusters fewer: a set takes a byte for each node, and its list eight for each node in it.
+const FILTERS_BYTES_MAX: usize = 32 << 20;
 
 pub type FilterId = usize;
 
@@ -137,6 +139,10 @@ pub struct Filters {
 struct Entry {
     filter: Arc<Filter>,
     bits: Vec<bool>,
+    /// How many nodes are in the set.
+    nodes: usize,
+    /// The set as a list, with the order of nodes (`NodeTable::order`) it was made of.
+    list: Option<(u64, Arc<Vec<Slot>>)>,
     /// Counters that depend on it.
     users: u32,
     used: u64,
@@ -149,12 +155,14 @@ impl Filters {
             self.entry_mut(id).used = cycle;
             return id;
         }
-        if self.by_filter.len() >= FILTERS_MAX {
+        if self.by_filter.len() >= FILTERS_MAX.min(FILTERS_BYTES_MAX / nodes.len().max(1)) {
             self.forget_oldest(cycle);
         }
-        let bits = nodes.iter().map(|node| node.as_ref().is_some_and(|node| filter.holds(node))).collect();
+        let holds = |node: &Option<Arc<Node>>| node.as_ref().is_some_and(|node| filter.holds(node));
+        let bits: Vec<bool> = nodes.iter().map(holds).collect();
+        let nodes = bits.iter().filter(|bit| **bit).count();
         let filter = Arc::new(filter);
-        let entry = Entry { filter: filter.clone(), bits, users: 0, used: cycle };
+        let entry = Entry { filter: filter.clone(), bits, nodes, list: None, users: 0, used: cycle };
         let id = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() - 1
@@ -173,6 +181,25 @@ impl Filters {
         &self.entry(id).bits
     }
 
+    /// How many nodes are in the set.
+    pub fn len(&self, id: FilterId) -> usize {
+        self.entry(id).nodes
+    }
+
+    /// The set as a list in the order of `live`, which has this number.
+    pub fn list(&mut self, id: FilterId, live: &[Slot], order: u64) -> Arc<Vec<Slot>> {
+        let entry = self.entry_mut(id);
+        match &entry.list {
+            Some((made, list)) if *made == order => list.clone(),
+            _ => {
+                let slots = live.iter().copied().filter(|slot| entry.bits[*slot]).collect();
+                let list: Arc<Vec<Slot>> = Arc::new(slots);
+                entry.list = Some((order, list.clone()));
+                list
+            }
+        }
+    }
+
     pub fn hold(&mut self, id: FilterId) {
         self.entry_mut(id).users += 1;
     }
@@ -187,7 +214,10 @@ impl Filters {
             if entry.bits.len() <= slot {
                 entry.bits.resize(slot + 1, false);
             }
-            entry.bits[slot] = node.is_some_and(|node| entry.filter.holds(node));
+            let holds = node.is_some_and(|node| entry.filter.holds(node));
+            entry.nodes = entry.nodes + usize::from(holds) - usize::from(entry.bits[slot]);
+            entry.bits[slot] = holds;
+            entry.list = None;
         }
     }
 

@@ -252,6 +252,11 @@ impl Owner {
         self.key.topology
     }
 
+    /// By domain; domains beyond the end have none.
+    pub fn column(&self) -> &[i64] {
+        &self.sums
+    }
+
     pub fn get(&self, domain: DomainId) -> i64 {
         self.sums.get(domain as usize).copied().unwrap_or(0)
     }
@@ -349,6 +354,10 @@ impl Groups {
 
     pub fn topology(&self, id: TopologyId) -> &Topology {
         self.topologies.get(id)
+    }
+
+    pub fn topology_mut(&mut self, id: TopologyId) -> &mut Topology {
+        self.topologies.get_mut(id)
     }
 
     pub fn owner(&self, id: OwnerId) -> &Owner {

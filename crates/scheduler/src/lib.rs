@@ -6,6 +6,8 @@
 //! Invariant: a scheduling cycle does no I/O. It reads the table and decides; only `scheduler`, `writes` and `extender`
 //! talk to others.
 
+/// Events of bound pods.
+mod announcer;
 /// `KubeSchedulerConfiguration`.
 mod config;
 /// One decision: filter, score, choose, or explain.
@@ -41,6 +43,8 @@ mod reference;
 mod requests;
 /// The wiring: watches, the loop.
 mod scheduler;
+/// Answers about resources, remembered by what pods request.
+mod shapes;
 /// Nodes in columns, updated incrementally.
 mod table;
 /// Labels of nodes as numbers.

@@ -1,19 +1,25 @@
 //! What the scheduler counts, under upstream's names, as text for `/metrics`. One process has one set of counters,
 //! however many schedulers it runs.
 
-use crate::plugins::PLUGINS;
+use crate::plugins::{PLUGINS, PluginId, Point};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, LazyLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Upper bounds in seconds, each twice the one before: upstream's for decisions and for pods.
-const ATTEMPT_BUCKETS: (f64, usize) = (0.001, 15);
-const SLI_BUCKETS: (f64, usize) = (0.01, 20);
+/// Upper bounds: the first, how many times larger each next one is, and how many there are. Upstream's; in seconds,
+/// for decisions, pods, extension points and plugins.
+type Buckets = (f64, f64, usize);
+const ATTEMPT_BUCKETS: Buckets = (0.001, 2.0, 15);
+const SLI_BUCKETS: Buckets = (0.01, 2.0, 20);
+const POINT_BUCKETS: Buckets = (0.0001, 2.0, 12);
+const PLUGIN_BUCKETS: Buckets = (0.00001, 1.5, 20);
 /// Upper bounds for attempts and victims.
-const ATTEMPTS: (f64, usize) = (1.0, 5);
-const VICTIMS: (f64, usize) = (1.0, 7);
+const ATTEMPTS: Buckets = (1.0, 2.0, 5);
+const VICTIMS: Buckets = (1.0, 2.0, 7);
+/// One decision of so many is measured plugin by plugin: upstream's share, 10 %.
+const SAMPLE: u64 = 10;
 
 static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::default);
 
@@ -50,7 +56,8 @@ pub trait Gauges: Send + Sync {
     fn pending(&self) -> [usize; 4];
     /// Nodes, pods, assumed pods.
     fn cached(&self) -> [usize; 3];
-    fn refused_by(&self, plugin: usize) -> usize;
+    /// How many pods a plugin refused, by profile.
+    fn refused_by(&self, plugin: usize) -> BTreeMap<String, usize>;
 }
 
 #[derive(Default)]
@@ -68,6 +75,61 @@ struct State {
     incoming: BTreeMap<(&'static str, &'static str), u64>,
     preemption_attempts: u64,
     victims: Histogram,
+    /// By profile, then by point and status.
+    points: BTreeMap<String, BTreeMap<(Point, Status), Histogram>>,
+    plugins: BTreeMap<(PluginId, Point, Status), Histogram>,
+}
+
+/// How a call ended, in upstream's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Status {
+    Success,
+    Skip,
+    Unschedulable,
+    Hopeless,
+    Error,
+}
+
+impl Status {
+    fn label(self) -> &'static str {
+        match self {
+            Status::Success => "Success",
+            Status::Skip => "Skip",
+            Status::Unschedulable => "Unschedulable",
+            Status::Hopeless => "UnschedulableAndUnresolvable",
+            Status::Error => "Error",
+        }
+    }
+}
+
+/// How long the parts of one decision took, until they are counted.
+#[derive(Debug, Default)]
+pub struct Timing {
+    decisions: u64,
+    points: Vec<(Point, Status, Duration)>,
+    plugins: Vec<(PluginId, Point, Status, Duration)>,
+}
+
+impl Timing {
+    /// The next decision begins; what the last one left is forgotten.
+    pub fn begin(&mut self) {
+        self.decisions += 1;
+        self.points.clear();
+        self.plugins.clear();
+    }
+
+    /// Whether plugins are measured this time.
+    pub fn samples(&self) -> bool {
+        self.decisions % SAMPLE == 1
+    }
+
+    pub fn point(&mut self, point: Point, status: Status, since: Instant) {
+        self.points.push((point, status, since.elapsed()));
+    }
+
+    pub fn plugin(&mut self, plugin: PluginId, point: Point, status: Status, took: Duration) {
+        self.plugins.push((plugin, point, status, took));
+    }
 }
 
 #[derive(Default)]
@@ -79,16 +141,16 @@ struct Histogram {
 }
 
 impl Histogram {
-    fn observe(&mut self, (first, len): (f64, usize), value: f64) {
-        self.counts.resize(len, 0);
-        if let Some(bucket) = bounds((first, len)).position(|bound| value <= bound) {
+    fn observe(&mut self, buckets: Buckets, value: f64) {
+        self.counts.resize(buckets.2, 0);
+        if let Some(bucket) = bounds(buckets).position(|bound| value <= bound) {
             self.counts[bucket] += 1;
         }
         self.count += 1;
         self.sum += value;
     }
 
-    fn print(&self, text: &mut String, name: &str, labels: &str, buckets: (f64, usize)) {
+    fn print(&self, text: &mut String, name: &str, labels: &str, buckets: Buckets) {
         let comma = if labels.is_empty() { "" } else { "," };
         let mut sum = 0;
         for (bound, count) in bounds(buckets).zip(&self.counts) {
@@ -101,8 +163,8 @@ impl Histogram {
     }
 }
 
-fn bounds((first, len): (f64, usize)) -> impl Iterator<Item = f64> {
-    (0..len as i32).map(move |power| first * 2f64.powi(power))
+fn bounds((first, factor, len): Buckets) -> impl Iterator<Item = f64> {
+    std::iter::successors(Some(first), move |bound| Some(bound * factor)).take(len)
 }
 
 fn heading(text: &mut String, name: &str, kind: &str, help: &str) {
@@ -130,8 +192,23 @@ impl Metrics {
         attempts.observe(ATTEMPT_BUCKETS, took.as_secs_f64());
     }
 
-    pub fn decided(&self, took: Duration) {
-        self.state.lock().algorithm.observe(ATTEMPT_BUCKETS, took.as_secs_f64());
+    /// A decision for a pod of a profile took this time, in total and in its parts.
+    pub fn decided(&self, profile: &str, took: Duration, timing: &Timing) {
+        let mut state = self.state.lock();
+        state.algorithm.observe(ATTEMPT_BUCKETS, took.as_secs_f64());
+        for (point, status, took) in &timing.points {
+            state.preemption_attempts += u64::from(*point == Point::PostFilter);
+            state.point(profile, *point, *status, *took);
+        }
+        for (plugin, point, status, took) in &timing.plugins {
+            let histogram = state.plugins.entry((*plugin, *point, *status)).or_default();
+            histogram.observe(PLUGIN_BUCKETS, took.as_secs_f64());
+        }
+    }
+
+    /// An extension point outside of decisions.
+    pub fn point(&self, profile: &str, point: Point, status: Status, took: Duration) {
+        self.state.lock().point(profile, point, status, took);
     }
 
     /// A pod was bound after so many tries and this time since it was first seen.
@@ -142,18 +219,14 @@ impl Metrics {
         state.tries.observe(ATTEMPTS, attempts.into());
     }
 
-    pub fn queued(&self, queue: &'static str, event: &'static str, pods: usize) {
-        if pods > 0 {
-            *self.state.lock().incoming.entry((queue, event)).or_default() += pods as u64;
-        }
+    /// A pod entered a queue because of an event.
+    pub fn queued(&self, queue: &'static str, event: &'static str) {
+        *self.state.lock().incoming.entry((queue, event)).or_default() += 1;
     }
 
+    /// So many pods have to go for one.
     pub fn preempted(&self, victims: usize) {
-        let mut state = self.state.lock();
-        state.preemption_attempts += 1;
-        if victims > 0 {
-            state.victims.observe(VICTIMS, victims as f64);
-        }
+        self.state.lock().victims.observe(VICTIMS, victims as f64);
     }
 
     fn print(&self) -> String {
@@ -165,6 +238,7 @@ impl Metrics {
         }
         state.print_attempts(&mut text);
         state.print_pods(&mut text);
+        state.print_durations(&mut text);
         drop(state);
         print_gauges(&mut text, &schedulers);
         text
@@ -172,6 +246,38 @@ impl Metrics {
 }
 
 impl State {
+    fn point(&mut self, profile: &str, point: Point, status: Status, took: Duration) {
+        if !self.points.contains_key(profile) {
+            self.points.insert(profile.to_owned(), BTreeMap::new());
+        }
+        let of_profile = self.points.get_mut(profile).expect("the profile was put in");
+        of_profile.entry((point, status)).or_default().observe(POINT_BUCKETS, took.as_secs_f64());
+    }
+
+    fn print_durations(&self, text: &mut String) {
+        let name = "scheduler_framework_extension_point_duration_seconds";
+        heading(text, name, "histogram", "Time of all plugins of an extension point.");
+        for (profile, points) in &self.points {
+            for ((point, status), histogram) in points {
+                let labels = format!(
+                    "extension_point=\"{point:?}\",profile=\"{profile}\",status=\"{}\"",
+                    status.label()
+                );
+                histogram.print(text, name, &labels, POINT_BUCKETS);
+            }
+        }
+        let name = "scheduler_plugin_execution_duration_seconds";
+        heading(text, name, "histogram", "Time of a plugin at an extension point, in one decision of ten.");
+        for ((plugin, point, status), histogram) in &self.plugins {
+            let labels = format!(
+                "extension_point=\"{point:?}\",plugin=\"{}\",status=\"{}\"",
+                PLUGINS[*plugin].name,
+                status.label()
+            );
+            histogram.print(text, name, &labels, PLUGIN_BUCKETS);
+        }
+    }
+
     fn print_attempts(&self, text: &mut String) {
         let name = "scheduler_schedule_attempts_total";
         heading(text, name, "counter", "Attempts to schedule pods, by result.");
@@ -228,9 +334,12 @@ fn print_gauges(text: &mut String, schedulers: &[Arc<dyn Gauges>]) {
     let name = "scheduler_unschedulable_pods";
     heading(text, name, "gauge", "Unschedulable pods, by the plugin that refused them.");
     for (id, plugin) in PLUGINS.iter().enumerate() {
-        let pods: usize = schedulers.iter().map(|scheduler| scheduler.refused_by(id)).sum();
-        if pods > 0 {
-            line(text, name, &format!("plugin=\"{}\"", plugin.name), pods);
+        let mut by_profile: BTreeMap<String, usize> = BTreeMap::new();
+        for (profile, pods) in schedulers.iter().flat_map(|scheduler| scheduler.refused_by(id)) {
+            *by_profile.entry(profile).or_default() += pods;
+        }
+        for (profile, pods) in by_profile {
+            line(text, name, &format!("plugin=\"{}\",profile=\"{profile}\"", plugin.name), pods);
         }
     }
 }

@@ -7,7 +7,7 @@ use k8s_openapi::api::apps::v1::{ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, ReplicationController, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::{DeviceClass, ResourceClaim, ResourceSlice};
-use k8s_openapi::api::storage::v1::{CSIDriver, CSINode, CSIStorageCapacity, StorageClass};
+use k8s_openapi::api::storage::v1::{CSIDriver, CSINode, CSIStorageCapacity, StorageClass, VolumeAttachment};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use knarr_client::owner::controller_of;
 use knarr_client::selector::{Labels, Selector};
@@ -56,6 +56,28 @@ impl<K: kube::Resource> Store<K> {
     }
 }
 
+/// Attachments of volumes, by node.
+#[derive(Debug, Default)]
+pub struct Attachments {
+    by_node: HashMap<String, Store<VolumeAttachment>>,
+}
+
+impl Attachments {
+    /// The node of an attachment cannot change.
+    pub fn set(&mut self, change: &Change<VolumeAttachment>) {
+        let node = &change.object().spec.node_name;
+        let of_node = self.by_node.entry(node.clone()).or_default();
+        of_node.set(change);
+        if of_node.0.is_empty() {
+            self.by_node.remove(node);
+        }
+    }
+
+    pub fn on(&self, node: &str) -> impl Iterator<Item = &Arc<VolumeAttachment>> {
+        self.by_node.get(node).into_iter().flat_map(Store::iter)
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Objects {
     pub services: Store<Service>,
@@ -67,6 +89,8 @@ pub struct Objects {
     pub storage_classes: Store<StorageClass>,
     pub csi_nodes: Store<CSINode>,
     pub csi_drivers: Store<CSIDriver>,
+    /// Those of nodes that need not have a pod for them.
+    pub attachments: Attachments,
     pub csi_capacities: Store<CSIStorageCapacity>,
     pub budgets: Store<PodDisruptionBudget>,
     pub resource_claims: Store<ResourceClaim>,

@@ -40,7 +40,7 @@ impl Offline {
     /// A scheduler with the first profile of `config`; `seed` decides ties.
     pub fn new(config: Config, seed: u64) -> Self {
         let profile = config.profiles.into_iter().next().unwrap_or_default();
-        let chooser = Chooser { start: 0, random: SmallRng::seed_from_u64(seed) };
+        let chooser = Chooser::new(SmallRng::seed_from_u64(seed));
         Offline { world: World::default(), chooser, profile }
     }
 

@@ -27,9 +27,10 @@ use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::profile::Profile;
 use crate::table::Slot;
+use std::sync::Arc;
 
 pub use balanced_allocation::BalancedArgs;
-pub use fit::{FitArgs, Strategy};
+pub use fit::{FitArgs, Room, Strategy};
 pub use inter_pod_affinity::AffinityArgs;
 pub use node_affinity::NodeAffinityArgs;
 pub use preemption::PreemptionArgs;
@@ -70,7 +71,7 @@ pub const BLOCK: usize = 256;
 pub type PluginId = usize;
 
 type FilterMany = fn(&Cycle, &World, &[Slot], &mut [Verdict]);
-type Score = fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> bool;
+type Score = fn(&mut Cycle, &mut World, &[Slot], &mut [i64]) -> Scored;
 
 /// One rule.
 pub struct Plugin {
@@ -86,10 +87,11 @@ pub struct Plugin {
     pub filter: Option<fn(&Cycle, &World, Slot) -> Verdict>,
     /// The same for up to [`BLOCK`] nodes at once, where that is faster: what is refused already stays so.
     pub filter_many: Option<FilterMany>,
+    /// What the filter's answer depends on: preemption asks again what depends on pods.
+    pub sees: Sees,
     /// The words for a code that the filter gave.
     pub explain: fn(&Cycle, &World, u32) -> Vec<String>,
-    /// How well nodes suit that passed all filters: 0 to 100, written into the last argument. False if it has no opinion
-    /// (upstream's `Skip`).
+    /// How well nodes suit that passed all filters: 0 to 100, written into the last argument.
     pub score: Option<Score>,
     /// Kinds of events (`event::kind`) that may turn this rule's refusal around for some pod.
     pub hears: u16,
@@ -107,6 +109,7 @@ impl Plugin {
         prepare: None,
         filter: None,
         filter_many: None,
+        sees: Sees::Pods,
         explain: |_, _, _| Vec::new(),
         score: None,
         hears: 0,
@@ -114,8 +117,30 @@ impl Plugin {
     };
 }
 
+/// What a score came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scored {
+    /// No opinion (upstream's `Skip`).
+    Skip,
+    /// All nodes alike.
+    Alike(i64),
+    /// As written.
+    Each,
+}
+
+/// What a filter reads about a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sees {
+    /// Nothing of its pods.
+    Node,
+    /// What its pods request in sum ([`Room`]).
+    Requests,
+    /// Which pods are there, or elsewhere.
+    Pods,
+}
+
 /// Upstream's extension points, in a configuration's spelling.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Point {
     PreEnqueue,
     QueueSort,
@@ -160,9 +185,12 @@ pub struct Cycle<'a> {
     pub class: ClassId,
     /// Only these nodes by name, sorted, if some rule names nodes.
     pub only: Option<Vec<String>>,
+    /// Only these nodes can fit: the shortest list that a rule came up with. `None` if any node may.
+    pub near: Option<Arc<Vec<Slot>>>,
     pub taints: taint_toleration::State,
     pub node_affinity: node_affinity::State,
     pub fit: fit::State,
+    pub balanced: balanced_allocation::State,
     pub volumes: volume_binding::State,
     pub restrictions: volume_restrictions::State,
     pub limits: volume_limits::State,
@@ -180,9 +208,11 @@ impl<'a> Cycle<'a> {
             profile,
             class: world.table.groups.join_class(&pod.class),
             only: None,
+            near: None,
             taints: Default::default(),
             node_affinity: Default::default(),
             fit: Default::default(),
+            balanced: Default::default(),
             volumes: Default::default(),
             restrictions: Default::default(),
             limits: Default::default(),
@@ -192,16 +222,31 @@ impl<'a> Cycle<'a> {
         }
     }
 
+    /// Only some nodes can fit, so many of them: the list is made if none so far is as short.
+    fn narrow(&mut self, len: usize, world: &mut World, list: impl FnOnce(&mut World) -> Arc<Vec<Slot>>) {
+        let so_far = self.near.as_ref().map_or(world.table.live().len(), |near| near.len());
+        if len < so_far {
+            self.near = Some(list(world));
+        }
+    }
+
     pub fn end(self, world: &mut World) {
         world.table.groups.leave_class(self.class);
     }
+}
+
+/// The whole quotient of a part, not negative, and a whole, above 0, both below 2^45 or so. Division of floating point
+/// numbers is several times faster than that of integers; where it is off by one, that is put right.
+fn quotient(part: i64, whole: i64) -> i64 {
+    let guess = (part as f64 / whole as f64) as i64;
+    guess - i64::from(guess * whole > part) + i64::from((guess + 1) * whole <= part)
 }
 
 /// Upstream's `DefaultNormalizeScore`: the largest becomes 100; reversed, it becomes 0.
 fn normalize(scores: &mut [i64], reverse: bool) {
     let most = scores.iter().copied().max().unwrap_or(0);
     for score in scores {
-        let share = if most == 0 { 0 } else { *score * 100 / most };
+        let share = if most == 0 { 0 } else { quotient(*score * 100, most) };
         *score = if reverse { 100 - share } else { share };
     }
 }

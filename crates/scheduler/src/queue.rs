@@ -3,6 +3,7 @@
 //! themselves. Event driven: the only timers are real deadlines.
 
 use crate::event::ClusterEvent;
+use crate::metrics::metrics;
 use crate::plugins::{PLUGINS, PluginId};
 use crate::pod::PodInfo;
 use knarr_client::ObjectKey;
@@ -14,6 +15,14 @@ use tokio::time::Instant;
 
 /// A pod that no event helped is tried again after this: upstream's guard against an event forgotten in `wakes`.
 pub const UNSCHEDULABLE_MAX: Duration = Duration::from_secs(5 * 60);
+
+/// Upstream's names of what moves pods between queues besides changes of the cluster.
+pub const ADDED: &str = "UnschedulablePodAdd";
+pub const UPDATED: &str = "UnschedulablePodUpdate";
+const FAILED: &str = "ScheduleAttemptFailure";
+const BACKED_OFF: &str = "BackoffComplete";
+const POPPED_EARLY: &str = "PopFromBackoffQ";
+const TIMED_OUT: &str = "UnschedulableTimeout";
 
 /// Delays between tries of one pod.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,7 +98,7 @@ impl Queue {
     }
 
     /// A new pod, or a pod that changed: it is tried (again), unless it has gates.
-    pub fn add(&mut self, pod: Arc<PodInfo>, gated: bool, now: Instant) {
+    pub fn add(&mut self, pod: Arc<PodInfo>, gated: bool, now: Instant, event: &'static str) {
         let key = pod.key.clone();
         let (attempts, last_attempt, age, since) = match self.entries.get_mut(&key) {
             // It is being bound: what changed matters only if that fails.
@@ -110,8 +119,9 @@ impl Queue {
         let place = if gated { Place::Gated } else { Place::InWork };
         self.gated += usize::from(gated);
         self.entries.insert(key.clone(), Entry { pod, rank, attempts, last_attempt, since, place });
-        if !gated {
-            self.requeue(&key, now, false);
+        match gated {
+            true => metrics().queued("unschedulable", event),
+            false => self.requeue(&key, now, false, event),
         }
     }
 
@@ -145,6 +155,7 @@ impl Queue {
                     unreachable!("early pods back off")
                 };
                 self.backoff.remove(&(due, key.clone()));
+                metrics().queued("active", POPPED_EARLY);
                 key
             }
         };
@@ -170,8 +181,9 @@ impl Queue {
         let missed = self.in_flight.remove(key) == Some(true);
         let Some(entry) = self.entries.get_mut(key) else { return };
         if missed {
-            return self.requeue(key, now, true);
+            return self.requeue(key, now, true, FAILED);
         }
+        metrics().queued("unschedulable", FAILED);
         let by: Vec<Option<PluginId>> = match rejected_by {
             [] => vec![None],
             _ => rejected_by.iter().copied().map(Some).collect(),
@@ -187,9 +199,22 @@ impl Queue {
     /// Something else went wrong: try again after the back-off.
     pub fn retry(&mut self, key: &ObjectKey, now: Instant) {
         self.in_flight.remove(key);
-        if self.entries.contains_key(key) {
-            self.requeue(key, now, false);
+        if self.is_in_work(key) {
+            self.requeue(key, now, false, FAILED);
         }
+    }
+
+    /// Whether the pod is being decided or bound.
+    pub fn is_in_work(&self, key: &ObjectKey) -> bool {
+        self.entries.get(key).is_some_and(|entry| entry.place == Place::InWork)
+    }
+
+    /// Nobody works on any pod any more: those in work wait again.
+    pub fn put_back(&mut self, now: Instant) {
+        self.in_flight.clear();
+        let in_work = self.entries.iter().filter(|(_, entry)| entry.place == Place::InWork);
+        let in_work: Vec<ObjectKey> = in_work.map(|(key, _)| key.clone()).collect();
+        in_work.iter().for_each(|key| self.requeue(key, now, false, FAILED));
     }
 
     /// An unschedulable pod is tried again after its back-off: what was done for it did not work out.
@@ -199,7 +224,7 @@ impl Queue {
         {
             let (place, rank) = (entry.place.clone(), entry.rank);
             self.unplace(key, &place, rank);
-            self.requeue(key, now, false);
+            self.requeue(key, now, false, FAILED);
         }
     }
 
@@ -221,18 +246,18 @@ impl Queue {
         }
         let mut moved = 0;
         for key in woken {
-            moved += usize::from(self.wake_one(&key, now));
+            moved += usize::from(self.wake_one(&key, now, event.label()));
         }
         moved
     }
 
-    fn wake_one(&mut self, key: &ObjectKey, now: Instant) -> bool {
+    fn wake_one(&mut self, key: &ObjectKey, now: Instant, event: &'static str) -> bool {
         let Some(entry) = self.entries.get(key) else { return false };
         // More than one plugin may have woken it.
         let Place::Unschedulable(..) = entry.place else { return false };
         let (place, rank) = (entry.place.clone(), entry.rank);
         self.unplace(key, &place, rank);
-        self.requeue(key, now, true);
+        self.requeue(key, now, true, event);
         true
     }
 
@@ -241,16 +266,21 @@ impl Queue {
         [self.active.len(), self.backoff.len(), self.stale.len(), self.gated]
     }
 
-    /// How many unschedulable pods a plugin refused.
-    pub fn refused_by(&self, plugin: PluginId) -> usize {
-        self.refused.get(&Some(plugin)).map_or(0, HashSet::len)
+    /// How many unschedulable pods a plugin refused, by the scheduler they ask for.
+    pub fn refused_by(&self, plugin: PluginId) -> BTreeMap<String, usize> {
+        let mut pods = BTreeMap::new();
+        for key in self.refused.get(&Some(plugin)).into_iter().flatten() {
+            *pods.entry(self.entries[key].pod.scheduler_name().to_owned()).or_insert(0) += 1;
+        }
+        pods
     }
 
-    fn requeue(&mut self, key: &ObjectKey, now: Instant, early: bool) {
+    fn requeue(&mut self, key: &ObjectKey, now: Instant, early: bool, event: &'static str) {
         let entry = self.entries.get_mut(key).expect("only known pods are queued");
         let due = entry.last_attempt.map(|last| last + self.backoff_times.after(entry.attempts));
         match due.filter(|due| *due > now) {
             Some(due) => {
+                metrics().queued("backoff", event);
                 entry.place = Place::BackingOff(due);
                 self.backoff.insert((due, key.clone()));
                 if early {
@@ -258,6 +288,7 @@ impl Queue {
                 }
             }
             None => {
+                metrics().queued("active", event);
                 entry.place = Place::Active;
                 self.active.insert(entry.rank, key.clone());
             }
@@ -268,12 +299,13 @@ impl Queue {
         while self.backoff.first().is_some_and(|(due, _)| *due <= now) {
             let (_, key) = self.backoff.pop_first().expect("the set has a first element");
             let entry = self.entries.get_mut(&key).expect("what backs off has an entry");
+            metrics().queued("active", BACKED_OFF);
             entry.place = Place::Active;
             self.early.remove(&entry.rank);
             self.active.insert(entry.rank, key);
         }
         while let Some((_, key)) = self.stale.first().filter(|(due, _)| *due <= now).cloned() {
-            self.wake_one(&key, now);
+            self.wake_one(&key, now, TIMED_OUT);
         }
     }
 
@@ -322,7 +354,7 @@ mod tests {
     async fn the_most_important_pod_goes_first_and_of_equals_the_oldest() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for (name, priority) in [("a", 0), ("b", 0), ("c", 5)] {
-            queue.add(pod(name, priority), false, now);
+            queue.add(pod(name, priority), false, now, ADDED);
         }
         assert_eq!(names(&mut queue, now), ["c", "a", "b"]);
     }
@@ -330,7 +362,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_an_event_its_refusal_depends_on_wakes_a_pod() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.add(pod("a", 0), false, now);
+        queue.add(pod("a", 0), false, now, ADDED);
         let key = queue.pop(now).unwrap().pod.key.clone();
         queue.unschedulable(&key, &[plugin_id("TaintToleration").unwrap()], now);
         let (tainted, open) = (node(json!([{"key": "k", "effect": "NoSchedule"}])), node(json!([])));
@@ -344,7 +376,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn after_an_error_a_pod_waits_for_its_back_off() {
         let (mut queue, mut now) = (Queue::default(), Instant::now());
-        queue.add(pod("a", 0), false, now);
+        queue.add(pod("a", 0), false, now, ADDED);
         for seconds in [1, 2, 4, 8, 10, 10] {
             let key = queue.pop(now).expect("the back-off is over").pod.key.clone();
             queue.retry(&key, now);
@@ -357,7 +389,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pod_that_no_event_helped_is_tried_again_after_five_minutes() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.add(pod("a", 0), false, now);
+        queue.add(pod("a", 0), false, now, ADDED);
         let key = queue.pop(now).unwrap().pod.key.clone();
         queue.unschedulable(&key, &[plugin_id("NodeName").unwrap()], now);
         assert_eq!(queue.next_deadline(), Some(now + UNSCHEDULABLE_MAX));
@@ -367,7 +399,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_happens_while_a_pod_is_decided_elsewhere_is_not_missed() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.add(pod("a", 0), false, now);
+        queue.add(pod("a", 0), false, now, ADDED);
         let key = queue.pop(now).unwrap().pod.key.clone();
         queue.in_flight(&key);
         queue.wake(&ClusterEvent::PodRemoved(&pod("b", 0)), now);
@@ -378,9 +410,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_gated_pod_is_not_tried_until_its_gates_are_gone() {
         let (mut queue, now) = (Queue::default(), Instant::now());
-        queue.add(pod("a", 0), true, now);
+        queue.add(pod("a", 0), true, now, ADDED);
         assert!(queue.pop(now).is_none() && queue.lens() == [0, 0, 0, 1]);
-        queue.add(pod("a", 0), false, now);
+        queue.add(pod("a", 0), false, now, ADDED);
         assert_eq!(names(&mut queue, now), ["a"]);
     }
 }

@@ -105,14 +105,34 @@ fn total(pod: &Pod, defaults: &Amounts) -> Amounts {
     raise(&mut running, &peak);
     if let Some(resources) = &spec.resources {
         let supported = |name: &str| name == CPU || name == MEMORY || name.starts_with("hugepages-");
-        running.extend(amounts(&resources.requests).into_iter().filter(|(name, _)| supported(name)));
+        let in_force = status.and_then(|status| status.resources.as_ref());
+        let allocated = status.map(|status| amounts(&status.allocated_resources)).unwrap_or_default();
+        let in_force = in_force.map(|resources| amounts(&resources.requests));
+        let of_pod = while_resized(|| amounts(&resources.requests), in_force, allocated, infeasible);
+        // Only what the pod itself asks for replaces the sum of its containers.
+        let asked = |name: &str| resources.requests.as_ref().is_some_and(|list| list.contains_key(name));
+        running.extend(of_pod.into_iter().filter(|(name, _)| supported(name) && asked(name)));
     }
     add(&mut running, &amounts(&spec.overhead));
     running
 }
 
-/// A container's requests; while it is resized the largest of what is wished, allocated and in force, and when the
-/// node said that the wish can never be met, of the latter two.
+/// While something is resized: the largest of what is wished, in force and allocated; and when the node said that the
+/// wish can never be met, of the latter two.
+fn while_resized(
+    wished: impl FnOnce() -> Amounts,
+    in_force: Option<Amounts>,
+    allocated: Amounts,
+    infeasible: bool,
+) -> Amounts {
+    let known = in_force.is_some() || !allocated.is_empty();
+    let mut most = if infeasible && known { Amounts::new() } else { wished() };
+    raise(&mut most, &in_force.unwrap_or_default());
+    raise(&mut most, &allocated);
+    most
+}
+
+/// A container's requests, with defaults where it has none.
 fn of_container(
     container: &Container,
     statuses: &[ContainerStatus],
@@ -125,12 +145,7 @@ fn of_container(
         None => wished(),
         Some(status) => {
             let in_force = status.resources.as_ref().map(|resources| amounts(&resources.requests));
-            let allocated = amounts(&status.allocated_resources);
-            let known = in_force.is_some() || !allocated.is_empty();
-            let mut own = if infeasible && known { Amounts::new() } else { wished() };
-            raise(&mut own, &in_force.unwrap_or_default());
-            raise(&mut own, &allocated);
-            own
+            while_resized(wished, in_force, amounts(&status.allocated_resources), infeasible)
         }
     };
     for (name, amount) in defaults {
@@ -247,6 +262,31 @@ mod tests {
         assert_eq!(cpu(spec.clone(), status(pending)).0, 4000);
         let infeasible = json!({"type": "PodResizePending", "status": "True", "reason": "Infeasible"});
         assert_eq!(cpu(spec, status(infeasible)).0, 2000);
+    }
+
+    #[test]
+    fn a_resize_of_the_whole_pod_counts_with_its_largest_amount_too() {
+        let status = |reason: &str| {
+            json!({
+                "conditions": [{"type": "PodResizePending", "status": "True", "reason": reason}],
+                "allocatedResources": {"cpu": "3", "memory": "1Gi"}, "resources": {"requests": {"cpu": "2500m"}},
+            })
+        };
+        let spec = |wished: &str| {
+            json!({
+                "containers": [container("a", "1", false)], "resources": {"requests": {"cpu": wished}},
+                "overhead": {"cpu": "100m"},
+            })
+        };
+        let cases = [
+            ("5", "Deferred", 5100, "growing: the wish is reserved already"),
+            ("2", "Deferred", 3100, "shrinking: what was granted is still taken"),
+            ("5", "Infeasible", 3100, "the wish can never be met"),
+        ];
+        for (wished, reason, expected, what) in cases {
+            assert_eq!(cpu(spec(wished), status(reason)).0, expected, "{what}");
+        }
+        assert_eq!(cpu(spec("2"), json!({})).0, 2100, "nothing was granted yet");
     }
 
     #[test]

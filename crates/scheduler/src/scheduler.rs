@@ -1,6 +1,7 @@
 //! The wiring: watches feed table and queue; one task decides pod after pod; what follows from a decision is written in
 //! the background (`writes`). Lock order: there is one lock, and no I/O happens under it.
 
+use crate::announcer::Announcer;
 use crate::config::Config;
 use crate::cycle::{Advice, Chooser, Decision, Refusal, decide, fitting_nodes};
 use crate::event::{ClusterEvent, node_matters};
@@ -10,14 +11,14 @@ use crate::objects::World;
 use crate::plugins::{VolumePlan, gated};
 use crate::pod::PodInfo;
 use crate::profile::Profile;
-use crate::queue::{Attempt, Queue};
+use crate::queue::{ADDED, Attempt, Queue, UPDATED};
 use crate::writes;
 use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use knarr_client::{Change, Client, Clock, Informer, Informers, ObjectKey, Recorder, leader};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
@@ -35,10 +36,14 @@ const DECISIONS_AT_ONCE: usize = 16;
 pub const ASSUMED_MAX: Duration = Duration::from_secs(15 * 60);
 
 /// A scheduler. [`Scheduler::new`] starts its watches, [`Scheduler::run`] decides.
+///
+/// Who only stands for election watches, too, and so decides at once when it comes to lead.
 pub struct Scheduler {
     shared: Arc<Shared>,
-    synced: Vec<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    synced: Vec<Box<dyn Fn() -> Synced + Send + Sync>>,
 }
+
+type Synced = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub(crate) struct Shared {
     pub profiles: HashMap<String, Arc<Profile>>,
@@ -46,6 +51,7 @@ pub(crate) struct Shared {
     pub client: Client,
     pub clock: Clock,
     recorder: Recorder,
+    pub announcer: Announcer,
     pub pods: Informer<Pod>,
     pub state: Mutex<State>,
     changed: Notify,
@@ -100,7 +106,7 @@ impl Scheduler {
         let state = State {
             world: World::default(),
             queue: Queue::new(config.backoff),
-            chooser: Chooser { start: 0, random: SmallRng::seed_from_u64(seed) },
+            chooser: Chooser::new(SmallRng::seed_from_u64(seed)),
             assumed: HashMap::new(),
             expiring: BTreeSet::new(),
         };
@@ -111,6 +117,7 @@ impl Scheduler {
             client: informers.client(),
             clock,
             recorder: recorder.clone(),
+            announcer: Announcer::new(informers.client()),
             pods: informers.get(),
             state: Mutex::new(state),
             changed: Notify::new(),
@@ -125,25 +132,22 @@ impl Scheduler {
 
     /// What `knarr server` runs: on the caches of the process, writing as the informers' client.
     pub async fn run_with(informers: Informers, config: Config, shutdown: CancellationToken) {
-        let election = config.election.clone();
         let client = informers.client();
-        let work = |shutdown: CancellationToken| {
-            let recorder = Recorder::new(client.clone(), Clock::System, crate::DEFAULT_NAME, "");
-            let scheduler =
-                Scheduler::new(config.clone(), &informers, &recorder, Clock::System, rand::random());
-            scheduler.run(shutdown)
-        };
-        let Some(election) = election else { return work(shutdown).await };
+        let election = config.election.clone();
+        let recorder = Recorder::new(client.clone(), Clock::System, crate::DEFAULT_NAME, "");
+        let scheduler = Scheduler::new(config, &informers, &recorder, Clock::System, rand::random());
+        let Some(election) = election else { return scheduler.run(shutdown).await };
         // Who lost the lease stands for it again.
         while !shutdown.is_cancelled() {
             let (lease, stop) = (election.lease(), shutdown.child_token());
-            let lead = || work(stop.clone());
+            let term = || scheduler.decide_until(&stop);
             if let Err(error) =
-                leader::run(client.clone(), Clock::System, lease, shutdown.clone(), lead).await
+                leader::run(client.clone(), Clock::System, lease, shutdown.clone(), term).await
             {
                 tracing::warn!(%error, "no longer the leading scheduler");
             }
             stop.cancel();
+            scheduler.stand_down();
         }
     }
 
@@ -175,6 +179,7 @@ impl Scheduler {
             storage_classes => |state| state.wake(&ClusterEvent::StorageChanged);
             csi_nodes => |state| state.wake(&ClusterEvent::StorageChanged);
             csi_drivers => |state| state.wake(&ClusterEvent::StorageChanged);
+            attachments => |state| state.wake(&ClusterEvent::StorageChanged);
             csi_capacities => |state| state.wake(&ClusterEvent::StorageChanged);
             resource_claims => |state| state.wake(&ClusterEvent::DevicesChanged);
             resource_slices => |state| state.wake(&ClusterEvent::DevicesChanged);
@@ -198,31 +203,50 @@ impl Scheduler {
             }
         });
         let informer = informer.clone();
-        self.synced.push(Box::pin(async move { informer.wait_synced().await }));
+        self.synced.push(Box::new(move || {
+            let informer = informer.clone();
+            Box::pin(async move { informer.wait_synced().await })
+        }));
     }
 
     /// Decides until `shutdown`; starts when the cluster is known.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Scheduler { shared, synced } = self;
+        self.decide_until(&shutdown).await;
+    }
+
+    /// The same for one term of office; another may follow after [`Scheduler::stand_down`].
+    async fn decide_until(&self, stop: &CancellationToken) {
         tokio::select! {
-            () = shutdown.cancelled() => return,
-            _ = futures::future::join_all(synced) => {}
+            () = stop.cancelled() => return,
+            _ = futures::future::join_all(self.synced.iter().map(|synced| synced())) => {}
         }
-        let writes = Arc::new(Semaphore::new(WRITES_MAX));
+        let term = Term { writes: Arc::new(Semaphore::new(WRITES_MAX)), stop: stop.clone() };
         loop {
             tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = shared.step(&writes) => {}
+                () = stop.cancelled() => return,
+                () = self.shared.step(&term) => {}
             }
         }
     }
+
+    /// Somebody else decides from now on. What was being bound counts as not bound; where it was, the watch says so.
+    fn stand_down(&self) {
+        self.shared.announcer.set_busy(false);
+        self.shared.state.lock().stand_down();
+    }
+}
+
+/// One time of deciding: what it writes ends with it.
+struct Term {
+    writes: Arc<Semaphore>,
+    stop: CancellationToken,
 }
 
 impl Shared {
     /// Decides some pods, or waits until there may be one.
-    async fn step(self: &Arc<Self>, writes: &Arc<Semaphore>) {
+    async fn step(self: &Arc<Self>, term: &Term) {
         for _ in 0..DECISIONS_AT_ONCE {
-            let permit = writes.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let permit = term.writes.clone().acquire_owned().await.expect("the semaphore is never closed");
             let (outcome, deadline) = {
                 let mut state = self.state.lock();
                 let outcome = state.decide_next(self);
@@ -230,13 +254,19 @@ impl Shared {
             };
             let Some(outcome) = outcome else {
                 drop(permit);
+                self.announcer.set_busy(false);
                 return self.wait(deadline).await;
             };
+            self.announcer.set_busy(true);
             // Volumes may take minutes: who waits for them keeps nobody else from being written.
             let permit = (!outcome.waits_for_volumes()).then_some(permit);
-            let this = self.clone();
+            let (this, stop) = (self.clone(), term.stop.clone());
             tokio::spawn(async move {
-                writes::carry_out(&this, outcome).await;
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => {}
+                    () = writes::carry_out(&this, outcome) => {}
+                }
                 drop(permit);
             });
         }
@@ -274,6 +304,10 @@ impl Shared {
     pub fn decide_advised(&self, attempt: Attempt, advice: &Advice, began: Instant) -> Option<Outcome> {
         let profile = self.profile(&attempt.pod)?.clone();
         self.update(|state| {
+            // It is no longer ours to decide.
+            if !state.queue.is_in_work(&attempt.pod.key) {
+                return None;
+            }
             let State { world, chooser, .. } = state;
             let decision = decide(&attempt.pod, &profile, world, chooser, Some(advice));
             Some(state.settle(self, attempt, &profile, decision, began))
@@ -380,7 +414,7 @@ impl State {
         decision: Decision,
         began: Instant,
     ) -> Outcome {
-        metrics().decided(began.elapsed());
+        metrics().decided(&profile.scheduler_name, began.elapsed(), &self.chooser.timing);
         match decision {
             Decision::Node(node, plan) => {
                 self.assume(&attempt.pod, &node, &plan);
@@ -458,6 +492,18 @@ impl State {
         self.wake(&ClusterEvent::PodRemoved(pod));
     }
 
+    /// Takes back what was decided and is not known to be written.
+    fn stand_down(&mut self) {
+        let open: Vec<ObjectKey> =
+            self.assumed.iter().filter(|(_, due)| due.is_none()).map(|(key, _)| key.clone()).collect();
+        for key in open {
+            self.assumed.remove(&key);
+            self.world.table.remove_pod(&key);
+        }
+        self.world.objects.promised_volumes.clear();
+        self.queue.put_back(Instant::now());
+    }
+
     fn expire(&mut self, now: Instant) {
         while let Some((_, key)) = self.expiring.first().filter(|(due, _)| *due <= now).cloned() {
             self.expiring.pop_first();
@@ -481,8 +527,7 @@ impl State {
     }
 
     fn wake(&mut self, event: &ClusterEvent) {
-        let moved = self.queue.wake(event, Instant::now());
-        metrics().queued("active", event.label(), moved);
+        self.queue.wake(event, Instant::now());
     }
 
     fn pod_gone(&mut self, key: &ObjectKey) {
@@ -546,10 +591,9 @@ impl State {
         if only_status && self.queue.get(key).is_some() {
             return self.queue.refresh(info);
         }
-        let event = if change.old().is_some() { "PodUpdate" } else { "PodAdd" };
-        metrics().queued("active", event, 1);
+        let event = if change.old().is_some() { UPDATED } else { ADDED };
         let gates = gated(&info);
-        self.queue.add(info, gates, Instant::now());
+        self.queue.add(info, gates, Instant::now(), event);
     }
 }
 
@@ -563,7 +607,7 @@ impl Gauges for Shared {
         [state.world.table.live().len(), state.world.table.pods_len(), state.assumed.len()]
     }
 
-    fn refused_by(&self, plugin: usize) -> usize {
+    fn refused_by(&self, plugin: usize) -> BTreeMap<String, usize> {
         self.state.lock().queue.refused_by(plugin)
     }
 }

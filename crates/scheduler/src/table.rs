@@ -5,13 +5,17 @@
 //! Every change of a pod or node goes through here, so that all of them agree at every moment.
 
 use crate::filters::{Filter, FilterId, Filters, keeps_away};
-use crate::groups::{ClassId, CounterId, Groups, OwnerId, OwnerKind};
+use crate::groups::{ClassId, CounterId, Groups, OwnerId, OwnerKind, TopologyId};
 use crate::pod::PodInfo;
 use crate::requests::{Amounts, CPU, MEMORY, STORAGE, amounts};
+use crate::shapes::Shapes;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use knarr_client::ObjectKey;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+/// Region and zone of a node, as its labels say.
+type Zone = Option<(String, String)>;
 
 /// The resource every pod takes one of.
 const PODS: &str = "pods";
@@ -40,6 +44,9 @@ impl Resource {
         self.free[slot] -= amount;
     }
 }
+
+/// Zones remembered though they may have no nodes any more.
+const ZONES_MAX: usize = 64;
 
 /// Columns every table has.
 pub const CPU_COLUMN: usize = 0;
@@ -70,6 +77,19 @@ pub struct Placed {
     owned: Vec<(OwnerId, i64)>,
 }
 
+impl Placed {
+    /// How much of a column it takes. Columns are those of one table.
+    pub fn takes(&self, column: usize, name: &str) -> i64 {
+        match column {
+            CPU_COLUMN => self.cpu,
+            MEMORY_COLUMN => self.memory,
+            STORAGE_COLUMN => self.storage,
+            _ if self.has_more => self.pod.requests.get(name),
+            _ => 0,
+        }
+    }
+}
+
 /// An image, and the nodes that have it.
 #[derive(Debug, Default)]
 pub struct Image {
@@ -97,8 +117,13 @@ impl Image {
 #[derive(Debug, Default)]
 pub struct NodeTable {
     /// Slots with a node object; from the beginning of a cycle on, zones take turns.
-    live: Vec<Slot>,
+    live: Arc<Vec<Slot>>,
     out_of_order: bool,
+    /// Counts the orders of `live`: what was made of one is made anew for the next.
+    order: u64,
+    /// By slot, the number of its zone; and the numbers of zones.
+    zones: Vec<u32>,
+    zone_ids: BTreeMap<Zone, u32>,
     by_name: HashMap<String, Slot>,
     free: Vec<Slot>,
     pub names: Vec<Arc<str>>,
@@ -110,6 +135,9 @@ pub struct NodeTable {
     unschedulable_nodes: usize,
     /// Cpu, memory, ephemeral storage and pods first; others as they appear.
     pub resources: Vec<Resource>,
+    /// Counts changes of a slot in the columns of resources; never 0.
+    pub versions: Vec<u32>,
+    pub shapes: Shapes,
     /// Requests with defaults, for scoring.
     pub scored_cpu: Vec<i64>,
     pub scored_memory: Vec<i64>,
@@ -140,8 +168,18 @@ impl NodeTable {
     }
 
     /// Slots of all nodes that exist.
-    pub fn live(&self) -> &[Slot] {
+    pub fn live(&self) -> &Arc<Vec<Slot>> {
         &self.live
+    }
+
+    /// The nodes of a set, in the order of `live`.
+    pub fn nodes_of(&mut self, filter: FilterId) -> Arc<Vec<Slot>> {
+        self.filters.list(filter, &self.live, self.order)
+    }
+
+    /// Makes the lists of nodes by domain ready.
+    pub fn gather(&mut self, topology: TopologyId) {
+        self.groups.topology_mut(topology).gather(&self.live, self.order);
     }
 
     pub fn slot_of(&self, name: &str) -> Option<Slot> {
@@ -188,6 +226,11 @@ impl NodeTable {
         !self.nominated.is_empty()
     }
 
+    /// Nodes that were promised to pods, with these.
+    pub fn nominated(&self) -> impl Iterator<Item = (Slot, &[Arc<PodInfo>])> {
+        self.nominated.iter().filter_map(|(node, pods)| Some((self.slot_of(node)?, pods.as_slice())))
+    }
+
     pub fn nominated_on(&self, slot: Slot) -> &[Arc<PodInfo>] {
         self.nominated.get(&*self.names[slot]).map_or(&[], Vec::as_slice)
     }
@@ -214,10 +257,12 @@ impl NodeTable {
         self.set_taints(slot, taints(&node));
         self.set_unschedulable(slot, spec.and_then(|spec| spec.unschedulable).unwrap_or(false));
         if old.is_none() {
-            self.live.push(slot);
+            Arc::make_mut(&mut self.live).push(slot);
         }
         self.nodes[slot] = Some(node.clone());
         if moves {
+            let zones = self.zone_ids.len() as u32;
+            self.zones[slot] = *self.zone_ids.entry(zone(&node)).or_insert(zones);
             self.filters.set_node(slot, Some(&node));
             self.groups.set_node(slot, Some(&node));
             self.count_slot(slot, 1);
@@ -236,7 +281,8 @@ impl NodeTable {
         self.nodes[slot] = None;
         self.filters.set_node(slot, None);
         self.groups.set_node(slot, None);
-        self.live.retain(|live| *live != slot);
+        Arc::make_mut(&mut self.live).retain(|live| *live != slot);
+        self.out_of_order = true;
         self.release(slot);
     }
 
@@ -255,6 +301,7 @@ impl NodeTable {
     }
 
     fn set_allocatable(&mut self, slot: Slot, offered: &Amounts) {
+        self.touch(slot);
         for resource in &mut self.resources {
             resource.offer(slot, 0);
         }
@@ -333,16 +380,37 @@ impl NodeTable {
         if !std::mem::take(&mut self.out_of_order) {
             return;
         }
-        let mut zones: BTreeMap<Option<(String, String)>, Vec<Slot>> = BTreeMap::new();
+        self.order += 1;
+        let mut by_zone: Vec<Vec<Slot>> = vec![Vec::new(); self.zone_ids.len()];
+        for (slot, _) in self.nodes.iter().enumerate().filter(|(_, node)| node.is_some()) {
+            by_zone[self.zones[slot] as usize].push(slot);
+        }
+        let mut lists: Vec<&[Slot]> =
+            self.zone_ids.values().map(|zone| by_zone[*zone as usize].as_slice()).collect();
+        lists.retain(|slots| !slots.is_empty());
+        let zones = lists.len();
+        let mut live = Vec::with_capacity(self.live.len());
+        for turn in 0.. {
+            lists.retain(|slots| slots.len() > turn);
+            if lists.is_empty() {
+                break;
+            }
+            live.extend(lists.iter().map(|slots| slots[turn]));
+        }
+        self.live = Arc::new(live);
+        // Names of zones that were are kept while there are not too many.
+        if self.zone_ids.len() > ZONES_MAX.max(2 * zones) {
+            self.number_zones();
+        }
+    }
+
+    fn number_zones(&mut self) {
+        self.zone_ids.clear();
         for (slot, node) in self.nodes.iter().enumerate() {
             if let Some(node) = node {
-                zones.entry(zone(node)).or_default().push(slot);
+                let zones = self.zone_ids.len() as u32;
+                self.zones[slot] = *self.zone_ids.entry(zone(node)).or_insert(zones);
             }
-        }
-        let most = zones.values().map(Vec::len).max().unwrap_or(0);
-        self.live.clear();
-        for turn in 0..most {
-            self.live.extend(zones.values().filter_map(|slots| slots.get(turn)));
         }
     }
 }
@@ -351,7 +419,7 @@ fn taints(node: &Node) -> &[Taint] {
     node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default()
 }
 
-fn zone(node: &Node) -> Option<(String, String)> {
+fn zone(node: &Node) -> Zone {
     let label = |keys: [&str; 2]| {
         let labels = node.metadata.labels.as_ref()?;
         keys.into_iter().find_map(|key| labels.get(key).cloned())
@@ -448,7 +516,14 @@ impl NodeTable {
         placed
     }
 
+    /// The columns of resources change at this slot.
+    fn touch(&mut self, slot: Slot) {
+        let version = &mut self.versions[slot];
+        *version = version.wrapping_add(1).max(1);
+    }
+
     fn count(&mut self, slot: Slot, placed: &Placed, sign: i64) {
+        self.touch(slot);
         self.resources[CPU_COLUMN].request(slot, sign * placed.cpu);
         self.resources[MEMORY_COLUMN].request(slot, sign * placed.memory);
         self.resources[STORAGE_COLUMN].request(slot, sign * placed.storage);
@@ -554,8 +629,10 @@ impl NodeTable {
     fn grow(&mut self) -> Slot {
         self.names.push("".into());
         self.nodes.push(None);
+        self.zones.push(0);
         self.taints.push(0);
         self.unschedulable.push(false);
+        self.versions.push(1);
         self.scored_cpu.push(0);
         self.scored_memory.push(0);
         self.pods.push(Vec::new());

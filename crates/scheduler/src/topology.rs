@@ -24,6 +24,17 @@ pub struct Topology {
     /// Nodes by domain.
     nodes: Vec<u32>,
     free: Vec<DomainId>,
+    /// Made when a rule asks for the nodes of a domain.
+    members: Members,
+}
+
+/// Slots by domain: those of a domain are a range of `slots`.
+#[derive(Debug, Default)]
+struct Members {
+    /// The order of nodes (`NodeTable::order`) this was made of.
+    order: u64,
+    begins: Vec<u32>,
+    slots: Vec<u32>,
 }
 
 impl Topology {
@@ -35,6 +46,7 @@ impl Topology {
             values: Vec::new(),
             nodes: Vec::new(),
             free: Vec::new(),
+            members: Members::default(),
         }
     }
 
@@ -45,6 +57,40 @@ impl Topology {
 
     pub fn domain(&self, slot: Slot) -> DomainId {
         self.of.get(slot).copied().unwrap_or(NOWHERE)
+    }
+
+    /// Nodes of a domain.
+    pub fn nodes_in(&self, domain: DomainId) -> u32 {
+        self.nodes.get(domain as usize).copied().unwrap_or(0)
+    }
+
+    /// Makes [`Topology::members`] ready; `live` are all nodes in the order that has this number.
+    pub fn gather(&mut self, live: &[Slot], order: u64) {
+        let of = |slot: &Slot| self.of.get(*slot).copied().filter(|domain| *domain != NOWHERE);
+        let Members { order: made, begins, slots } = &mut self.members;
+        if *made == order {
+            return;
+        }
+        // One sweep counts, one puts in; then each begin stands where the next domain's was.
+        *begins = vec![0; self.values.len() + 2];
+        live.iter().filter_map(of).for_each(|domain| begins[domain as usize + 2] += 1);
+        (2..begins.len()).for_each(|index| begins[index] += begins[index - 1]);
+        *slots = vec![0; begins.last().copied().unwrap_or(0) as usize];
+        for (slot, domain) in live.iter().filter_map(|slot| Some((*slot, of(slot)?))) {
+            let place = &mut begins[domain as usize + 1];
+            slots[*place as usize] = slot as u32;
+            *place += 1;
+        }
+        *made = order;
+    }
+
+    /// The nodes of a domain, as [`Topology::gather`] found them.
+    pub fn members(&self, domain: DomainId) -> &[u32] {
+        let begins = &self.members.begins;
+        match (begins.get(domain as usize), begins.get(domain as usize + 1)) {
+            (Some(from), Some(to)) => &self.members.slots[*from as usize..*to as usize],
+            _ => &[],
+        }
     }
 
     /// A node changed or went. What is counted by domain must not count the slot at this moment.

@@ -2,8 +2,8 @@
 //! end and the nomination.
 
 use crate::cycle::Refusal;
-use crate::metrics::{Attempted, metrics};
-use crate::plugins::{SELECTED_NODE, VolumePlan, has_selected_node, is_claim_bound};
+use crate::metrics::{Attempted, Status, metrics};
+use crate::plugins::{Point, SELECTED_NODE, VolumePlan, has_selected_node, is_claim_bound};
 use crate::pod::PodInfo;
 use crate::preemption::Preemption;
 use crate::queue::Attempt;
@@ -52,17 +52,34 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, outcome: Outcome) {
     }
 }
 
-async fn bind_and_tell(shared: &Shared, attempt: &Attempt, node: &str, plan: &VolumePlan, began: Instant) {
+async fn bind_and_tell(
+    shared: &Shared,
+    attempt: &Attempt,
+    node: &Arc<str>,
+    plan: &VolumePlan,
+    began: Instant,
+) {
     let pod = &attempt.pod;
-    let result = match bind_volumes(shared, pod, node, plan).await {
-        Ok(()) => bind(shared, pod, node).await,
+    let measured = |point, begin: std::time::Instant, succeeded| {
+        let status = if succeeded { Status::Success } else { Status::Error };
+        metrics().point(pod.scheduler_name(), point, status, begin.elapsed());
+    };
+    let begin = std::time::Instant::now();
+    let volumes = bind_volumes(shared, pod, node, plan).await;
+    measured(Point::PreBind, begin, volumes.is_ok());
+    let result = match volumes {
+        Ok(()) => {
+            let begin = std::time::Instant::now();
+            let bound = bind(shared, pod, node).await;
+            measured(Point::Bind, begin, bound.is_ok());
+            bound
+        }
         Err(error) => Err(error),
     };
     match result {
         Ok(()) => {
             shared.update(|state| state.bound(&pod.key));
-            let message = format!("Successfully assigned {} to {node}", pod.key);
-            shared.recorder(pod).event(&*pod.pod, EventType::Normal, "Scheduled", message);
+            shared.announcer.bound(pod, node, shared.clock.time());
             let profile: Arc<str> = pod.scheduler_name().into();
             metrics().attempt(&profile, Attempted::Scheduled, began.elapsed());
             metrics().bound(attempt.attempts, attempt.since.elapsed());

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Event, Namespace, Node, Pod};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use knarr_client::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
@@ -70,6 +70,9 @@ pub struct SchedulerArgs {
     /// The scheduler to ask, if it is not the default one.
     #[arg(long, default_value = "default-scheduler")]
     scheduler_name: String,
+    /// Measure no scheduler, but what each of its writes costs the server: this program makes them itself.
+    #[arg(long)]
+    steps: bool,
 }
 
 pub async fn run(args: &SchedulerArgs) -> Result<()> {
@@ -85,6 +88,12 @@ pub async fn run(args: &SchedulerArgs) -> Result<()> {
         clients.push(knarr_client::connect::from_kubeconfig(&kubeconfig, None).await?);
     }
     println!("{} nodes, {} pods, {} connections", args.nodes, args.pods, clients.len());
+    if args.steps {
+        let round = Round { args, workload: Workload::Plain, clients: &clients };
+        let result = round.steps(&processes).await;
+        round.clean().await.context("remove what the benchmark made")?;
+        return result;
+    }
     println!("{:<14} {:>9} {:>9} {:>9} {:>9}", "workload", "pods/s", "p50 ms", "p99 ms", "CPU us");
     let workloads = if args.workload.is_empty() { Workload::value_variants() } else { &args.workload };
     for workload in workloads {
@@ -150,6 +159,73 @@ impl Round<'_> {
             millis(&times, 99),
             cpu * 1e6
         );
+        Ok(())
+    }
+
+    /// What a scheduler writes for each pod, one kind of write after the other, by this program.
+    async fn steps(&self, processes: &Processes) -> Result<()> {
+        self.prepare().await?;
+        println!("{:<24} {:>9} {:>14}", "request", "per s", "server CPU us");
+        let nodes = self.args.nodes.max(1);
+        self.step(processes, "read a pod's absence", |client, number| async move {
+            Api::<Pod>::namespaced(client, NAMESPACE).get_opt(&format!("nobody-{number}")).await?;
+            Ok(())
+        })
+        .await?;
+        self.step(processes, "create a pod", |client, number| async move {
+            let mut pod = self.pod(&format!("pod-{number}"), json!({}), json!({}), &small())?;
+            pod.spec.get_or_insert_default().scheduler_name = Some("nobody".to_owned());
+            Api::namespaced(client, NAMESPACE).create(&PostParams::default(), &pod).await?;
+            Ok(())
+        })
+        .await?;
+        self.step(processes, "write a condition", |client, number| async move {
+            let condition = json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "bench"});
+            let patch = Patch::Strategic(json!({"status": {"conditions": [condition]}}));
+            let api: Api<Pod> = Api::namespaced(client, NAMESPACE);
+            api.patch_status(&format!("pod-{number}"), &PatchParams::default(), &patch).await?;
+            Ok(())
+        })
+        .await?;
+        self.step(processes, "bind a pod", |client, number| async move {
+            let name = format!("pod-{number}");
+            let target = json!({"kind": "Node", "name": format!("bench-{}", number % nodes)});
+            let binding = json!({"metadata": {"name": name}, "target": target});
+            let api: Api<Pod> = Api::namespaced(client, NAMESPACE);
+            api.create_subresource::<_, Value>("binding", &name, &PostParams::default(), &binding).await?;
+            Ok(())
+        })
+        .await?;
+        self.step(processes, "create an event", |client, number| async move {
+            let name = format!("pod-{number}");
+            let about = json!({"apiVersion": "v1", "kind": "Pod", "namespace": NAMESPACE, "name": name});
+            let event: Event = serde_json::from_value(json!({
+                "metadata": {"name": format!("{name}.{number:x}")}, "involvedObject": about, "type": "Normal",
+                "reason": "Scheduled", "message": format!("Successfully assigned {NAMESPACE}/{name} to bench"),
+                "count": 1, "source": {"component": "bench"},
+            }))?;
+            Api::namespaced(client, NAMESPACE).create(&PostParams::default(), &event).await?;
+            Ok(())
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// One kind of request, once for each pod; then waits until the server has come to rest.
+    async fn step<F, Fut>(&self, processes: &Processes, name: &str, act: F) -> Result<()>
+    where
+        F: Fn(Client, usize) -> Fut,
+        Fut: Future<Output = Result<()>>,
+    {
+        let (begin, before) = (Instant::now(), processes.cpu_seconds());
+        self.each(self.args.pods, act).await.with_context(|| name.to_owned())?;
+        let took = begin.elapsed();
+        // What caches and loops do about it belongs to its price.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let count = self.args.pods as f64;
+        let cpu =
+            before.zip(processes.cpu_seconds()).map_or(f64::NAN, |(before, after)| (after - before) / count);
+        println!("{name:<24} {:>9.0} {:>14.0}", count / took.as_secs_f64(), cpu * 1e6);
         Ok(())
     }
 

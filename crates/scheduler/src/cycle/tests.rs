@@ -43,7 +43,7 @@ fn world(nodes: &[Value]) -> World {
 }
 
 fn chooser() -> Chooser<SmallRng> {
-    Chooser { start: 0, random: SmallRng::seed_from_u64(1) }
+    Chooser::new(SmallRng::seed_from_u64(1))
 }
 
 /// The chosen node, or the message.

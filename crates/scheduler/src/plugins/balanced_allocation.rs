@@ -1,8 +1,9 @@
 //! NodeResourcesBalancedAllocation: prefers nodes whose resources would be used to the same degree.
 
-use super::{Cycle, Plugin, Point};
+use super::{Cycle, Plugin, Point, Scored, fit};
 use crate::objects::World;
-use crate::table::Slot;
+use crate::pod::PodInfo;
+use crate::table::{NodeTable, Slot};
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeResourcesBalancedAllocation",
@@ -24,44 +25,51 @@ impl Default for BalancedArgs {
     }
 }
 
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
-    let table = &world.table;
-    let names = &cycle.profile.args.balanced.resources;
-    // A pod that asks for nothing would draw all its like to the best balanced node.
-    if names.iter().all(|name| cycle.pod.requests.get(name) == 0) {
-        return false;
+/// The columns compared, with what the pod takes of each.
+#[derive(Debug, Default)]
+pub struct State {
+    columns: Vec<(usize, i64)>,
+}
+
+impl State {
+    pub fn new(pod: &PodInfo, args: &BalancedArgs, table: &NodeTable) -> Self {
+        let columns = args.resources.iter().filter_map(|name| {
+            let (column, wanted) = (table.find_column(name)?, pod.requests.get(name));
+            // Resources of devices count only for pods that want some.
+            (wanted > 0 || is_native(name)).then_some((column, wanted))
+        });
+        State { columns: columns.collect() }
     }
-    let columns: Vec<(&crate::table::Resource, i64)> = names
-        .iter()
-        .filter_map(|name| Some((&table.resources[table.find_column(name)?], cycle.pod.requests.get(name))))
-        // Resources of devices count only for pods that want some.
-        .filter(|(resource, wanted)| *wanted > 0 || is_native(&resource.name))
-        .collect();
-    if let [(a, wants_a), (b, wants_b)] = columns.as_slice() {
-        let share = |resource: &crate::table::Resource, wanted: i64, slot: Slot| {
-            let used = resource.requested[slot] + wanted;
-            (used as f64 / resource.allocatable[slot] as f64).min(1.0)
+
+    /// How evenly the node would be used, 0 to 100.
+    pub fn score(&self, table: &NodeTable, slot: Slot) -> i64 {
+        let share = |(column, wanted): &(usize, i64)| {
+            let resource = &table.resources[*column];
+            let (allocatable, used) = (resource.allocatable[slot], resource.requested[slot] + wanted);
+            (allocatable != 0).then(|| (used as f64 / allocatable as f64).min(1.0))
         };
-        for (score, slot) in scores.iter_mut().zip(slots) {
-            let known = a.allocatable[*slot] != 0 && b.allocatable[*slot] != 0;
-            let apart = || ((share(a, *wants_a, *slot) - share(b, *wants_b, *slot)) / 2.0).abs();
-            *score = ((1.0 - if known { apart() } else { 0.0 }) * 100.0) as i64;
-        }
-        return true;
+        let apart = match self.columns.as_slice() {
+            [a, b] => match (share(a), share(b)) {
+                (Some(a), Some(b)) => deviation(&[a, b]),
+                _ => 0.0,
+            },
+            columns => deviation(&columns.iter().filter_map(share).collect::<Vec<f64>>()),
+        };
+        ((1.0 - apart) * 100.0) as i64
     }
-    let mut shares = Vec::with_capacity(columns.len());
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        shares.clear();
-        for (resource, wanted) in &columns {
-            let allocatable = resource.allocatable[*slot];
-            if allocatable != 0 {
-                let used = resource.requested[*slot] + wanted;
-                shares.push((used as f64 / allocatable as f64).min(1.0));
-            }
-        }
-        *score = ((1.0 - deviation(&shares)) * 100.0) as i64;
+}
+
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
+    // A pod that asks for nothing would draw all its like to the best balanced node.
+    let mut names = cycle.profile.args.balanced.resources.iter();
+    if names.all(|name| cycle.pod.requests.get(name) == 0) {
+        return Scored::Skip;
     }
-    true
+    fit::ask(cycle, world);
+    for (answer, score) in fit::answers(cycle, world, slots).zip(scores) {
+        *score = answer.balanced.into();
+    }
+    Scored::Each
 }
 
 pub fn is_native(name: &str) -> bool {

@@ -1,14 +1,16 @@
 //! NodeResourcesFit: a node must have what a pod requests. It scores by how much would be left (LeastAllocated), used
 //! (MostAllocated), or by a curve over use (RequestedToCapacityRatio).
 
-use super::balanced_allocation::is_native;
-use super::{BLOCK, Cycle, Plugin, Point, Prepared, Verdict};
+use super::balanced_allocation::{self, is_native};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, quotient};
 use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::requests::{CPU, MEMORY, amounts};
-use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, STORAGE_COLUMN, Slot};
+use crate::shapes::{Answer, ShapeId, ShapeKey, current};
+use crate::table::{CPU_COLUMN, MEMORY_COLUMN, NodeTable, PODS_COLUMN, Placed, STORAGE_COLUMN, Slot};
 use k8s_openapi::api::core::v1::Node;
+use std::sync::Arc;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "NodeResourcesFit",
@@ -17,6 +19,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Requests,
     explain,
     score: Some(score),
     hears: kind::NODE | kind::POD_REMOVED | kind::POD_CHANGED,
@@ -52,37 +55,118 @@ pub enum Strategy {
     RequestedToCapacityRatio(Vec<(String, i64)>, Vec<(i64, i64)>),
 }
 
+impl Strategy {
+    fn resources(&self) -> &[(String, i64)] {
+        match self {
+            Strategy::LeastAllocated(resources)
+            | Strategy::MostAllocated(resources)
+            | Strategy::RequestedToCapacityRatio(resources, _) => resources,
+        }
+    }
+}
+
 impl Default for Strategy {
     fn default() -> Self {
         Strategy::LeastAllocated(vec![(CPU.to_owned(), 1), (MEMORY.to_owned(), 1)])
     }
 }
 
+/// Column (if any node offers it), amount, and name.
+type Wanted = (Option<usize>, i64, Arc<str>);
+
 #[derive(Debug, Default)]
 pub struct State {
-    /// Column (if any node offers it), amount, and name; cpu, memory and storage first.
-    wanted: Vec<(Option<usize>, i64, String)>,
+    /// Cpu, memory and storage first.
+    wanted: Vec<Wanted>,
+    /// What scoring compares: columns, with what the pod takes and the weight.
+    measured: Vec<Measured>,
+    /// What nodes said to pods like this one; `None` until somebody asks.
+    shape: Option<ShapeId>,
 }
 
-/// The bit of "Too many pods" in a code; the others are positions in `wanted`.
+/// The bit of "Too many pods" in a code, and of a node that offers too little however empty it is; the others are
+/// positions in `wanted`.
 const TOO_MANY_PODS: u32 = 1 << 31;
+const TOO_SMALL: u32 = 1 << 30;
 /// A pod may ask for so many kinds of resources; of more, the last share a bit.
-const BITS: usize = 31;
+const BITS: usize = 30;
+
+/// One resource as scoring reads it.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    column: usize,
+    wanted: i64,
+    weight: i64,
+}
 
 fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
-    let requests = &cycle.pod.requests;
-    let common =
-        [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
-    let resources = &world.table.resources;
-    let common =
-        common.into_iter().map(|(column, amount)| (Some(column), amount, resources[column].name.to_string()));
-    let others = requests.others.iter().filter(|(name, _)| !cycle.profile.args.fit.ignores(name));
-    let others = others.map(|(name, amount)| (world.table.find_column(name), *amount, name.to_string()));
-    cycle.fit.wanted = common.chain(others).filter(|(_, amount, _)| *amount > 0).collect();
+    ask(cycle, world);
     Prepared::Ready
 }
 
-fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+/// Makes ready what [`answer`] reads, once per cycle.
+pub fn ask(cycle: &mut Cycle, world: &mut World) {
+    if cycle.fit.shape.is_some() {
+        return;
+    }
+    let (pod, args, table) = (cycle.pod, &cycle.profile.args, &mut world.table);
+    cycle.fit.wanted = wanted(pod, &args.fit, table);
+    cycle.fit.measured = measured(pod, args.fit.strategy.resources(), table);
+    cycle.balanced = balanced_allocation::State::new(pod, &args.balanced, table);
+    let same = |key: &ShapeKey| {
+        (key.scored_cpu, key.scored_memory) == (pod.scored_cpu, pod.scored_memory)
+            && key.requests == pod.requests
+            && key.fit == args.fit
+            && key.balanced == args.balanced
+    };
+    let new = || ShapeKey {
+        requests: pod.requests.clone(),
+        scored_cpu: pod.scored_cpu,
+        scored_memory: pod.scored_memory,
+        fit: args.fit.clone(),
+        balanced: args.balanced.clone(),
+    };
+    cycle.fit.shape = Some(table.shapes.get(same, new, table.names.len()));
+}
+
+fn wanted(pod: &PodInfo, args: &FitArgs, table: &NodeTable) -> Vec<Wanted> {
+    let requests = &pod.requests;
+    let common =
+        [(CPU_COLUMN, requests.cpu), (MEMORY_COLUMN, requests.memory), (STORAGE_COLUMN, requests.storage)];
+    let common = common
+        .into_iter()
+        .map(|(column, amount)| (Some(column), amount, table.resources[column].name.clone()));
+    let others = requests.others.iter().filter(|(name, _)| !args.ignores(name));
+    let others = others.map(|(name, amount)| (table.find_column(name), *amount, name.clone()));
+    common.chain(others).filter(|(_, amount, _)| *amount > 0).collect()
+}
+
+/// What nodes say to the pod about resources; [`ask`] must have been called.
+#[inline]
+pub fn answers<'a>(
+    cycle: &'a Cycle,
+    world: &'a World,
+    slots: &'a [Slot],
+) -> impl Iterator<Item = Answer> + 'a {
+    let shape = cycle.fit.shape.expect("whoever reads answers has asked");
+    let (given, versions) = (world.table.shapes.answers(shape), &world.table.versions);
+    slots.iter().map(move |&slot| current(&given[slot], versions[slot], || work_out(cycle, world, slot)))
+}
+
+#[cold]
+fn work_out(cycle: &Cycle, world: &World, slot: Slot) -> Answer {
+    let refusal = refusal(cycle, world, slot);
+    // Nobody scores a node without room.
+    if refusal != 0 {
+        return Answer { refusal, ..Answer::default() };
+    }
+    let fit = suits(&cycle.profile.args.fit.strategy, &cycle.fit.measured, &world.table, slot);
+    let balanced = cycle.balanced.score(&world.table, slot);
+    Answer { refusal, fit: fit as i16, balanced: balanced as i16, ..Answer::default() }
+}
+
+/// What is missing on a node: one bit for each thing.
+fn refusal(cycle: &Cycle, world: &World, slot: Slot) -> u32 {
     let resources = &world.table.resources;
     let mut code = if resources[PODS_COLUMN].free[slot] < 1 { TOO_MANY_PODS } else { 0 };
     for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
@@ -90,46 +174,91 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
             code |= 1 << bit.min(BITS - 1);
         }
     }
-    verdict(cycle, world, slot, code)
-}
-
-/// Column by column.
-fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
-    let resources = &world.table.resources;
-    let mut codes = [0u32; BLOCK];
-    let pods = &resources[PODS_COLUMN].free;
-    for (code, slot) in codes.iter_mut().zip(slots) {
-        *code = u32::from(pods[*slot] < 1) << TOO_MANY_PODS.trailing_zeros();
-    }
-    for (bit, (column, wanted, _)) in cycle.fit.wanted.iter().enumerate() {
-        let bit = bit.min(BITS - 1);
-        match column {
-            Some(column) => {
-                let free = &resources[*column].free;
-                for (code, slot) in codes.iter_mut().zip(slots) {
-                    *code |= u32::from(free[*slot] < *wanted) << bit;
-                }
-            }
-            None => codes.iter_mut().for_each(|code| *code |= 1 << bit),
-        }
-    }
-    for ((code, slot), said) in codes.iter().zip(slots).zip(verdicts) {
-        if *code != 0 && *said == Verdict::Fits {
-            *said = verdict(cycle, world, *slot, *code);
-        }
-    }
+    if code == 0 { 0 } else { code | too_small(&cycle.fit.wanted, world, slot) }
 }
 
 /// A node that offers less than the pod wants will not help, however empty.
-fn verdict(cycle: &Cycle, world: &World, slot: Slot, code: u32) -> Verdict {
-    if code == 0 {
-        return Verdict::Fits;
-    }
-    let resources = &world.table.resources;
-    let too_small = |(column, wanted, _): &(Option<usize>, i64, String)| {
-        column.is_none_or(|column| resources[column].allocatable[slot] < *wanted)
+fn too_small(wanted: &[Wanted], world: &World, slot: Slot) -> u32 {
+    let offers_less = |(column, wanted, _): &Wanted| {
+        column.is_none_or(|column| world.table.resources[column].allocatable[slot] < *wanted)
     };
-    if cycle.fit.wanted.iter().any(too_small) { Verdict::Hopeless(code) } else { Verdict::Refused(code) }
+    if wanted.iter().any(offers_less) { TOO_SMALL } else { 0 }
+}
+
+fn verdict(refusal: u32) -> Verdict {
+    match refusal {
+        0 => Verdict::Fits,
+        _ if refusal & TOO_SMALL != 0 => Verdict::Hopeless(refusal),
+        _ => Verdict::Refused(refusal),
+    }
+}
+
+fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
+    verdict(refusal(cycle, world, slot))
+}
+
+/// What would be free on a node if pods left it: the filter's answer without touching the table.
+pub struct Room<'a> {
+    wanted: &'a [Wanted],
+    slot: Slot,
+    /// By resource wanted; nothing where no node offers it.
+    free: Vec<i64>,
+    pods: i64,
+}
+
+impl<'a> Room<'a> {
+    /// As it is.
+    pub fn new(cycle: &'a Cycle, world: &World, slot: Slot) -> Self {
+        let wanted = cycle.fit.wanted.as_slice();
+        let resources = &world.table.resources;
+        let free = |(column, _, _): &Wanted| column.map_or(0, |column| resources[column].free[slot]);
+        let pods = resources[PODS_COLUMN].free[slot];
+        Room { wanted, slot, free: wanted.iter().map(free).collect(), pods }
+    }
+
+    /// Without this pod.
+    pub fn leave(&mut self, placed: &Placed) {
+        for (wanted, free) in self.wanted.iter().zip(&mut self.free) {
+            *free += takes(placed, wanted);
+        }
+        self.pods += 1;
+    }
+
+    /// With the pod again, if that leaves enough; false if it has to stay away.
+    pub fn stays(&mut self, placed: &Placed) -> bool {
+        let left = |(wanted, free): (&Wanted, &i64)| free - takes(placed, wanted) >= wanted.1;
+        let enough = self.pods >= 2 && self.wanted.iter().zip(&self.free).all(left);
+        if enough {
+            for (wanted, free) in self.wanted.iter().zip(&mut self.free) {
+                *free -= takes(placed, wanted);
+            }
+            self.pods -= 1;
+        }
+        enough
+    }
+
+    /// Whether the pod of the cycle fits then.
+    pub fn verdict(&self, world: &World) -> Verdict {
+        let mut code = if self.pods < 1 { TOO_MANY_PODS } else { 0 };
+        for (bit, ((column, wanted, _), free)) in self.wanted.iter().zip(&self.free).enumerate() {
+            if column.is_none() || free < wanted {
+                code |= 1 << bit.min(BITS - 1);
+            }
+        }
+        verdict(if code == 0 { 0 } else { code | too_small(self.wanted, world, self.slot) })
+    }
+}
+
+fn takes(placed: &Placed, (column, _, name): &Wanted) -> i64 {
+    column.map_or(0, |column| placed.takes(column, name))
+}
+
+fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Verdict]) {
+    for (answer, said) in answers(cycle, world, slots).zip(verdicts) {
+        if *said == Verdict::Fits {
+            *said = verdict(answer.refusal);
+        }
+    }
 }
 
 fn explain(cycle: &Cycle, _: &World, code: u32) -> Vec<String> {
@@ -152,54 +281,51 @@ pub fn has_room(node: &Node, pod: &PodInfo) -> bool {
         && pod.requests.others.iter().all(|(name, amount)| *amount == 0 || offered.contains_key(&**name))
 }
 
-/// One resource as scoring reads it: columns, the pod's own amount, and its weight.
-struct Measured<'a> {
-    allocatable: &'a [i64],
-    used: &'a [i64],
-    wanted: i64,
-    weight: i64,
-}
-
-fn measured<'a>(table: &'a NodeTable, pod: &PodInfo, resources: &[(String, i64)]) -> Vec<Measured<'a>> {
+fn measured(pod: &PodInfo, resources: &[(String, i64)], table: &NodeTable) -> Vec<Measured> {
     let one = |(name, weight): &(String, i64)| {
         let column = table.find_column(name)?;
-        let resource = &table.resources[column];
-        let (used, wanted) = match column {
-            CPU_COLUMN => (&table.scored_cpu, pod.scored_cpu),
-            MEMORY_COLUMN => (&table.scored_memory, pod.scored_memory),
-            _ => (&resource.requested, pod.requests.get(name)),
+        let wanted = match column {
+            CPU_COLUMN => pod.scored_cpu,
+            MEMORY_COLUMN => pod.scored_memory,
+            _ => pod.requests.get(name),
         };
         // Resources of devices count only for pods that want some.
         let counts = wanted > 0 || is_native(name);
-        counts.then_some(Measured { allocatable: &resource.allocatable, used, wanted, weight: *weight })
+        counts.then_some(Measured { column, wanted, weight: *weight })
     };
     resources.iter().filter_map(one).collect()
 }
 
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
-    let (table, pod) = (&world.table, cycle.pod);
-    match &cycle.profile.args.fit.strategy {
-        Strategy::LeastAllocated(resources) => {
-            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
-                match used > allocatable {
-                    true => 0,
-                    false => percent(allocatable - used, allocatable),
-                }
-            });
-        }
-        Strategy::MostAllocated(resources) => {
-            weighted(&measured(table, pod, resources), slots, scores, |allocatable, used| {
-                percent(used.min(allocatable), allocatable)
-            });
-        }
-        Strategy::RequestedToCapacityRatio(resources, shape) => {
-            let measured = measured(table, pod, resources);
-            for (score, slot) in scores.iter_mut().zip(slots) {
-                *score = by_curve(&measured, *slot, shape);
-            }
-        }
+impl Measured {
+    /// What the node offers, and what would be used with the pod there.
+    fn at(&self, table: &NodeTable, slot: Slot) -> (i64, i64) {
+        let used = match self.column {
+            CPU_COLUMN => table.scored_cpu[slot],
+            MEMORY_COLUMN => table.scored_memory[slot],
+            column => table.resources[column].requested[slot],
+        };
+        (table.resources[self.column].allocatable[slot], used + self.wanted)
     }
-    true
+}
+
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
+    ask(cycle, world);
+    for (answer, score) in answers(cycle, world, slots).zip(scores) {
+        *score = answer.fit.into();
+    }
+    Scored::Each
+}
+
+fn suits(strategy: &Strategy, measured: &[Measured], table: &NodeTable, slot: Slot) -> i64 {
+    match strategy {
+        Strategy::LeastAllocated(_) => weighted(measured, table, slot, |allocatable, used| {
+            if used > allocatable { 0 } else { percent(allocatable - used, allocatable) }
+        }),
+        Strategy::MostAllocated(_) => {
+            weighted(measured, table, slot, |allocatable, used| percent(used.min(allocatable), allocatable))
+        }
+        Strategy::RequestedToCapacityRatio(_, shape) => by_curve(measured, table, slot, shape),
+    }
 }
 
 /// The whole percents of a part, not negative, of a whole. Division of floating point numbers is several times faster
@@ -211,28 +337,25 @@ fn percent(part: i64, whole: i64) -> i64 {
 }
 
 /// The weighted mean over the resources that the node has.
-fn weighted(measured: &[Measured], slots: &[Slot], scores: &mut [i64], share: impl Fn(i64, i64) -> i64) {
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        let (mut sum, mut weights) = (0, 0);
-        for resource in measured {
-            let allocatable = resource.allocatable[*slot];
-            if allocatable != 0 {
-                sum += resource.weight * share(allocatable, resource.used[*slot] + resource.wanted);
-                weights += resource.weight;
-            }
-        }
-        *score = if weights == 0 { 0 } else { sum / weights };
-    }
-}
-
-fn by_curve(measured: &[Measured], slot: Slot, shape: &[(i64, i64)]) -> i64 {
+fn weighted(measured: &[Measured], table: &NodeTable, slot: Slot, share: impl Fn(i64, i64) -> i64) -> i64 {
     let (mut sum, mut weights) = (0, 0);
     for resource in measured {
-        let allocatable = resource.allocatable[slot];
+        let (allocatable, used) = resource.at(table, slot);
+        if allocatable != 0 {
+            sum += resource.weight * share(allocatable, used);
+            weights += resource.weight;
+        }
+    }
+    if weights == 0 { 0 } else { quotient(sum, weights) }
+}
+
+fn by_curve(measured: &[Measured], table: &NodeTable, slot: Slot, shape: &[(i64, i64)]) -> i64 {
+    let (mut sum, mut weights) = (0, 0);
+    for resource in measured {
+        let (allocatable, used) = resource.at(table, slot);
         if allocatable == 0 {
             continue;
         }
-        let used = resource.used[slot] + resource.wanted;
         let utilization = if used > allocatable { 100 } else { used * 100 / allocatable };
         let score = on_curve(shape, utilization);
         if score > 0 {

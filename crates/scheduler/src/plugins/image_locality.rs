@@ -1,7 +1,7 @@
 //! ImageLocality: nodes that have the pod's images already are preferred, the more so the larger the images and the
 //! more nodes share them, so that one image does not draw all pods to one node.
 
-use super::{Cycle, Plugin, Point};
+use super::{Cycle, Plugin, Point, Scored};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::table::{Image, Slot};
@@ -13,8 +13,11 @@ const THRESHOLD_MAX_BYTES: i64 = 1000 << 20;
 pub const PLUGIN: Plugin =
     Plugin { name: "ImageLocality", points: &[Point::Score], weight: 1, score: Some(score), ..Plugin::NONE };
 
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let table = &world.table;
+    if table.images.is_empty() {
+        return Scored::Alike(0);
+    }
     let images = images(cycle.pod);
     let total = table.live().len() as f64;
     let known: Vec<(&Image, i64)> = images
@@ -23,8 +26,7 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         .map(|image| (image, (image.size_bytes as f64 * (f64::from(image.nodes) / total)) as i64))
         .collect();
     if known.is_empty() {
-        scores.fill(0);
-        return true;
+        return Scored::Alike(0);
     }
     let most = THRESHOLD_MAX_BYTES * images.len() as i64;
     for (score, slot) in scores.iter_mut().zip(slots) {
@@ -32,7 +34,7 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         *score =
             100 * (sum.clamp(THRESHOLD_MIN_BYTES, most) - THRESHOLD_MIN_BYTES) / (most - THRESHOLD_MIN_BYTES);
     }
-    true
+    Scored::Each
 }
 
 /// The pod's images as nodes list them.

@@ -3,13 +3,14 @@
 //!
 //! Nothing is scanned: the terms name counters of the table, read as they are at the moment of the question.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict};
 use crate::event::{ClusterEvent, kind};
-use crate::groups::{CounterId, OwnerId, OwnerKind, TopologyId};
+use crate::groups::{CounterId, Groups, OwnerId, OwnerKind, TopologyId};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::table::Slot;
-use crate::topology::NOWHERE;
+use crate::topology::{DomainId, NOWHERE};
+use std::sync::Arc;
 
 pub const PLUGIN: Plugin = Plugin {
     name: "InterPodAffinity",
@@ -18,6 +19,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Pods,
     explain: |_, _, code| {
         let text = match code {
             AFFINITY => "node(s) didn't match pod affinity rules",
@@ -105,9 +107,49 @@ fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
     let owners = table.groups.owners_of(cycle.class);
     state.repelled_by =
         owners.filter(|owner| table.groups.owner(*owner).kind() == OwnerKind::Repels).collect();
+    let nearest = nearest(&state, &table.groups);
     let idle = state.affinity.is_empty() && state.anti_affinity.is_empty() && state.repelled_by.is_empty();
     cycle.affinity = state;
+    if let Some((domains, topology, nodes)) = nearest {
+        cycle.narrow(nodes, world, |world| Arc::new(nodes_in(world, topology, &domains)));
+    }
     if idle { Prepared::Skip } else { Prepared::Ready }
+}
+
+/// The domains with somebody to be near to, of the term that leaves the fewest nodes, and how many nodes these are.
+fn nearest(state: &State, groups: &Groups) -> Option<(Vec<DomainId>, TopologyId, usize)> {
+    let nobody = || state.affinity.iter().all(|(counter, _)| groups.counter(*counter).total == 0);
+    if state.affinity.is_empty() || (state.matches_itself && nobody()) {
+        return None;
+    }
+    let of_term = |(counter, topology): &(CounterId, TopologyId)| {
+        let inhabited = (0..).zip(groups.counter(*counter).column()).filter(|(_, pods)| **pods > 0);
+        let domains: Vec<DomainId> = inhabited.map(|(domain, _)| domain).collect();
+        let known = groups.topology(*topology);
+        let nodes = domains.iter().map(|domain| known.nodes_in(*domain) as usize).sum();
+        (domains, *topology, nodes)
+    };
+    state.affinity.iter().map(of_term).min_by_key(|(_, _, nodes)| *nodes)
+}
+
+/// The nodes of the domains; these take turns, so that looking at a part looks at all of them.
+fn nodes_in(world: &mut World, topology: TopologyId, domains: &[DomainId]) -> Vec<Slot> {
+    world.table.gather(topology);
+    let topology = world.table.groups.topology(topology);
+    let mut lists: Vec<&[u32]> = domains.iter().map(|domain| topology.members(*domain)).collect();
+    let mut slots = Vec::with_capacity(lists.iter().map(|list| list.len()).sum());
+    if let [only] = lists.as_slice() {
+        slots.extend(only.iter().map(|slot| *slot as Slot));
+        return slots;
+    }
+    for turn in 0.. {
+        lists.retain(|list| list.len() > turn);
+        if lists.is_empty() {
+            break;
+        }
+        slots.extend(lists.iter().map(|list| list[turn] as Slot));
+    }
+    slots
 }
 
 fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
@@ -167,12 +209,12 @@ fn filter_many(cycle: &Cycle, world: &World, slots: &[Slot], verdicts: &mut [Ver
 }
 
 /// Matching pods in the node's domains times the weights of the terms; the best becomes 100, the worst 0.
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let args = &cycle.profile.args.affinity;
     let preferred =
         cycle.pod.affinity.as_ref().map(|affinity| affinity.preferred.as_slice()).unwrap_or_default();
     if preferred.is_empty() && args.ignores_preferences_of_existing {
-        return false;
+        return Scored::Skip;
     }
     let table = &mut world.table;
     let own: Vec<(CounterId, i64)> = preferred
@@ -187,16 +229,23 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
     };
     let others: Vec<(OwnerId, i64)> = groups.owners_of(cycle.class).filter_map(weight_of).collect();
     if own.is_empty() && others.is_empty() {
-        return false;
+        return Scored::Skip;
     }
-    for (score, slot) in scores.iter_mut().zip(slots) {
-        let own: i64 =
-            own.iter().map(|(counter, weight)| weight * i64::from(groups.count_at(*counter, *slot))).sum();
-        let others = others.iter().map(|(owner, weight)| {
-            let owner = groups.owner(*owner);
-            weight * owner.get(groups.topology(owner.topology()).domain(*slot))
-        });
-        *score = own + others.sum::<i64>();
+    scores.fill(0);
+    // Rule by rule: each reads two columns.
+    for (counter, weight) in own {
+        let counter = groups.counter(counter);
+        let (counts, domain_of) = (counter.column(), &groups.topology(counter.topology()).of);
+        for (score, slot) in scores.iter_mut().zip(slots) {
+            *score += counts.get(domain_of[*slot] as usize).map_or(0, |pods| weight * i64::from(*pods));
+        }
+    }
+    for (owner, weight) in others {
+        let owner = groups.owner(owner);
+        let (sums, domain_of) = (owner.column(), &groups.topology(owner.topology()).of);
+        for (score, slot) in scores.iter_mut().zip(slots) {
+            *score += sums.get(domain_of[*slot] as usize).map_or(0, |sum| weight * sum);
+        }
     }
     let (least, most) =
         (scores.iter().copied().min().unwrap_or(0), scores.iter().copied().max().unwrap_or(0));
@@ -206,5 +255,5 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
             range => (100.0 * ((*score - least) as f64 / range as f64)) as i64,
         };
     }
-    true
+    Scored::Each
 }

@@ -1,7 +1,7 @@
 //! NodeAffinity: `nodeSelector` and required terms decide, and those that the configuration adds for every pod of the
 //! profile; preferred terms score.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict, normalize};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, normalize};
 use crate::event::kind;
 use crate::filters::{Filter, FilterId, Selection};
 use crate::objects::World;
@@ -18,6 +18,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Node,
     explain: |_, _, code| {
         let text = match code {
             ADDED => "node(s) didn't match scheduler-enforced node affinity",
@@ -63,7 +64,9 @@ fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
         cycle.node_affinity.direct = true;
     } else if cycle.pod.selection.is_some() {
         let filter = Filter { selection: cycle.pod.selection.clone(), ..Default::default() };
-        cycle.node_affinity.selection = Some(world.table.filter(filter));
+        let filter = world.table.filter(filter);
+        cycle.node_affinity.selection = Some(filter);
+        cycle.narrow(world.table.filters.len(filter), world, |world| world.table.nodes_of(filter));
     }
     if added.is_some() {
         let filter = Filter { selection: added.clone(), ..Default::default() };
@@ -112,12 +115,12 @@ fn of_pod(pod: &Pod) -> Option<&NodeAffinity> {
 }
 
 /// The weights of the preferred terms that hold.
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let own = preferred(of_pod(&cycle.pod.pod));
     let terms: Vec<&PreferredSchedulingTerm> =
         own.chain(preferred(cycle.profile.args.node_affinity.added.as_ref())).collect();
     if terms.is_empty() {
-        return false;
+        return Scored::Skip;
     }
     let none = BTreeMap::new();
     for (score, slot) in scores.iter_mut().zip(slots) {
@@ -129,5 +132,5 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
         *score = terms.iter().filter(holds).map(|term| i64::from(term.weight)).sum();
     }
     normalize(scores, false);
-    true
+    Scored::Each
 }

@@ -1,6 +1,6 @@
 //! NodeName: a pod that names its node fits only there.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict};
 use crate::event::kind;
 use crate::objects::World;
 use crate::pod::PodInfo;
@@ -16,6 +16,7 @@ pub const PLUGIN: Plugin = Plugin {
     wakes: |event, pod| {
         event.labels_changed() && event.node().and_then(|node| node.metadata.name.as_deref()) == wanted(pod)
     },
+    sees: Sees::Node,
     ..Plugin::NONE
 };
 

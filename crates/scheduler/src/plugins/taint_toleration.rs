@@ -2,7 +2,7 @@
 //!
 //! Nodes with equal taints share a number, so each list of taints is judged once per pod.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict, normalize};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, normalize};
 use crate::event::kind;
 use crate::filters::keeps_away;
 use crate::objects::World;
@@ -16,6 +16,7 @@ pub const PLUGIN: Plugin = Plugin {
     weight: 3,
     prepare: Some(prepare),
     filter: Some(filter),
+    sees: Sees::Node,
     explain,
     score: Some(score),
     filter_many: None,
@@ -65,17 +66,16 @@ fn explain(_: &Cycle, world: &World, code: u32) -> Vec<String> {
 }
 
 /// The fewer soft taints the pod does not tolerate, the better.
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     if !world.table.has_taints(false) {
-        scores.fill(100);
-        return true;
+        return Scored::Alike(100);
     }
     let by_list: Vec<i64> = soft_taints(&world.table, cycle.pod.tolerations());
     for (score, slot) in scores.iter_mut().zip(slots) {
         *score = by_list[world.table.taints[*slot]];
     }
     normalize(scores, true);
-    true
+    Scored::Each
 }
 
 fn soft_taints(table: &NodeTable, tolerations: Option<&Vec<Toleration>>) -> Vec<i64> {

@@ -26,6 +26,7 @@ enum Object {
     Volume(Value),
     Class(Value),
     CsiNode(Value),
+    Attachment(Value),
     CsiDriver(Value),
     CsiCapacity(Value),
     Service(Value),
@@ -114,6 +115,7 @@ fn world(nodes: &[Value], there: &[(&str, Value)], objects: Vec<Object>) -> Worl
             Object::Claim(value) => known.claims.set(&Change::Added(Arc::new(from(value)))),
             Object::Volume(value) => known.volumes.set(&Change::Added(Arc::new(from(value)))),
             Object::Class(value) => known.storage_classes.set(&Change::Added(Arc::new(from(value)))),
+            Object::Attachment(value) => known.attachments.set(&Change::Added(Arc::new(from(value)))),
             Object::CsiNode(value) => known.csi_nodes.set(&Change::Added(Arc::new(from(value)))),
             Object::CsiDriver(value) => known.csi_drivers.set(&Change::Added(Arc::new(from(value)))),
             Object::CsiCapacity(value) => known.csi_capacities.set(&Change::Added(Arc::new(from(value)))),
@@ -908,5 +910,42 @@ fn volume_restrictions_limits_and_zones() {
             expected: Ok(vec![("b", 0)]),
             ..Case::default()
         }],
+    );
+    let attachment = |name: &str, volume: &str, node: &str| {
+        Object::Attachment(json!({
+            "metadata": {"name": name},
+            "spec": {"attacher": "d.io", "nodeName": node, "source": {"persistentVolumeName": volume}},
+        }))
+    };
+    let objects = |attached: Object| {
+        vec![
+            Object::Claim(bound()),
+            Object::Volume(volume("v", "5", "x")),
+            Object::Volume(volume("w", "5", "x")),
+            limit("a", 1),
+            limit("b", 1),
+            attached,
+        ]
+    };
+    check(
+        "NodeVolumeLimits",
+        vec![
+            Case {
+                what: "a volume still attached without a pod counts",
+                nodes: nodes(),
+                pod: uses_data(),
+                objects: objects(attachment("old", "w", "a")),
+                expected: Ok(vec![("b", 0)]),
+                ..Case::default()
+            },
+            Case {
+                what: "the pod's own volume, attached already, counts once",
+                nodes: nodes(),
+                pod: uses_data(),
+                objects: objects(attachment("own", "v", "a")),
+                expected: Ok(vec![("a", 0), ("b", 0)]),
+                ..Case::default()
+            },
+        ],
     );
 }

@@ -1,7 +1,7 @@
 //! PodTopologySpread: `DoNotSchedule` constraints keep the skew between domains; `ScheduleAnyway` ones, and those that
 //! the configuration gives pods without their own, prefer emptier domains.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Scored, Sees, Verdict, quotient};
 use crate::event::{ClusterEvent, kind};
 use crate::filters::{Filter, Tolerations};
 use crate::groups::{CounterId, TopologyId};
@@ -17,6 +17,7 @@ pub const PLUGIN: Plugin = Plugin {
     prepare: Some(prepare),
     filter: Some(filter),
     filter_many: Some(filter_many),
+    sees: Sees::Pods,
     explain: |_, _, code| {
         let text = "node(s) didn't match pod topology spread constraints";
         vec![if code == MISSING { format!("{text} (missing required label)") } else { text.to_owned() }]
@@ -181,11 +182,11 @@ struct Soft {
 }
 
 /// Fewer matching pods in the domain are better; small topologies weigh less per pod (upstream's formula).
-fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> bool {
+fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64]) -> Scored {
     let (rules, system) = rules(cycle, world);
     let rules: Vec<SpreadRule> = rules.into_iter().filter(|rule| !rule.hard).collect();
     if rules.is_empty() {
-        return false;
+        return Scored::Skip;
     }
     // The system's constraints also apply to nodes that have only some of the labels.
     let mut keys: Vec<String> =
@@ -193,12 +194,16 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
     keys.sort();
     keys.dedup();
     let soft: Vec<Soft> = rules.iter().map(|rule| soft(cycle, world, rule, &keys)).collect();
-    let groups = &world.table.groups;
     let all = Filter { keys, ..Default::default() };
     let ignored: Vec<bool> = match all.is_everything() {
         true => vec![false; slots.len()],
-        false => slots.iter().map(|slot| !all.holds(world.table.node(*slot))).collect(),
+        false => {
+            let all = world.table.filter(all);
+            let bits = world.table.filters.bits(all);
+            slots.iter().map(|slot| !bits[*slot]).collect()
+        }
     };
+    let groups = &world.table.groups;
     let scored = ignored.iter().filter(|ignored| !**ignored).count();
     let soft: Vec<Soft> = soft
         .into_iter()
@@ -211,18 +216,28 @@ fn score(cycle: &mut Cycle, world: &mut World, slots: &[Slot], scores: &mut [i64
             Soft { weight: ((size + 2) as f64).ln(), ..soft }
         })
         .collect();
-    for ((score, slot), ignored) in scores.iter_mut().zip(slots).zip(&ignored) {
-        let mut sum = 0.0;
-        for rule in soft.iter().filter(|_| !ignored) {
-            if groups.topology(rule.topology).domain(*slot) != NOWHERE {
-                let pods = groups.count_at(rule.counter, *slot);
-                sum += f64::from(pods) * rule.weight + (rule.max_skew - 1) as f64;
+    let mut sums = vec![0.0; slots.len()];
+    for rule in &soft {
+        let (counter, domain_of) = (groups.counter(rule.counter), &groups.topology(rule.topology).of);
+        let (counts, counted_in) = (counter.column(), &groups.topology(counter.topology()).of);
+        for (sum, slot) in sums.iter_mut().zip(slots) {
+            if domain_of[*slot] != NOWHERE {
+                let pods = counts.get(counted_in[*slot] as usize).copied().unwrap_or(0);
+                *sum += f64::from(pods) * rule.weight + (rule.max_skew - 1) as f64;
             }
         }
-        *score = sum.round() as i64;
+    }
+    for ((score, sum), ignored) in scores.iter_mut().zip(&sums).zip(&ignored) {
+        *score = if *ignored { 0 } else { rounded(*sum) };
     }
     fewest_is_best(scores, &ignored);
-    true
+    Scored::Each
+}
+
+/// To the nearest whole number, halves up; for what is not negative, and without a call into the mathematics library.
+fn rounded(sum: f64) -> i64 {
+    let whole = sum as i64;
+    whole + i64::from(sum - whole as f64 >= 0.5)
 }
 
 fn soft(cycle: &Cycle, world: &mut World, rule: &SpreadRule, keys: &[String]) -> Soft {
@@ -260,7 +275,8 @@ fn fewest_is_best(scores: &mut [i64], ignored: &[bool]) {
         *score = match (ignored, most) {
             (true, _) => 0,
             (_, 0) => 100,
-            _ => 100 * (most + least - *score) / most,
+            // Half of the time of scoring would go into divisions of integers; these are small and positive.
+            _ => quotient(100 * (most + least - *score), most),
         };
     }
 }

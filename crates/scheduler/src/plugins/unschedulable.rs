@@ -1,6 +1,6 @@
 //! NodeUnschedulable: cordoned nodes take only pods that tolerate it.
 
-use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict};
 use crate::event::kind;
 use crate::objects::World;
 use crate::pod::PodInfo;
@@ -19,6 +19,7 @@ pub const PLUGIN: Plugin = Plugin {
         let open = |node: &Node| node.spec.as_ref().is_none_or(|spec| spec.unschedulable != Some(true));
         event.taints_changed() && event.node().is_some_and(|node| open(node) || tolerates(pod))
     },
+    sees: Sees::Node,
     ..Plugin::NONE
 };
 

@@ -1,4 +1,5 @@
-//! NodeVolumeLimits: a driver attaches no more volumes to a node than its CSINode says.
+//! NodeVolumeLimits: a driver attaches no more volumes to a node than its CSINode says. Volumes of the node's pods count,
+//! and those still attached without a pod (VolumeAttachment); each once.
 
 use super::volume_binding::{self, class_name, volume_name};
 use super::{Cycle, Plugin, Point, Prepared, Verdict};
@@ -6,6 +7,7 @@ use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::pod::PodInfo;
 use crate::table::Slot;
+use k8s_openapi::api::storage::v1::VolumeAttachment;
 use std::collections::BTreeSet;
 
 pub const PLUGIN: Plugin = Plugin {
@@ -53,6 +55,14 @@ fn attached(pod: &PodInfo, world: &World) -> BTreeSet<Attached> {
     pod.claims.iter().filter_map(of_claim).collect()
 }
 
+fn attached_volume(attachment: &VolumeAttachment, world: &World) -> Option<Attached> {
+    let source = &attachment.spec.source;
+    let named = source.persistent_volume_name.as_ref().and_then(|name| world.objects.volumes.get("", name));
+    let spec = source.inline_volume_spec.as_ref().or_else(|| named?.spec.as_ref())?;
+    let handle = spec.csi.as_ref()?.volume_handle.clone();
+    Some((attachment.spec.attacher.clone(), handle))
+}
+
 fn prepare(cycle: &mut Cycle, world: &mut World) -> Prepared {
     if cycle.pod.claims.is_empty() {
         return Prepared::Skip;
@@ -79,7 +89,9 @@ fn filter(cycle: &Cycle, world: &World, slot: Slot) -> Verdict {
         return Verdict::Fits;
     }
     let with_claims = world.table.pods[slot].iter().filter(|placed| !placed.pod.claims.is_empty());
-    let there: BTreeSet<Attached> = with_claims.flat_map(|placed| attached(&placed.pod, world)).collect();
+    let mut there: BTreeSet<Attached> = with_claims.flat_map(|placed| attached(&placed.pod, world)).collect();
+    let attachments = world.objects.attachments.on(&world.table.names[slot]);
+    there.extend(attachments.filter_map(|attachment| attached_volume(attachment, world)));
     let exceeded = limits.into_iter().any(|(driver, limit)| {
         let of_driver = |set: &BTreeSet<Attached>| set.iter().filter(|(name, _)| name == driver).count();
         let new: BTreeSet<Attached> = cycle.limits.wanted.difference(&there).cloned().collect();

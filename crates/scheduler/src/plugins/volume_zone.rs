@@ -2,7 +2,7 @@
 //! node affinity, which VolumeBinding reads.)
 
 use super::volume_binding::{self, volume_name, waits_for_consumer};
-use super::{Cycle, Plugin, Point, Prepared, Verdict};
+use super::{Cycle, Plugin, Point, Prepared, Sees, Verdict};
 use crate::event::{ClusterEvent, kind};
 use crate::objects::World;
 use crate::table::Slot;
@@ -18,6 +18,7 @@ pub const PLUGIN: Plugin = Plugin {
         matches!(event, ClusterEvent::ClaimChanged(_) | ClusterEvent::StorageChanged)
             || event.labels_changed()
     },
+    sees: Sees::Node,
     ..Plugin::NONE
 };
 
