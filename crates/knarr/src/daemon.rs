@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -25,6 +25,8 @@ const RESTART_DELAY_MAX: Duration = Duration::from_secs(10);
 const HEALTHY_AFTER: Duration = Duration::from_secs(30);
 /// How long a stop may take before it is forced.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the kernel may take to end a process that was killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// True where systemd is the init system.
 pub fn has_systemd() -> bool {
@@ -130,37 +132,37 @@ pub fn stop(settings: &Settings) -> Result<bool> {
 
 /// Asks the process to end and waits until it has; forces it after a while.
 fn end(pid: Pid) -> Result<()> {
-    let deadline = Instant::now() + STOP_TIMEOUT;
-    let mut signal = Signal::SIGTERM;
-    loop {
-        if kill(pid, signal).is_err() || !Path::new(&format!("/proc/{pid}")).exists() {
+    for (signal, patience) in [(Signal::SIGTERM, STOP_TIMEOUT), (Signal::SIGKILL, KILL_TIMEOUT)] {
+        if kill(pid, signal).is_err() || wait_for_exit(pid, patience)? {
             return Ok(());
         }
-        if Instant::now() > deadline {
-            if signal == Signal::SIGKILL {
-                bail!("process {pid} does not end, not even when killed");
-            }
-            signal = Signal::SIGKILL;
-        }
-        wait_for_exit(pid, Duration::from_millis(200));
     }
+    bail!("process {pid} does not end, not even when killed")
 }
 
-/// Waits for the end of a process that is not a child, at most so long.
-fn wait_for_exit(pid: Pid, at_most: Duration) {
+/// Waits for the end of a process that is not a child, at most so long; false if it still runs. One that ended and
+/// was not asked for by its parent yet has ended.
+fn wait_for_exit(pid: Pid, at_most: Duration) -> Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use std::os::fd::{AsFd, FromRawFd, OwnedFd};
     // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1; nothing is borrowed.
     let fd = unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid.as_raw(), 0) };
     if fd < 0 {
-        return;
+        let error = nix::errno::Errno::last();
+        ensure!(error == nix::errno::Errno::ESRCH, "wait for process {pid}: {error}");
+        return Ok(true);
     }
     // SAFETY: the descriptor was just returned to us and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let timeout = PollTimeout::try_from(at_most).unwrap_or(PollTimeout::ZERO);
-    let mut waited = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    if let Err(error) = poll(&mut waited, timeout) {
-        eprintln!("knarr: waiting for process {pid}: {error}");
+    let deadline = Instant::now() + at_most;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => bail!("wait for process {pid}: {error}"),
+        }
     }
 }
 
@@ -225,4 +227,20 @@ fn told_to_end(signals: &SigSet, delay: Duration) -> bool {
     // SAFETY: both pointers are to live values of the right types; the third argument may be null.
     let signal = unsafe { nix::libc::sigtimedwait(stop.as_ref(), std::ptr::null_mut(), &time) };
     signal > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_nobody_reaps_has_ended() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = Pid::from_raw(child.id() as i32);
+        assert!(!wait_for_exit(pid, Duration::from_millis(10)).unwrap());
+        end(pid).unwrap();
+        assert!(Path::new(&format!("/proc/{pid}")).exists(), "it waits for its parent");
+        child.wait().unwrap();
+        assert!(wait_for_exit(pid, Duration::from_millis(10)).unwrap());
+    }
 }
