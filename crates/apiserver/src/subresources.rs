@@ -5,7 +5,6 @@ use knarr_api::rules::Rules;
 use knarr_api::schema::Kind;
 use knarr_api::status::{Result, Status};
 use knarr_api::{field, selector::LabelSelector, time};
-use knarr_store::Store;
 use serde_json::{Map, Value, json};
 
 use crate::authn::{Claims, Tokens};
