@@ -213,6 +213,10 @@ fn jobs(history: &History) -> Vec<String> {
         if over && held > 0 {
             found.push(format!("job {key} is over and holds {held} pods"));
         }
+        // Counted from a time that a jump of the clock may have put far ahead.
+        if over && object.pointer("/spec/ttlSecondsAfterFinished").is_some() {
+            found.push(format!("job {key} is over and not deleted yet"));
+        }
     }
     found
 }
