@@ -379,10 +379,16 @@ fn parse_event(line: &str) -> Result<Event> {
 fn print_warnings(response: &http::Response<Body>) {
     for header in response.headers().get_all("warning") {
         let text = header.to_str().unwrap_or_default();
-        if let Some((_, quoted)) = text.split_once('"') {
-            eprintln!("Warning: {}", quoted.trim_end_matches('"').replace("\\\"", "\""));
+        if let Some(words) = warning_words(text) {
+            eprintln!("Warning: {words}");
         }
     }
+}
+
+/// What a warning header says: `299 - "it is \"so\""` says `it is "so"`.
+fn warning_words(header: &str) -> Option<String> {
+    let (_, quoted) = header.split_once('"')?;
+    Some(quoted.strip_suffix('"').unwrap_or(quoted).replace("\\\"", "\""))
 }
 
 async fn refusal(response: http::Response<Body>) -> Error {
@@ -436,6 +442,17 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quotes_within_a_warning_stay() {
+        for (header, words) in [
+            (r#"299 - "unknown field \"spec.x\"""#, Some(r#"unknown field "spec.x""#)),
+            (r#"299 - "it is old""#, Some("it is old")),
+            ("299", None),
+        ] {
+            assert_eq!(warning_words(header).as_deref(), words, "{header}");
+        }
+    }
 
     #[test]
     fn durations_are_gos() {
