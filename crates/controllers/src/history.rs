@@ -8,9 +8,9 @@ use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
+use knarr_client::owner::{self, Claim};
 use knarr_client::patch;
 use knarr_client::selector::Selector;
-use knarr_client::owner::{self, Claim};
 use knarr_client::{Client, During, Error, Informer, Result, ignore_gone};
 use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::{Value, json};
@@ -177,7 +177,10 @@ impl Revisions {
                 if is_to_adopt(owner, &owner.selector()?, &existing) {
                     // The cache has yet to show that nobody owns it any more.
                     owner::adopt(&self.client, owner, &existing).await?;
-                    return Err(Error::not_yet(format!("adopt controller revision {name}"), "the cache is behind"));
+                    return Err(Error::not_yet(
+                        format!("adopt controller revision {name}"),
+                        "the cache is behind",
+                    ));
                 }
                 self.count_collision(owner, collision_count).await?;
                 Err(Error::not_yet(

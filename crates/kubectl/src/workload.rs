@@ -84,9 +84,7 @@ fn daemon_set(object: &Value) -> Result<(String, bool)> {
 /// Nobody knows when a user will delete the rest of the old pods.
 fn only_rolling(object: &Value) -> Result<()> {
     match object.str_at("spec.updateStrategy.type") {
-        "OnDelete" => {
-            Err(Error::plain("rollout status is only available for RollingUpdate strategy type"))
-        }
+        "OnDelete" => Err(Error::plain("rollout status is only available for RollingUpdate strategy type")),
         _ => Ok(()),
     }
 }
