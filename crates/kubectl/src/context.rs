@@ -209,6 +209,8 @@ impl Context {
     fn override_config(&self, config: &mut kube::Config) -> Result<()> {
         // Watches, logs and terminals are silent for as long as nothing happens.
         (config.read_timeout, config.write_timeout) = (None, None);
+        // A refused eviction is told and tried again by `drain`; the client must not do so in silence.
+        config.default_retry = false;
         if let Some(server) = &self.args.server {
             let server = if server.contains("://") { server.clone() } else { format!("https://{server}") };
             config.cluster_url = server
