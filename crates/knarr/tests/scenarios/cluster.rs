@@ -337,7 +337,9 @@ impl Scene {
             let mut messages =
                 events.iter().filter(|e| e["reason"] == reason).map(|e| text_of(&e["message"]));
             let found = messages.find(|message| message.contains(text));
-            found.ok_or_else(|| format!("events: {}", self.ok("get events")))
+            found.ok_or_else(|| {
+                format!("{}{}", self.ok("get events"), self.ok("get all -o wide --show-labels"))
+            })
         })
     }
 

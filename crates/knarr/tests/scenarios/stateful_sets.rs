@@ -1,6 +1,8 @@
 //! StatefulSets: names that stay, one after the other, claims that outlive their pods.
 
-use crate::cluster::{Scene, image, is_ready, name, names, text_of};
+use std::collections::BTreeMap;
+
+use crate::cluster::{Scene, image, is_ready, name, names, owner, text_of};
 use serde_json::{Value, json};
 
 const SET: &str = "
@@ -114,8 +116,6 @@ fn a_partition_holds_back_those_below_it_even_when_they_are_made_anew() {
     s.rollout("sts/db");
     s.apply(&manifest.replace("db:1", "db:2"));
     let lines = s.rollout("sts/db");
-    let partitioned = "Waiting for partitioned roll out to finish: ";
-    assert!(lines.iter().any(|line| line.starts_with(partitioned)), "{lines:#?}");
     assert_eq!(
         lines.last().map(String::as_str),
         Some("partitioned roll out complete: 2 new pods have been updated...")
@@ -139,6 +139,38 @@ fn a_partition_holds_back_those_below_it_even_when_they_are_made_anew() {
     );
     s.rollout("sts/db");
     assert_eq!(images(&s), ["db:2", "db:2", "db:2"]);
+}
+
+#[test]
+fn with_on_delete_only_deleted_pods_are_made_anew() {
+    let s = Scene::new("sts-on-delete");
+    s.apply(&SET.replace("serviceName: db", "serviceName: db\n  updateStrategy: {type: OnDelete}"));
+    s.until_ready(3, "app=db");
+    s.ok("set image sts/db c=db:2");
+    let told = s.fails("rollout status sts/db");
+    assert_eq!(told.trim(), "error: rollout status is only available for RollingUpdate strategy type");
+    s.ok("delete pod db-1");
+    s.until("db-1 is back, of the new image", "pods/db-1", |pod| is_ready(pod) && image(pod) == "db:2");
+    let old = s.pods("app=db").iter().filter(|pod| image(pod) == "db:1").count();
+    assert_eq!(old, 2);
+}
+
+#[test]
+fn orphaned_pods_are_adopted_as_they_are() {
+    let s = Scene::new("sts-orphan");
+    s.apply(SET);
+    s.rollout("sts/db");
+    let uids = |pods: &[Value]| {
+        pods.iter().map(|pod| (name(pod), text_of(&pod["metadata"]["uid"]))).collect::<BTreeMap<_, _>>()
+    };
+    let before = uids(&s.until_ready(3, "app=db"));
+    s.says("delete sts db --cascade=orphan", "statefulset.apps \"db\" deleted from sts-orphan namespace");
+    s.until_pods("the pods belong to nobody", "app=db", |pods| pods.iter().all(|pod| owner(pod).is_empty()));
+    s.apply(SET);
+    s.until_pods("the pods are adopted", "app=db", |pods| pods.iter().all(|pod| owner(pod) == "db"));
+    s.rollout("sts/db");
+    assert_eq!(uids(&s.until_ready(3, "app=db")), before);
+    assert_eq!(s.list("controllerrevisions").len(), 1);
 }
 
 /// No loop of ours binds claims to volumes: a volume plug-in is played here.
