@@ -74,7 +74,7 @@ impl Cluster {
         });
         let cluster = Cluster { api, runtime, home };
         for number in 1..=SHARED_NODES {
-            cluster.add_node(NewNode { name: format!("shared-{number}"), ..Default::default() });
+            cluster.add_node(NewNode { name: format!("shared-{number}"), ..Default::default() }, json!([]));
         }
         cluster
     }
@@ -94,10 +94,11 @@ impl Cluster {
         })
     }
 
-    fn add_node(&self, node: NewNode) {
+    fn add_node(&self, node: NewNode, taints: Value) {
         let mut object = serde_json::to_value(node.object()).expect("a node is an object");
         object["apiVersion"] = "v1".into();
         object["kind"] = "Node".into();
+        object["spec"] = json!({ "taints": taints });
         let (status, answer) = self.ask("POST", "/api/v1/nodes", &object.to_string());
         assert_eq!(status, 201, "{answer}");
     }
@@ -361,8 +362,8 @@ impl Scene {
         let names: Vec<String> = (1..=count).map(|number| format!("{}-{number}", self.namespace)).collect();
         for name in &names {
             let labels = [("pool".to_owned(), self.namespace.to_owned())].into();
-            CLUSTER.add_node(NewNode { name: name.clone(), labels, ..Default::default() });
-            self.ok(&format!("taint node {name} pool={}:NoSchedule", self.namespace));
+            let taint = json!([{ "key": "pool", "value": self.namespace, "effect": "NoSchedule" }]);
+            CLUSTER.add_node(NewNode { name: name.clone(), labels, ..Default::default() }, taint);
             self.until("the node is ready", &format!("nodes/{name}"), |node| {
                 condition(node, "Ready")["status"] == "True"
             });
