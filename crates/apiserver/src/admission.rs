@@ -33,7 +33,7 @@ type Validate = fn(&Attributes, &Value) -> Result<()>;
 
 /// In this order, as upstream runs them.
 const MUTATING: &[(&str, Mutate)] = &[
-    ("NamespaceLifecycle", |a, _| namespace_lifecycle(a)),
+    ("NamespaceLifecycle", |a, object| namespace_lifecycle(a, object)),
     ("LimitRanger", crate::limit_range::apply_defaults),
     ("ServiceAccount", service_account),
     ("TaintNodesByCondition", taint_new_nodes),
@@ -81,7 +81,7 @@ pub fn validate(
 }
 
 /// Nothing is created in a namespace that does not exist or is going away.
-fn namespace_lifecycle(a: &Attributes) -> Result<()> {
+fn namespace_lifecycle(a: &Attributes, object: &Value) -> Result<()> {
     let Place { kind, namespace, .. } = a.place;
     if a.operation != Operation::Create || !kind.namespaced || namespace.is_empty() {
         return Ok(());
@@ -95,12 +95,18 @@ fn namespace_lifecycle(a: &Attributes) -> Result<()> {
         return Ok(());
     }
     let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
-    let mut status = Status::forbidden(kind, a.place.name, why);
+    let mut status = Status::forbidden(kind, name_of(a, object), why);
     if let Some(details) = &mut status.details {
         details["causes"] = json!([{ "reason": "NamespaceTerminating",
             "message": format!("namespace {namespace} is being terminated"), "field": "metadata.namespace" }]);
     }
     Err(status)
+}
+
+/// What a refusal calls the object: its name, or what its name is to be made from.
+fn name_of<'a>(a: &'a Attributes, object: &'a Value) -> &'a str {
+    let names = [a.place.name, object.name(), object.str_at("metadata.generateName")];
+    names.into_iter().find(|name| !name.is_empty()).unwrap_or("Unknown")
 }
 
 /// Namespaces the cluster itself needs stay.

@@ -11,7 +11,7 @@ use knarr_client::expectations::Expectations;
 use knarr_client::informer::Cached;
 use knarr_client::owner::{self, Claim};
 use knarr_client::selector::Selector;
-use knarr_client::{Change, Controller, During, Informer, ObjectKey, Result};
+use knarr_client::{Change, Client, Controller, During, Informer, ObjectKey, Result};
 use kube::Resource;
 use kube::api::Api;
 use std::sync::Arc;
@@ -55,6 +55,16 @@ fn leaves_more_room(change: &Change<ResourceQuota>) -> bool {
     };
     let used = |status: Option<&ResourceQuotaStatus>| status.and_then(|status| status.used.clone());
     hard(old) != hard(new) || (used(old) != used(new) && count(new) <= count(old))
+}
+
+/// Asks the server, not the cache: an owner that was deleted meanwhile must not adopt.
+pub async fn still_exists<K: PodOwner>(client: &Client, owner: &K) -> Result<bool> {
+    let key = ObjectKey::of(owner);
+    let api: Api<K> = Api::namespaced(client.clone(), &key.namespace);
+    let fresh = api.get_opt(&key.name).await.during(|| format!("read {} {key}", K::kind(&())))?;
+    Ok(fresh.is_some_and(|fresh| {
+        fresh.meta().uid == owner.meta().uid && fresh.meta().deletion_timestamp.is_none()
+    }))
 }
 
 /// All owners of a kind and their pods.
@@ -139,14 +149,9 @@ impl<K: PodOwner> Family<K> {
         Ok(claimed)
     }
 
-    /// Asks the server, not the cache: an owner that was deleted meanwhile must not adopt.
+    /// See [`still_exists`].
     pub async fn still_exists(&self, owner: &K) -> Result<bool> {
-        let key = ObjectKey::of(owner);
-        let api: Api<K> = Api::namespaced(self.context.client.clone(), &key.namespace);
-        let fresh = api.get_opt(&key.name).await.during(|| format!("read {} {key}", K::kind(&())))?;
-        Ok(fresh.is_some_and(|fresh| {
-            fresh.meta().uid == owner.meta().uid && fresh.meta().deletion_timestamp.is_none()
-        }))
+        still_exists(&self.context.client, owner).await
     }
 
     /// Creates the pods in growing batches; the first batch with a failure is the last. How many there are now:

@@ -1,15 +1,17 @@
 //! The templates an owner of pods had, as ControllerRevisions: the newest revision is the present template. For
 //! DaemonSets and StatefulSets.
 
-use crate::family::PodOwner;
+use crate::family::{PodOwner, still_exists};
 use crate::util::template_hash;
 use crate::{Context, pods};
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
+use knarr_client::owner::{self, Claim};
 use knarr_client::patch;
-use knarr_client::{Client, During, Error, Informer, Result, ignore_gone, owner};
+use knarr_client::selector::Selector;
+use knarr_client::{Client, During, Error, Informer, Result, ignore_gone};
 use kube::api::{Api, DeleteParams, PostParams};
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -80,6 +82,11 @@ fn data<K: Revisioned>(owner: &K) -> Value {
     json!({"spec": {"template": template}})
 }
 
+fn is_to_adopt<K: Revisioned>(owner: &K, selector: &Selector, revision: &ControllerRevision) -> bool {
+    let matches = !selector.is_empty() && selector.matches(revision.metadata.labels.as_ref());
+    owner::claim(owner.meta(), &revision.metadata, matches) == Claim::Adopt
+}
+
 impl Revisions {
     pub fn new(context: &Context) -> Self {
         let informer = context.informers.get::<ControllerRevision>();
@@ -91,6 +98,7 @@ impl Revisions {
     pub async fn history<K: Revisioned>(&self, owner: &K) -> Result<History> {
         let data = data(owner);
         let mut known = self.informer.by_index(pods::BY_CONTROLLER, pods::uid(owner.meta()));
+        known.extend(self.adopt_orphans(owner).await?);
         known.sort_by_key(|revision| revision.revision);
         let newest = known.last().map_or(0, |revision| revision.revision);
         let same =
@@ -107,6 +115,22 @@ impl Revisions {
             current = Arc::new(patch::merge(&self.api(owner), name_of(&current), change).await?);
         }
         Ok(History { current, collision_count: owner.collision_count(), old: known })
+    }
+
+    /// Takes over what an earlier owner left, so that the pods it left are found to be of the present revision.
+    async fn adopt_orphans<K: Revisioned>(&self, owner: &K) -> Result<Vec<Arc<ControllerRevision>>> {
+        let namespace = owner.meta().namespace.as_deref().unwrap_or_default();
+        let mut orphans = self.informer.by_index(pods::BY_CONTROLLER, &pods::orphans_of(namespace));
+        let selector = owner.selector()?;
+        orphans.retain(|revision| is_to_adopt(owner, &selector, revision));
+        if orphans.is_empty() || !still_exists(&self.client, owner).await? {
+            return Ok(Vec::new());
+        }
+        let mut adopted = Vec::new();
+        for orphan in orphans {
+            adopted.push(Arc::new(owner::adopt(&self.client, owner, &*orphan).await?));
+        }
+        Ok(adopted)
     }
 
     fn api<K: Revisioned>(&self, owner: &K) -> Api<ControllerRevision> {
@@ -149,6 +173,14 @@ impl Revisions {
                 let ours = owner::is_controlled_by(&existing.metadata, pods::uid(owner.meta()));
                 if ours && existing.data.as_ref().is_some_and(|known| known.0 == data) {
                     return Ok(History { current: Arc::new(existing), collision_count, old });
+                }
+                if is_to_adopt(owner, &owner.selector()?, &existing) {
+                    // The cache has yet to show that nobody owns it any more.
+                    owner::adopt(&self.client, owner, &existing).await?;
+                    return Err(Error::not_yet(
+                        format!("adopt controller revision {name}"),
+                        "the cache is behind",
+                    ));
                 }
                 self.count_collision(owner, collision_count).await?;
                 Err(Error::not_yet(

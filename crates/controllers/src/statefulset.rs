@@ -142,7 +142,7 @@ impl StatefulSets {
         plan: Plan,
     ) -> Result<Requeue> {
         self.keep_identities(set, pods).await?;
-        self.keep_claims_owned(set, pods, &plan).await?;
+        self.keep_claims_owned(set, pods).await?;
         let mut create = Vec::new();
         for ordinal in plan.create.iter().take(BURST) {
             if !self.claims_are_ready(set, *ordinal).await? {

@@ -209,6 +209,8 @@ impl Context {
     fn override_config(&self, config: &mut kube::Config) -> Result<()> {
         // Watches, logs and terminals are silent for as long as nothing happens.
         (config.read_timeout, config.write_timeout) = (None, None);
+        // A refused eviction is told and tried again by `drain`; the client must not do so in silence.
+        config.default_retry = false;
         if let Some(server) = &self.args.server {
             let server = if server.contains("://") { server.clone() } else { format!("https://{server}") };
             config.cluster_url = server
@@ -379,10 +381,16 @@ fn parse_event(line: &str) -> Result<Event> {
 fn print_warnings(response: &http::Response<Body>) {
     for header in response.headers().get_all("warning") {
         let text = header.to_str().unwrap_or_default();
-        if let Some((_, quoted)) = text.split_once('"') {
-            eprintln!("Warning: {}", quoted.trim_end_matches('"').replace("\\\"", "\""));
+        if let Some(words) = warning_words(text) {
+            eprintln!("Warning: {words}");
         }
     }
+}
+
+/// What a warning header says: `299 - "it is \"so\""` says `it is "so"`.
+fn warning_words(header: &str) -> Option<String> {
+    let (_, quoted) = header.split_once('"')?;
+    Some(quoted.strip_suffix('"').unwrap_or(quoted).replace("\\\"", "\""))
 }
 
 async fn refusal(response: http::Response<Body>) -> Error {
@@ -436,6 +444,17 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quotes_within_a_warning_stay() {
+        for (header, words) in [
+            (r#"299 - "unknown field \"spec.x\"""#, Some(r#"unknown field "spec.x""#)),
+            (r#"299 - "it is old""#, Some("it is old")),
+            ("299", None),
+        ] {
+            assert_eq!(warning_words(header).as_deref(), words, "{header}");
+        }
+    }
 
     #[test]
     fn durations_are_gos() {

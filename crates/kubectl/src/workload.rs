@@ -14,7 +14,7 @@ pub const CHANGE_CAUSE: &str = "kubernetes.io/change-cause";
 pub fn rollout_status(kind: &str, object: &Value, revision: i64) -> Result<(String, bool)> {
     match kind {
         "Deployment" => deployment(object, revision),
-        "DaemonSet" => Ok(daemon_set(object)),
+        "DaemonSet" => daemon_set(object),
         "StatefulSet" => stateful_set(object),
         _ => Err(Error::plain(format!("no status viewer has been implemented for {kind}"))),
     }
@@ -61,29 +61,36 @@ fn deployment(object: &Value, revision: i64) -> Result<(String, bool)> {
     Ok((format!("deployment {name:?} successfully rolled out"), true))
 }
 
-fn daemon_set(object: &Value) -> (String, bool) {
+fn daemon_set(object: &Value) -> Result<(String, bool)> {
+    only_rolling(object)?;
     let name = object.name();
     if !observed(object) {
-        return ("Waiting for daemon set spec update to be observed...".into(), false);
+        return Ok(("Waiting for daemon set spec update to be observed...".into(), false));
     }
     let count = |path: &str| object.int_at(path).unwrap_or(0);
     let desired = count("status.desiredNumberScheduled");
     let (updated, available) = (count("status.updatedNumberScheduled"), count("status.numberAvailable"));
     let waiting =
-        |what: String| (format!("Waiting for daemon set {name:?} rollout to finish: {what}..."), false);
+        |what: String| Ok((format!("Waiting for daemon set {name:?} rollout to finish: {what}..."), false));
     if updated < desired {
         return waiting(format!("{updated} out of {desired} new pods have been updated"));
     }
     if available < desired {
         return waiting(format!("{available} of {desired} updated pods are available"));
     }
-    (format!("daemon set {name:?} successfully rolled out"), true)
+    Ok((format!("daemon set {name:?} successfully rolled out"), true))
+}
+
+/// Nobody knows when a user will delete the rest of the old pods.
+fn only_rolling(object: &Value) -> Result<()> {
+    match object.str_at("spec.updateStrategy.type") {
+        "OnDelete" => Err(Error::plain("rollout status is only available for RollingUpdate strategy type")),
+        _ => Ok(()),
+    }
 }
 
 fn stateful_set(object: &Value) -> Result<(String, bool)> {
-    if object.str_at("spec.updateStrategy.type") == "OnDelete" {
-        return Err(Error::plain("rollout status is only available for RollingUpdate strategy type"));
-    }
+    only_rolling(object)?;
     if !observed(object) {
         return Ok(("Waiting for statefulset spec update to be observed...".into(), false));
     }
@@ -239,6 +246,15 @@ mod tests {
         let object = json!({"metadata":{"name":"web"},"status":{"conditions":[{"type":"Progressing","reason":"ProgressDeadlineExceeded"}]}});
         let error = rollout_status("Deployment", &object, 0).expect_err("too late");
         assert_eq!(error.to_string(), "error: deployment \"web\" exceeded its progress deadline");
+    }
+
+    #[test]
+    fn what_only_users_replace_has_no_status_to_wait_for() {
+        let object = json!({"metadata":{"name":"agent"},"spec":{"updateStrategy":{"type":"OnDelete"}}});
+        for kind in ["DaemonSet", "StatefulSet"] {
+            let error = rollout_status(kind, &object, 0).expect_err("it might never end");
+            assert!(error.to_string().ends_with("only available for RollingUpdate strategy type"), "{error}");
+        }
     }
 
     #[test]

@@ -62,11 +62,10 @@ impl StatefulSets {
         &self,
         set: &StatefulSet,
         pods: &BTreeMap<i32, Arc<Pod>>,
-        plan: &plan::Plan,
     ) -> Result<()> {
         for (ordinal, pod) in pods {
-            let leaves = plan.delete.iter().any(|doomed| Arc::ptr_eq(doomed, pod))
-                && !plan::range(set).contains(ordinal);
+            // Also one that is on its way out already: its claims must not fall back to the set meanwhile.
+            let leaves = !plan::range(set).contains(ordinal);
             for name in wanted(set, *ordinal).iter().map(ObjectKey::of) {
                 let Some(claim) = self.claims.get_key(&name) else { continue };
                 let owners = owners(set, pod, leaves, &claim);

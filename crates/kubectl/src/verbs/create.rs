@@ -280,13 +280,21 @@ async fn from_files(context: &Context, args: &Args) -> Result<()> {
 }
 
 async fn send(context: &Context, common: &Common, object: Value, source: &str) -> Result<()> {
-    let kind = object.str_at("kind").to_lowercase();
-    create(context, common, object, source, &[("fieldValidation", "Strict")]).await.map_err(|error| match error {
-        Error::Server { status, .. } if status.str_at("reason") == "AlreadyExists" => {
-            Error::plain(format!("failed to create {}: {}", kind, status.str_at("message")))
-        }
-        other => other,
+    let failed = failure_words(&object);
+    create(context, common, object, source, &[("fieldValidation", "Strict")]).await.map_err(|error| match (error, failed) {
+        (Error::Server { status, .. }, Some(failed)) => Error::plain(format!("{failed} {}", status.str_at("message"))),
+        (other, _) => other,
     })
+}
+
+/// What upstream says before the server's refusal; of some kinds it prints the refusal itself.
+fn failure_words(object: &Value) -> Option<String> {
+    match object.str_at("kind") {
+        "Namespace" | "Role" | "ClusterRole" => None,
+        "Secret" => Some("failed to create secret".into()),
+        "Service" => Some(format!("failed to create {} service:", object.str_at("spec.type"))),
+        kind => Some(format!("failed to create {}:", kind.to_lowercase())),
+    }
 }
 
 async fn create(context: &Context, common: &Common, mut object: Value, source: &str, query: &[(&'static str, &str)]) -> Result<()> {

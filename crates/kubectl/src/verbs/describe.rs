@@ -1,5 +1,7 @@
 //! `describe`: everything about an object a person asks for first, and the events at the end.
 
+mod limits;
+
 use knarr_api::object::Object;
 use serde_json::{Map, Value};
 
@@ -58,7 +60,7 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
 fn has_events(found: &Found) -> bool {
     !matches!(
         found.resource.kind.as_str(),
-        "Secret" | "Namespace" | "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding"
+        "Secret" | "Namespace" | "ResourceQuota" | "LimitRange" | "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding"
     )
 }
 
@@ -491,7 +493,9 @@ async fn describe(context: &Context, found: &Found) -> Result<Doc> {
         ("", "Service") => service(context, found, &mut doc).await?,
         ("", "ConfigMap") => config_map(object, &mut doc),
         ("", "Secret") => secret(object, &mut doc),
-        ("", "Namespace") => namespace(object, &mut doc),
+        ("", "Namespace") => namespace(context, object, &mut doc).await?,
+        ("", "ResourceQuota") => limits::quota(object, &mut doc),
+        ("", "LimitRange") => limits::limit_range(object, &mut doc),
         ("", "ServiceAccount") => service_account(object, &mut doc),
         ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => role(object, &mut doc),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object, &mut doc),
@@ -764,6 +768,10 @@ fn job(object: &Value, doc: &mut Doc) {
         "{} Active ({} Ready) / {} Succeeded / {} Failed",
         count("status.active"), count("status.ready"), count("status.succeeded"), count("status.failed")
     ));
+    if object.str_at("spec.completionMode") == "Indexed" {
+        let indexes = object.str_at("status.completedIndexes");
+        doc.field(0, "Completed Indexes", if indexes.is_empty() { "<none>" } else { indexes });
+    }
     doc.line(0, "Pod Template:");
     doc.pod_template(&object["spec"]["template"], 1);
 }
@@ -859,11 +867,18 @@ fn secret(object: &Value, doc: &mut Doc) {
     }
 }
 
-fn namespace(object: &Value, doc: &mut Doc) {
+async fn namespace(context: &Context, object: &Value, doc: &mut Doc) -> Result<()> {
     doc.field(0, "Name", object.name());
     doc.labels_and_annotations(object);
     doc.field(0, "Status", object.str_at("status.phase"));
     doc.conditions(object, &[("Type", "type"), ("Status", "status"), ("LastTransitionTime", "lastTransitionTime"), ("Reason", "reason"), ("Message", "message")]);
+    for (plural, tell) in [("resourcequotas", limits::quotas as fn(&[Value], &mut Doc)), ("limitranges", limits::limit_ranges)] {
+        let path = format!("/api/v1/namespaces/{}/{plural}", object.name());
+        let list = context.list(&path, &[], None).await?;
+        doc.text.push('\n');
+        tell(list.list_at("items"), doc);
+    }
+    Ok(())
 }
 
 fn service_account(object: &Value, doc: &mut Doc) {

@@ -177,7 +177,12 @@ async fn revisions(context: &Context, found: &Found) -> Result<Vec<Revision>> {
 
 fn read_revision(object: &Value) -> Option<Revision> {
     let (number, template) = match object.int_at("revision") {
-        Some(number) => (number, object.at("data.spec.template").cloned().unwrap_or_default()),
+        Some(number) => {
+            let mut template = object.at("data.spec.template").cloned().unwrap_or_default();
+            // The data is a strategic merge patch; we send the template itself.
+            template.as_object_mut().and_then(|template| template.remove("$patch"));
+            (number, template)
+        }
         None => (annotation(object, REVISION)?.parse().ok()?, object.at("spec.template").cloned().unwrap_or_default()),
     };
     Some(Revision {
