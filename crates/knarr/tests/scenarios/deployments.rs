@@ -60,7 +60,7 @@ fn scaling_keeps_the_set_and_what_somebody_does_to_the_set_is_put_right() {
     assert_eq!(s.row("deploy web"), ["web", "5/5", "5", "5"]);
     s.says("scale deploy/web --replicas=2 --current-replicas=5", "deployment.apps/web scaled");
     s.until_ready(2, "app=web");
-    assert_eq!(names(&s.list("replicasets")), [set.clone()]);
+    assert_eq!(names(&s.list("replicasets")), std::slice::from_ref(&set));
     s.ok(&format!("scale rs/{set} --replicas=4"));
     let which = format!("replicasets/{set}");
     s.until("the set is back at 2", &which, |set| {

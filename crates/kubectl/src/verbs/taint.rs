@@ -9,6 +9,8 @@ use crate::verbs::apply::DryRunArgs;
 use crate::verbs::cordon::nodes;
 
 const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
+/// How often a node that changes meanwhile is read again.
+const TRIES_MAX: usize = 5;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -57,13 +59,27 @@ pub async fn run(context: &Context, args: Args) -> Result<()> {
     }
     let names: Vec<String> = rest.iter().filter(|w| !is_taint(w)).cloned().collect();
     let selector = if args.all { Some("") } else { args.selector.as_deref() };
-    for node in nodes(context, &names, selector).await? {
-        let taints = apply(node.object.name(), node.object.list_at("spec.taints"), &changes, args.overwrite)?;
-        if !args.dry_run.is_client() {
-            // The version guards what was read: taints are one atomic list.
+    for mut node in nodes(context, &names, selector).await? {
+        for tries in 1.. {
+            let taints = apply(node.object.name(), node.object.list_at("spec.taints"), &changes, args.overwrite)?;
+            if args.dry_run.is_client() {
+                break;
+            }
+            // The version guards what was read: taints are one atomic list, and others change it too.
             let version = node.object.str_at("metadata.resourceVersion");
             let patch = json!({ "metadata": { "resourceVersion": version }, "spec": { "taints": taints } });
-            node.patch(context, "", args.dry_run.ask(Ask::patch(MERGE_PATCH, &patch)).with("fieldManager", "kubectl-taint")).await?;
+            let ask = args.dry_run.ask(Ask::patch(MERGE_PATCH, &patch)).with("fieldManager", "kubectl-taint");
+            match node.patch(context, "", ask).await {
+                Err(Error::Server { status, .. }) if status.str_at("reason") == "Conflict" && tries < TRIES_MAX => {
+                    let name = [node.object.name().to_owned()];
+                    let Some(newer) = nodes(context, &name, None).await?.pop() else { break };
+                    node = newer;
+                }
+                result => {
+                    result?;
+                    break;
+                }
+            }
         }
         let removed = changes.iter().all(|c| matches!(c, Change::Remove { .. }));
         println!("{} {}", node.named(), args.dry_run.words(if removed { "untainted" } else { "tainted" }));
