@@ -357,14 +357,25 @@ impl State {
                 self.update(target, subresource, patched)
             }
             ("DELETE", _) if collection => {
-                let items = self.list(target, query)["items"].as_array().cloned().unwrap_or_default();
-                for item in items {
+                let mut list = self.list(target, query);
+                let mut items = list["items"].as_array().cloned().unwrap_or_default();
+                // A token is the last name of the page before.
+                let after = query.get("continue").map_or("", String::as_str);
+                items.retain(|item| text(&item["metadata"]["name"]).as_str() > after);
+                let limit = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(items.len());
+                if limit < items.len() {
+                    items.truncate(limit);
+                    let last = items.last().map(|item| item["metadata"]["name"].clone());
+                    list["metadata"]["continue"] = json!(last);
+                }
+                for item in &items {
                     let namespace = text(&item["metadata"]["namespace"]);
                     let one =
                         Target { name: text(&item["metadata"]["name"]), namespace, ..target_of(target) };
                     self.delete(&one, &body)?;
                 }
-                Ok(json!({"kind": "Status", "apiVersion": "v1", "status": "Success", "metadata": {}}))
+                list["items"] = json!(items);
+                Ok(list)
             }
             ("DELETE", _) => self.delete(target, &body),
             (method, _) => refuse(405, "MethodNotAllowed", format!("{method} is not supported")),

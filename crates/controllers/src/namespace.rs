@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Namespace, NamespaceCondition, Pod};
 use knarr_client::patch::{self, Guard};
 use knarr_client::{
-    Change, Controller, During, Error, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone,
+    Change, Controller, During, Error, Informer, ObjectKey, Reconcile, Requeue, Result, ignore_gone, or_none,
 };
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, PartialObjectMeta, PostParams};
 use kube::discovery::{Discovery, Scope, verbs};
@@ -16,6 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
+/// Objects that one request deletes at most.
+const PAGE: u32 = if cfg!(test) { 2 } else { 500 };
 const FINALIZER: &str = "kubernetes";
 /// Pods still ending are looked at again when their grace period is over, if no event came before.
 const GRACE_DEFAULT_S: i64 = 30;
@@ -148,8 +150,8 @@ impl Namespaces {
         }
         let params = DeleteParams::background();
         if collection {
-            let deleted = api.delete_collection(&params, &ListParams::default()).await;
-            ignore_gone(deleted.during(|| format!("delete all {name} in namespace {namespace}")))?;
+            self.delete_pages(&api, &params, || format!("delete all {name} in namespace {namespace}"))
+                .await?;
         } else {
             for object in &before.items {
                 let object_name = object.metadata.name.as_deref().unwrap_or_default();
@@ -160,6 +162,31 @@ impl Namespaces {
         let left = list().await?;
         swept.count(&name, &left.items);
         Ok(())
+    }
+
+    /// Deletes all objects, some at a time: each answer holds what it deleted.
+    async fn delete_pages(
+        &self,
+        api: &Api<DynamicObject>,
+        params: &DeleteParams,
+        step: impl Fn() -> String,
+    ) -> Result<()> {
+        let first = ListParams::default().limit(PAGE);
+        let mut page = first.clone();
+        loop {
+            match or_none(api.delete_collection(params, &page).await.during(&step)) {
+                Ok(deleted) => {
+                    let list = deleted.and_then(|deleted| deleted.left());
+                    let token =
+                        list.and_then(|list| list.metadata.continue_).filter(|token| !token.is_empty());
+                    let Some(token) = token else { return Ok(()) };
+                    page = first.clone().continue_token(&token);
+                }
+                // So much was written since the first page that its moment is forgotten.
+                Err(error) if error.is_code(410) => page = first.clone(),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     async fn write_status(&self, namespace: &Namespace, swept: &Swept) -> Result<()> {
@@ -304,6 +331,9 @@ mod tests {
             harness.create_global::<Namespace>(json!({"metadata": {"name": NAMESPACE}})).await;
             let held = json!({"metadata": {"name": "held", "finalizers": ["test/hold"]}});
             harness.create::<ConfigMap>(held).await;
+            for i in 0..5 {
+                harness.create::<ConfigMap>(json!({"metadata": {"name": format!("c{i}")}})).await;
+            }
             harness.create::<Pod>(json!({"metadata": {"name": "p"}, "spec": {"containers": []}})).await;
             let api: Api<Namespace> = Api::all(harness.client());
             while api.delete(NAMESPACE, &DeleteParams::default()).await.is_err() {}
