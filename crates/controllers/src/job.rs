@@ -18,10 +18,10 @@ use futures::future::{BoxFuture, join_all};
 use indexes::Indexes;
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::{Job, JobCondition, JobSpec, JobStatus};
-use k8s_openapi::api::core::v1::{EnvVar, EnvVarSource, ObjectFieldSelector, Pod};
+use k8s_openapi::api::core::v1::{EnvVar, EnvVarSource, Namespace, ObjectFieldSelector, Pod};
 use knarr_client::owner::{self, Claim};
 use knarr_client::selector::Selector;
-use knarr_client::{Controller, Error, EventType, ObjectKey, Reconcile, Recorder, Requeue, Result};
+use knarr_client::{Controller, Error, EventType, Informer, ObjectKey, Reconcile, Recorder, Requeue, Result};
 use kube::api::Api;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -43,6 +43,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10 * 60);
 pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
     let jobs = context.informers.get::<Job>();
     let all_pods = context.informers.get::<Pod>();
+    let namespaces = context.informers.get::<Namespace>();
     all_pods.add_index(TRACKED, |pod| {
         let key = owner::controller_key::<Job>(&pod.metadata).filter(|_| is_tracked(pod));
         key.map(|key| key.to_string()).into_iter().collect()
@@ -55,11 +56,18 @@ pub fn start(context: Context, shutdown: CancellationToken) -> BoxFuture<'static
             PodControl::new(context.client.clone(), recorder.clone()),
         ),
         recorder,
+        namespaces: namespaces.clone(),
         written: Mutex::default(),
         context,
     });
-    let observer = this.clone();
+    let (observer, in_it) = (this.clone(), jobs.clone());
     let controller = retry_with_more_room(&this.context, Controller::new("job"))
+        .watch_changes(&namespaces, move |change| {
+            let began = ends(change.object()) && change.old().is_some_and(|old| !ends(old));
+            let name = change.object().metadata.name.as_deref().unwrap_or_default();
+            let jobs = if began { in_it.list_in(name) } else { Vec::new() };
+            jobs.iter().map(|job| ObjectKey::of(&**job)).collect()
+        })
         .watch(&jobs)
         .watch_changes(&all_pods, move |change| observer.family.pod_changed(change));
     Box::pin(controller.run(this, shutdown))
@@ -82,6 +90,7 @@ struct Jobs {
     context: Context,
     recorder: Recorder,
     family: Family<Job>,
+    namespaces: Informer<Namespace>,
     /// The version of each job's last status of ours: deciding by an older one would count pods twice or not at all.
     written: Mutex<HashMap<ObjectKey, u64>>,
 }
@@ -94,7 +103,13 @@ struct Turn {
     /// The status as it will be written.
     status: JobStatus,
     pods: Vec<Arc<Pod>>,
+    /// Nothing will be created in its namespace any more.
+    is_last: bool,
     now: Timestamp,
+}
+
+fn ends(namespace: &Namespace) -> bool {
+    namespace.metadata.deletion_timestamp.is_some()
 }
 
 impl Reconcile for Jobs {
@@ -122,7 +137,8 @@ impl Reconcile for Jobs {
         let pods = self.claim(&job).await?;
         let Some(spec) = job.spec.clone() else { return Ok(Requeue::Done) };
         let status = job.status.clone().unwrap_or_default();
-        self.turn(Turn { key, job, spec, status, pods, now: self.context.clock.now() }).await
+        let is_last = self.namespaces.get("", &key.namespace).is_some_and(|namespace| ends(&namespace));
+        self.turn(Turn { key, job, spec, status, pods, is_last, now: self.context.clock.now() }).await
     }
 }
 

@@ -14,6 +14,10 @@ use std::time::Duration;
 /// How late a cache may be: longer than any watch stays away.
 const LAG: Duration = Duration::from_secs(240);
 
+/// How long a pod is available without being missed by who deletes it for one that seems not to be: a cache that is
+/// behind cannot tell them apart. Shorter than [`LAG`], or no young pod would ever count.
+const NEWS: Duration = Duration::from_secs(15);
+
 /// One record and who wrote it.
 pub struct Change<'a> {
     pub partition: &'a str,
@@ -34,6 +38,8 @@ pub struct Memory {
     disturbed: BTreeMap<String, Duration>,
     /// Partition and key → how often it was written in the present minute.
     writes: BTreeMap<(String, String), (u64, u32)>,
+    /// Uid of a pod → when it became available.
+    available: BTreeMap<String, Duration>,
     /// Uid of a job → its pods that succeeded, and the indexes of those.
     succeeded: BTreeMap<String, (BTreeSet<String>, BTreeSet<i64>)>,
 }
@@ -191,6 +197,9 @@ fn remember_pod(history: &History, memory: &mut Memory, change: &Change, now: Du
         uids.insert(text(pod, "/metadata/uid").to_owned());
         let index = pod.pointer("/metadata/annotations/batch.kubernetes.io~1job-completion-index");
         indexes.extend(index.and_then(Value::as_str).and_then(|index| index.parse::<i64>().ok()));
+    }
+    if change.after.is_some_and(is_available) && !change.before.is_some_and(is_available) {
+        memory.available.insert(text(pod, "/metadata/uid").to_owned(), now);
     }
     let lost = change.before.is_some_and(is_available) && !change.after.is_some_and(is_available);
     if lost && (!by_controllers(change) || is_node_lost(history, pod)) {
@@ -403,7 +412,12 @@ fn availability(history: &History, memory: &mut Memory, change: &Change) -> Opti
     let (_, set) = controller(pod).filter(|(kind, _)| *kind == "ReplicaSet")?;
     let deployment = deployment_of(history, set).filter(|deployment| !is_deleting(&deployment.value))?;
     let uid = text(&deployment.value, "/metadata/uid");
-    if replica_set(history, set).is_none_or(|set| is_deleting(&set.value)) || memory.is_disturbed(uid) {
+    let since = memory.available.get(text(pod, "/metadata/uid")).copied().unwrap_or_default();
+    let is_news = rim::elapsed().saturating_sub(since) < NEWS;
+    if replica_set(history, set).is_none_or(|set| is_deleting(&set.value))
+        || memory.is_disturbed(uid)
+        || is_news
+    {
         return None;
     }
     let least = memory.least(uid)?;

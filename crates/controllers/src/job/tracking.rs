@@ -269,10 +269,10 @@ fn list_ended(
 }
 
 /// With a limit per index the newest failed pod of an unfinished index says how often the index failed: it stays
-/// tracked until its replacement carries the number on.
+/// tracked until its replacement carries the number on. In a namespace that is going away there will be none.
 fn kept_for_replacement(turn: &Turn, tally: &Tally, over: bool) -> HashSet<String> {
     let mut newest: HashMap<i32, &Arc<Pod>> = HashMap::new();
-    if over || turn.spec.backoff_limit_per_index.is_none() {
+    if over || turn.is_last || turn.spec.backoff_limit_per_index.is_none() {
         return HashSet::new();
     }
     let replaced: HashSet<i32> = tally.active.iter().filter_map(|pod| index_of(pod)).collect();
